@@ -1,0 +1,159 @@
+// queue/shard.h
+//
+// One core and its log: the shard. It takes Requests, has the core decide,
+// applies and appends, and sends each Response when, and only when, the log is
+// durable up to all that was applied when it was decided. It also knows where
+// bodies are (cache, log, history) and keeps history fed.
+//
+// A shard is used from one thread (its owner's loop). It never blocks it: files
+// and SQLite are read by store threads that post back through `wake`. Io and
+// Shard exchange self-contained values addressed (io, connection, sequence), so
+// that they may live on two threads (tests/queue/two_threads_test.cc).
+//
+//   H1  No response leaves before the log is durable up to the lsn that was
+//       applied when it was decided: reads, refusals and duplicates included.
+//   H2  Responses to one connection may come in any order; `sequence` tells.
+//   H3  After poison every request but reads is answered `poisoned`.
+
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "queue/clock.h"
+#include "queue/core.h"
+#include "queue/job.h"
+#include "queue/log.h"
+#include "queue/result.h"
+
+namespace machina {
+
+struct Address {
+  std::uint32_t io = 0;
+  std::uint64_t connection = 0;
+  std::uint64_t sequence = 0;
+  auto operator<=>(const Address&) const = default;
+};
+
+// --- reads beside the core's commands ---
+struct GetQuery {
+  JobId id;
+  bool payload = true;
+  bool until_final = false;  // hold the answer until the job ends
+  Millis wait_ms = 0;        // or so long
+};
+struct ListQuery {
+  std::vector<State> states;  // empty: any
+  std::string kind, queue;    // empty: any
+  std::vector<std::pair<std::string, std::string>> labels;  // history only
+  Millis since_ms = 0, until_ms = 0;  // by creation; 0: open
+  int limit = 50;
+  std::string cursor;  // opaque, from the last page
+};
+// A lease call's wait; 0 answers at once.
+struct Waiting {
+  Millis wait_ms = 0;
+};
+struct Request {
+  Address from;
+  std::variant<Command, GetQuery, ListQuery> what;
+  Millis wait_ms = 0;       // lease calls: how long they may be parked;
+                            // heartbeat: until a cancel, or so long;
+                            // enqueue of one job: until it ends, or so long
+  bool with_payload = true; // put the payload into the views of the response
+};
+
+struct LeaseView {
+  Fence fence = 0;
+  Millis expires_at_ms = 0;  // wall
+  JobView job;
+};
+struct Response {
+  Address to;
+  enum class Status : std::uint8_t {
+    done,       // see items
+    poisoned,   // 503: the outcome is unknown
+    disk_low,   // 507
+    lagging,    // 503: history is too far behind
+    draining,   // 503: no new leases
+    bad_cursor, // 400
+    failed,     // 500: `detail`
+  } status = Status::done;
+  std::string detail;
+  std::vector<ItemAnswer> items;
+  std::vector<JobView> views;     // enqueue: by item (empty id: refused);
+                                  // get: one; list: the page; complete: by item
+  std::vector<LeaseView> leases;
+  std::string cursor;             // list
+  std::uint64_t scanned = 0;      // list
+  bool waited_out = false;        // the wait passed before the job ended
+};
+
+struct ShardOptions {
+  CoreOptions core;
+  LogOptions log;
+  std::size_t body_cache_bytes = 64u << 20;
+  std::uint64_t history_lag_max_bytes = 1ull << 30;
+  Millis checkpoint_ms = 5000;
+  std::uint64_t checkpoint_log_bytes = 128ull << 20;
+  std::uint64_t disk_soft_bytes = 0;  // 0: 10 % or four segments
+  std::uint64_t disk_hard_bytes = 0;
+  std::string history_dir;  // absolute; SQLite
+};
+
+struct ShardStats {
+  std::vector<QueueCounts> queues;
+  CoreTotals totals;
+  Lsn applied = 0, durable = 0, history_applied = 0;
+  std::uint64_t history_lag_bytes = 0;
+  std::uint64_t live_jobs = 0, reserved_bytes = 0, disk_free_bytes = 0;
+  Log::Stats log;
+  bool poisoned = false, draining = false;
+  std::string poison_cause, recovery;
+  // samples since the last call, seconds; bounded
+  std::vector<std::pair<std::string, double>> wait_seconds, run_seconds;  // kind
+};
+
+class Shard {
+ public:
+  using Send = std::function<void(Response)>;
+
+  // `storage` is <root>/queue; it, `clock` and `random` outlive the shard.
+  static Result<std::unique_ptr<Shard>> open(Storage& storage, Clock& clock,
+                                             Random& random,
+                                             const ShardOptions& options,
+                                             RecoveryReport* report);
+  virtual ~Shard() = default;
+
+  virtual void on_send(Send send) = 0;
+  virtual void on_wake(std::function<void()> wake) = 0;  // from other threads
+
+  virtual void submit(Request request) = 0;
+  // The connection went away: its parked calls and holds are dropped, and
+  // grants that were decided but not yet sent to it are released.
+  virtual void abandon(std::uint32_t io, std::uint64_t connection) = 0;
+
+  // Runs what is due, flushes the log, sends what may be sent. Call after each
+  // batch of submits, after `wake`, and at next_due_ms().
+  virtual void turn() = 0;
+  virtual Millis next_due_ms() = 0;  // delay from now; -1: nothing is due
+
+  // From now on: no new leases; parked calls are answered at once.
+  virtual void drain() = 0;
+  virtual std::size_t running() const = 0;  // leases held
+  // The leases still held go back without counting the attempt.
+  virtual void release_all() = 0;
+  // Everything durable, a last checkpoint, history caught up, files closed.
+  virtual Result<void> close() = 0;
+
+  virtual ShardStats stats() = 0;
+  virtual bool poisoned() const = 0;
+};
+
+}  // namespace machina

@@ -1,0 +1,92 @@
+// queue/storage.h
+//
+// The only way queue/ reaches a disk: named files in one directory tree,
+// written with explicit offsets, made durable by explicit syncs. PosixStorage
+// is the disk; tests/queue/sim_storage.h is one that loses, tears and reorders
+// unsynced writes, fills up, fails and lies.
+//
+// Names are relative ("wal/00..1.seg"); no name leaves the directory that the
+// Storage was opened on.
+//
+//   S1  A synced range survives a crash. An unsynced one may survive whole, in
+//       part (any subset of 512-byte sectors), as zeros, or not at all.
+//   S2  A created, renamed or removed name is durable only after sync_dir() of
+//       its directory.
+//   S3  After one failed sync() of a File, nothing is known about what it
+//       holds; the caller must not sync it again (durability.md, promise 7).
+//
+// All calls block. A File may be used from any thread, by one at a time;
+// read_at() by any number at once.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "queue/result.h"
+
+namespace machina {
+
+class File {
+ public:
+  virtual ~File() = default;
+
+  // Writes all of `bytes` at `offset`, growing the file where needed. With
+  // Mode::durable the bytes are synced when it returns. Fails with Code::full
+  // on ENOSPC or EDQUOT, else Code::io; how much was written is then unknown.
+  virtual Result<void> write_at(std::uint64_t offset,
+                                std::span<const std::byte> bytes) = 0;
+
+  // Reads up to bytes.size() bytes; fewer only at the end of the file.
+  virtual Result<std::size_t> read_at(std::uint64_t offset,
+                                      std::span<std::byte> bytes) const = 0;
+
+  // Data and size to the disk (fdatasync). S3.
+  virtual Result<void> sync() = 0;
+
+  virtual Result<std::uint64_t> size() const = 0;
+  virtual Result<void> truncate(std::uint64_t bytes) = 0;
+};
+
+enum class OpenMode {
+  read,         // must exist
+  write,        // must exist; buffered
+  create,       // must not exist; buffered
+  durable,      // must exist; each write_at is durable when it returns:
+                // O_DIRECT|O_DSYNC where the file system has it (the bytes and
+                // offset of every write are then multiples of 4096), else
+                // write and fdatasync
+};
+
+class Storage {
+ public:
+  virtual ~Storage() = default;
+
+  virtual Result<std::unique_ptr<File>> open(std::string_view name,
+                                             OpenMode mode) = 0;
+  virtual Result<std::vector<std::string>> list(std::string_view dir) = 0;
+  virtual Result<void> make_dir(std::string_view dir) = 0;  // ok if it exists
+  virtual Result<void> rename(std::string_view from, std::string_view to) = 0;
+  virtual Result<void> remove(std::string_view name) = 0;
+  virtual Result<void> sync_dir(std::string_view dir) = 0;
+
+  // Holds `name` locked for this process until the lock is destroyed. Fails
+  // with Code::conflict where another process has it.
+  class Lock {
+   public:
+    virtual ~Lock() = default;
+  };
+  virtual Result<std::unique_ptr<Lock>> lock(std::string_view name) = 0;
+
+  virtual Result<std::uint64_t> free_bytes() = 0;
+};
+
+// The directory `path`, which must exist.
+Result<std::unique_ptr<Storage>> open_posix_storage(const std::string& path);
+
+}  // namespace machina

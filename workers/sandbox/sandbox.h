@@ -1,0 +1,187 @@
+// workers/sandbox/sandbox.h
+//
+// What the pool and the workers may ask of the sandbox. Three parties:
+//
+//   spawner   forked first by the pool; single-threaded; alone keeps privilege;
+//             fed fixed-size structs and descriptors (workers/sandbox/wire.h)
+//   session   one sandbox: namespaces, own root, slot cgroups, PID 1 of ours.
+//             Lives for one attempt (or for a warmed handler's life).
+//   step      one program (or built-in handler) run inside a session, through
+//             stage 2: rlimits, caps, no_new_privs, Landlock, seccomp, exec.
+//             Steps of a session run one after another in the same workspace;
+//             between two steps the tree of the first is proven dead.
+//
+//   B1  Nothing of a step outlives it: its tree is dead when run() returns.
+//   B2  A step's verdict comes from waitid and kernel counters alone; what the
+//       job prints or writes is only output.
+//   B3  The host side opens no path inside a workspace by name; files leave by
+//       collect(), which runs confined under the slot's uid.
+//   B4  A worker's death ends its session; the spawner tells the pool when the
+//       slot is proven empty.
+//   B5  No step has a descriptor but 0, 1, 2, nor a variable but PATH, HOME,
+//       TMPDIR, LANG and those declared.
+//   B6  A mechanism that fails to start ends the session with Ended::isolation
+//       where the spec requires it; it is never skipped in silence.
+
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "queue/job.h"
+#include "queue/result.h"
+
+namespace machina::sandbox {
+
+struct Limits {
+  std::uint64_t memory_mb = 512;  // cgroup limit is memory + disk
+  std::uint64_t disk_mb = 256;    // workspace and /tmp, one sized tmpfs each way
+  std::uint64_t pids = 64;
+  std::uint64_t cpu_ms = 0;       // of the tree; 0: wall limit only
+  std::uint64_t output_bytes = 1 << 20;  // kept of each stream: head and tail;
+                                         // beyond 16 times this it is killed
+};
+
+// Who runs in a session, and what it sees beside its own root.
+enum class Role : std::uint8_t {
+  job,      // the slot's uid; workspace at /work; mirror read-only at /mirror
+            // where one is named
+  prepare,  // the repo directory's owner, no capability; repo read-only at
+            // /repo, mirror read-write at /mirror, nothing else
+};
+
+struct SessionSpec {
+  Role role = Role::job;
+  Limits limits;
+  Level min_level = 0;   // below it: Ended::isolation, before anything runs
+  std::string repo;      // prepare: absolute, below one of the repo roots
+  std::string mirror;    // 64 hex digits below <root>/mirrors, or empty
+};
+
+// Handlers compiled in, run confined without exec. Registered before the
+// spawner is forked; index = id.
+using Builtin = int (*)(int in_fd, int out_fd);
+enum class BuiltinId : std::uint8_t { none = 0, noop = 1, collect = 2,
+                                      canary = 3, junit = 4, count = 8 };
+void register_builtin(BuiltinId id, Builtin run);
+
+struct Step {
+  std::vector<std::string> argv;   // argv[0] is absolute inside the sandbox, or
+                                   // looked up in PATH there
+  std::vector<std::string> env;    // "NAME=value", beside the standard four
+  std::string cwd = "/work";       // inside; created before if it is missing
+  std::string stdin_data;
+  BuiltinId builtin = BuiltinId::none;  // instead of argv
+  Millis timeout_ms = 120'000;
+  bool merge_stderr = false;       // both to stream 1
+};
+
+enum class Ended : std::uint8_t {
+  exited, signalled, timeout, oom, pids, disk, output,
+  cancelled,  // by Watch::cancel
+  isolation,  // the sandbox is weaker than required
+  failed,     // the sandbox itself could not be made or died: `detail`
+};
+
+struct StepResult {
+  Ended ended = Ended::failed;
+  int exit_code = -1, signal = 0;
+  std::string detail;
+  Millis wall_ms = 0, cpu_ms = 0;
+  std::uint64_t max_rss_bytes = 0, output_bytes = 0, disk_bytes = 0;
+  std::string out, err;  // head and tail within limits.output_bytes, with a
+                         // line between them that says how much is missing
+  bool truncated = false;
+};
+
+// The caller's ears while a step runs; called on the calling thread.
+struct Watch {
+  const std::atomic<bool>* cancel = nullptr;  // set: TERM, 2 s, KILL
+  int wake_fd = -1;                           // readable: look at `cancel`
+  std::function<void(int stream, std::span<const std::byte>)> on_output;
+};
+
+enum class MechanismState : std::uint8_t { active, degraded, disabled,
+                                           unavailable };
+struct Mechanism {
+  std::string name;  // userns mountns pidns netns ipcns utsns seccomp landlock
+                     // cgroup_memory cgroup_pids uid caps rlimits
+  MechanismState state = MechanismState::unavailable;
+  int error = 0;     // errno, 0: none
+  std::string why;   // for doctor; not part of the job's JSON
+};
+// What the canary found by attacking (workers/sandbox/canary.cc).
+struct Report {
+  Level level = 0;
+  std::string provider = "native";
+  std::vector<Mechanism> mechanisms;
+  std::vector<std::pair<std::string, bool>> attacks;  // name, withstood
+};
+// The job's `isolation` member (api.md).
+std::string isolation_json(const Report& report, Level requested);
+
+class Session {
+ public:
+  virtual ~Session() = default;  // kills and empties it
+  // Runs a step to its end. Never blocks past its timeout + 3 s.
+  virtual StepResult run(const Step& step, const Watch& watch) = 0;
+
+  // A built-in that stays: a socket to talk to it. When it dies the socket
+  // reads end-of-file and wait_service() says how.
+  virtual Result<int> start_service(BuiltinId id) = 0;
+  virtual StepResult wait_service(Millis timeout_ms) = 0;
+
+  // Writes `bytes` to a path below /work before the next step, inside the
+  // sandbox under the slot's uid. Code::invalid for a path that leaves it.
+  virtual Result<void> put(const std::string& path, std::string_view bytes) = 0;
+  // Reads a regular file below /work the same way; Code::invalid when it is
+  // anything else, Code::too_large, Code::not_found.
+  virtual Result<std::string> collect(const std::string& path,
+                                      std::size_t max_bytes) = 0;
+};
+
+// The worker's end of its slot.
+class Slot {
+ public:
+  static Result<std::unique_ptr<Slot>> attach(int channel_fd);
+  virtual ~Slot() = default;
+  // A fresh connection to the server's Unix socket, made by the spawner.
+  virtual Result<int> connect_server() = 0;
+  virtual Result<std::unique_ptr<Session>> open(const SessionSpec& spec) = 0;
+};
+
+// Runs the canary in a fresh session: attacks, and says what held.
+Result<Report> run_canary(Slot& slot);
+
+struct SpawnerOptions {
+  std::string root;                     // <root>: mirrors/ below it
+  std::string socket_path;              // the server's; empty: TCP only
+  std::vector<std::string> repo_roots;  // absolute
+  std::uint32_t slot_uid_base = 200'000;
+  bool seccomp_enable = true;           // false: only the always-deny list
+  std::string self_exe;                 // for doctor and tests
+};
+
+// The pool's end. start() forks; call it before any thread exists.
+class Spawner {
+ public:
+  static Result<std::unique_ptr<Spawner>> start(const SpawnerOptions&);
+  virtual ~Spawner() = default;  // its sandboxes die with it
+  virtual int pid() const = 0;
+  // A channel for the worker of slot `n` (0..63): hand it over exec as a
+  // descriptor, then close it here.
+  virtual Result<int> open_slot(int n) = 0;
+  // Readable on events_fd(): slots whose worker has gone and which are proven
+  // empty since.
+  virtual int events_fd() const = 0;
+  virtual std::vector<int> take_empty() = 0;
+};
+
+}  // namespace machina::sandbox
