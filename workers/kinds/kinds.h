@@ -1,0 +1,42 @@
+// workers/kinds/kinds.h
+//
+// The built-in kinds: for each, the check of its payload at submission (again
+// in the worker), its defaults, and how it runs. One file or folder per kind.
+
+#pragma once
+
+#include <functional>
+#include <map>
+#include <string>
+
+#include "queue/job.h"
+#include "queue/result.h"
+#include "workers/sandbox/sandbox.h"
+
+namespace machina {
+
+struct WorkerOptions;
+
+struct Kind {
+  // Code::invalid; `what` is "<field>: <what, value, bound>".
+  std::function<Result<void>(const std::string& payload_json)> check;
+  Millis timeout_ms = 120'000;
+  sandbox::Limits limits;
+  bool warmed = false;  // served by a resident, confined handler
+};
+
+// Settings that checks depend on.
+struct KindSettings {
+  bool prod = false;
+  std::vector<std::string> repo_roots;         // absolute; <root>/repos first
+  std::vector<std::string> shell_allowed_exe;  // empty: the profile's rule
+  Millis shell_timeout_ms = 30'000;
+};
+
+// By name: noop, tool.shell, test.run.
+std::map<std::string, Kind> built_in_kinds(const KindSettings& settings);
+
+// Before the spawner is forked: gives the sandbox its compiled-in handlers.
+void register_built_in_handlers();
+
+}  // namespace machina
