@@ -4,6 +4,18 @@
 // replaces and scales workers, and tells the server by POST /v1/pools/{id}/sync.
 // It outlives a server; it leaves when the server has been gone for orphan_ms,
 // when the root is gone, or when the server says drain.
+//
+// A worker is started as
+//   self_exe worker --name NAME --channel FD --facts FD --root ROOT
+// with exactly `worker_env` as its environment: no secret is in either.
+//
+//   P1  One pool per root (<root>/pool.lock).
+//   P2  The spawner is forked first; after that, as root, the pool is uid and
+//       gid slot_uid_base-1 without a capability, read back.
+//   P3  A worker's leases are reported `gone` only when its slot is proven
+//       empty: local attempts never overlap.
+//   P4  A worker that dies early is replaced ever more slowly, up to 10 s.
+//   P5  Nothing of the pool outlives it: workers die with it.
 
 #pragma once
 
@@ -21,6 +33,7 @@ struct PoolOptions {
   std::string self_exe;     // to start workers: `machina worker --channel FD`
   int count = 0;            // workers until the server says otherwise
   Millis orphan_ms = 60'000;
+  Millis drain_ms = 30'000;  // running jobs may finish for so long
   Millis lease_ms = 30'000;
   std::uint32_t slot_uid_base = 200'000;
   bool seccomp_enable = true;

@@ -5,9 +5,11 @@
 
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "queue/job.h"
 #include "queue/result.h"
@@ -31,6 +33,8 @@ struct KindSettings {
   std::vector<std::string> repo_roots;         // absolute; <root>/repos first
   std::vector<std::string> shell_allowed_exe;  // empty: the profile's rule
   Millis shell_timeout_ms = 30'000;
+  std::uint64_t shell_stdout_max = 131'072;  // bytes of each in a result
+  std::uint64_t shell_stderr_max = 131'072;
 };
 
 // By name: noop, tool.shell, test.run.

@@ -152,7 +152,9 @@ class Slot {
  public:
   static Result<std::unique_ptr<Slot>> attach(int channel_fd);
   virtual ~Slot() = default;
-  // A fresh connection to the server's Unix socket, made by the spawner.
+  // A fresh connection to the server's Unix socket, made by the spawner. From
+  // any thread, at any time: also while another thread is in Session::run(),
+  // and in less than a second whether the server is there or not.
   virtual Result<int> connect_server() = 0;
   virtual Result<std::unique_ptr<Session>> open(const SessionSpec& spec) = 0;
 };
@@ -178,6 +180,9 @@ class Spawner {
   // A channel for the worker of slot `n` (0..63): hand it over exec as a
   // descriptor, then close it here.
   virtual Result<int> open_slot(int n) = 0;
+  // The pool's own way to the server's Unix socket, as Slot::connect_server().
+  // Calls on a Spawner are made one at a time; any thread may make them.
+  virtual Result<int> connect_server() = 0;
   // Readable on events_fd(): slots whose worker has gone and which are proven
   // empty since.
   virtual int events_fd() const = 0;
