@@ -1,0 +1,199 @@
+// Configuration: tools/config.h's promises by number, and the profiles' files.
+
+#include "tools/config.h"
+
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <fstream>
+#include <map>
+
+namespace machina {
+namespace {
+
+using Strings = std::vector<std::string>;
+using Overrides = std::map<std::string, std::string>;
+
+Config load(const Strings& environment, const Overrides& overrides = {},
+            const std::string& file = "") {
+  auto config = Config::load(environment, overrides, file);
+  EXPECT_TRUE(config) << (config ? "" : config.error().what);
+  return config ? *config : *Config::load({}, {}, "");
+}
+
+std::string refusal(const Strings& environment, const Overrides& overrides = {},
+                    const std::string& file = "") {
+  auto config = Config::load(environment, overrides, file);
+  EXPECT_FALSE(config) << "was accepted";
+  return config ? "" : config.error().what;
+}
+
+class TempFile {
+ public:
+  explicit TempFile(const std::string& text) {
+    char name[] = "/tmp/machina_config_test.XXXXXX";
+    int fd = ::mkstemp(name);
+    EXPECT_GE(fd, 0);
+    EXPECT_EQ(::write(fd, text.data(), text.size()),
+              static_cast<ssize_t>(text.size()));
+    ::close(fd);
+    path_ = name;
+  }
+  ~TempFile() { ::unlink(path_.c_str()); }
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+#define EXPECT_SAYS(text, part) \
+  EXPECT_NE((text).find(part), std::string::npos) << (text)
+
+TEST(Config, UnknownVariableNamesTheNearest) {  // G1
+  std::string what = refusal({"MACHINA_WAL_FSNYC=1"});
+  EXPECT_SAYS(what, "MACHINA_WAL_FSNYC");
+  EXPECT_SAYS(what, "nearest is MACHINA_WAL_FSYNC");
+  EXPECT_SAYS(refusal({"MACHINA_API_TOKEN_FIL=/x"}), "MACHINA_API_TOKEN_FILE");
+  EXPECT_SAYS(refusal({"MACHINA_="}), "nearest");
+}
+
+TEST(Config, OtherVariablesAreNotOurs) {
+  load({"PATH=/bin", "MACHIN_ROOT=/", "XMACHINA_ROOT=/", "MACHINA_BARE"});
+}
+
+TEST(Config, OutOfRangeNamesVariableValueAndRange) {  // G2
+  std::string what = refusal({"MACHINA_MAX_ATTEMPTS=1001"});
+  EXPECT_SAYS(what, "MACHINA_MAX_ATTEMPTS");
+  EXPECT_SAYS(what, "\"1001\"");
+  EXPECT_SAYS(what, "from 1 to 1000");
+  EXPECT_SAYS(refusal({}, {{"MACHINA_WORKERS", "65"}}), "from 0 to 64");
+  EXPECT_SAYS(refusal({"MACHINA_PROFILE=production"}), "dev|prod");
+  EXPECT_SAYS(refusal({"MACHINA_SANDBOX_MIN_LEVEL=L5"}), "L0, L1, L2, L3, L4");
+  EXPECT_SAYS(refusal({"MACHINA_WAL_FSYNC=yes"}), "must be 0 or 1");
+  EXPECT_SAYS(refusal({"MACHINA_REPO_ROOTS=/ok,relative"}), "absolute");
+}
+
+TEST(Config, NumbersAreWholeAndNothingElse) {
+  for (const char* bad :
+       {"5x", " 5", "+5", "5.0", "0x5", "99999999999999999999999"}) {
+    refusal({std::string("MACHINA_MAX_ATTEMPTS=") + bad});
+  }
+}
+
+TEST(Config, ASetVariableWinsOverTheProfile) {  // G3
+  Config config = load({"MACHINA_PROFILE=prod", "MACHINA_SHELL_TIMEOUT_MS=7"});
+  EXPECT_TRUE(config.prod());
+  EXPECT_EQ(config.number("MACHINA_SHELL_TIMEOUT_MS"), 7);
+  EXPECT_EQ(config.values().at("MACHINA_SHELL_TIMEOUT_MS").origin,
+            "environment");
+  EXPECT_EQ(config.number("MACHINA_SANDBOX_MIN_LEVEL"), 3);
+  EXPECT_EQ(config.values().at("MACHINA_SANDBOX_MIN_LEVEL").origin,
+            "profile prod");
+}
+
+TEST(Config, StrongerSourceWinsAtEachStep) {
+  TempFile file(
+      "MACHINA_LEASE_MS: 1001\nMACHINA_DRAIN_MS: 1001\n"
+      "MACHINA_POOL_ORPHAN_MS: 1001\n");
+  Config config = load({"MACHINA_LEASE_MS=1002", "MACHINA_DRAIN_MS=1002"},
+                       {{"MACHINA_LEASE_MS", "1003"}}, file.path());
+  EXPECT_EQ(config.number("MACHINA_LEASE_MS"), 1003);
+  EXPECT_EQ(config.number("MACHINA_DRAIN_MS"), 1002);
+  EXPECT_EQ(config.number("MACHINA_POOL_ORPHAN_MS"), 1001);
+  EXPECT_EQ(config.values().at("MACHINA_POOL_ORPHAN_MS").origin,
+            "file " + file.path());
+}
+
+TEST(Config, AnEmptyVariableIsNotSet) {
+  EXPECT_EQ(load({"MACHINA_LEASE_MS="}).number("MACHINA_LEASE_MS"), 30000);
+}
+
+TEST(Config, FileMayHoldListsAndIsHeldToTheSameTable) {
+  TempFile file("MACHINA_KINDS_ALLOWED: [test.*, noop]\n");
+  EXPECT_EQ(load({}, {}, file.path()).list("MACHINA_KINDS_ALLOWED"),
+            (Strings{"test.*", "noop"}));
+  TempFile unknown("MACHINA_LEASE_S: 3\n");
+  EXPECT_SAYS(refusal({}, {}, unknown.path()), "nearest is MACHINA_LEASE_MS");
+  TempFile twice("MACHINA_LEASE_MS: 300\nMACHINA_LEASE_MS: 400\n");
+  EXPECT_SAYS(refusal({}, {}, twice.path()), "set twice");
+  TempFile nested("MACHINA_LEASE_MS: {a: 1}\n");
+  EXPECT_SAYS(refusal({}, {}, nested.path()), "MACHINA_LEASE_MS");
+  TempFile broken("MACHINA_LEASE_MS: [1\n");
+  EXPECT_SAYS(refusal({}, {}, broken.path()), "line");
+  EXPECT_SAYS(refusal({}, {}, "/nonexistent/machina.yaml"), "--config");
+  EXPECT_SAYS(refusal({}, {}, "/tmp"), "not a regular file");
+}
+
+TEST(Config, SecretsComeFromFilesAndAreNeverPrinted) {  // G4
+  TempFile file("s3cret-token\n");
+  Config config = load({"MACHINA_API_TOKEN_FILE=" + file.path()});
+  EXPECT_EQ(config.text("MACHINA_API_TOKEN"), "s3cret-token");
+  EXPECT_EQ(config.print().find("s3cret-token"), std::string::npos);
+  EXPECT_SAYS(config.print(), "MACHINA_API_TOKEN=(set)");
+  EXPECT_SAYS(
+      refusal({"MACHINA_API_TOKEN_FILE=" + file.path(), "MACHINA_API_TOKEN=x"}),
+      "keep one");
+  std::string what = refusal({"MACHINA_API_TOKEN=has space"});
+  EXPECT_EQ(what.find("has space"), std::string::npos) << what;
+  TempFile empty("\n");
+  refusal({"MACHINA_API_TOKEN_FILE=" + empty.path()});
+}
+
+TEST(Config, CrossedBoundsAreRefused) {
+  EXPECT_SAYS(
+      refusal({"MACHINA_RETRY_MIN_MS=5000", "MACHINA_RETRY_MAX_MS=4000"}),
+      "MACHINA_RETRY_MAX_MS");
+}
+
+TEST(Config, ChildrenAreGivenWhatWasSetAndNothingElse) {
+  Config config = load({"MACHINA_LEASE_MS=500", "MACHINA_API_TOKEN=t"});
+  const char* names[] = {"MACHINA_LEASE_MS", "MACHINA_DRAIN_MS"};
+  EXPECT_EQ(config.environment(names), (Strings{"MACHINA_LEASE_MS=500"}));
+  const char* secret[] = {"MACHINA_API_TOKEN"};
+  EXPECT_DEATH(config.environment(secret), "secret");
+}
+
+TEST(Config, ScrubbingLeavesNoSecretInTheEnvironment) {
+  ASSERT_EQ(::setenv("MACHINA_API_TOKEN", "hunter2hunter2", 1), 0);
+  const char* text = ::getenv("MACHINA_API_TOKEN");
+  scrub_secrets_from_environment();
+  EXPECT_EQ(::getenv("MACHINA_API_TOKEN"), nullptr);
+  EXPECT_EQ(std::string(text), "");  // overwritten where it stood
+}
+
+// Every default is itself within its range, in both profiles.
+TEST(Config, DefaultsObeyTheirOwnRanges) {
+  for (const auto& row : config_table()) {
+    for (const char* value : {row.fallback, row.dev, row.prod}) {
+      if (value == nullptr || *value == '\0') continue;
+      auto config = Config::load({}, {{row.name, value}}, "");
+      EXPECT_TRUE(config) << config.error().what;
+    }
+  }
+}
+
+// profiles/*.env are for people to read: they must say what the table does.
+TEST(Config, ProfileFilesRepeatTheTable) {
+  for (std::string profile : {"dev", "prod"}) {
+    std::map<std::string, std::string> listed, known;
+    std::ifstream file(std::string(MACHINA_SOURCE_DIR) + "/profiles/" +
+                       profile + ".env");
+    ASSERT_TRUE(file);
+    for (std::string line; std::getline(file, line);) {
+      if (line.empty() || line[0] == '#') continue;
+      auto equals = line.find('=');
+      ASSERT_NE(equals, std::string::npos) << line;
+      listed[line.substr(0, equals)] = line.substr(equals + 1);
+    }
+    for (const auto& row : config_table()) {
+      const char* value = profile == "dev" ? row.dev : row.prod;
+      if (value != nullptr) known[row.name] = value;
+    }
+    EXPECT_EQ(listed, known) << profile;
+  }
+}
+
+}  // namespace
+}  // namespace machina
