@@ -1,0 +1,98 @@
+// What a server refuses to start with, and what it says it does not promise.
+
+#include "tools/promises.h"
+
+#include <gtest/gtest.h>
+
+#include <map>
+
+namespace machina {
+namespace {
+
+Config with(const std::map<std::string, std::string>& settings) {
+  auto config = Config::load({}, settings, "");
+  EXPECT_TRUE(config) << (config ? "" : config.error().what);
+  return *config;
+}
+
+std::string refusals(std::map<std::string, std::string> settings) {
+  std::string all;
+  for (const auto& line : start_refusals(with(settings))) all += line + "\n";
+  return all;
+}
+
+const std::map<std::string, std::string> kGoodProd = {
+    {"MACHINA_PROFILE", "prod"}, {"MACHINA_API_TOKEN", "t"}};
+
+std::string prod_with(const std::string& name, const std::string& value) {
+  auto settings = kGoodProd;
+  settings[name] = value;
+  return refusals(settings);
+}
+
+TEST(StartRefusals, DefaultsAndAGoodProdMayStart) {
+  EXPECT_EQ(refusals({}), "");
+  EXPECT_EQ(refusals(kGoodProd), "");
+}
+
+TEST(StartRefusals, ProdWithoutAuthentication) {
+  EXPECT_NE(refusals({{"MACHINA_PROFILE", "prod"}}).find("MACHINA_API_TOKEN"),
+            std::string::npos);
+}
+
+TEST(StartRefusals, ASecretForSignaturesAloneIsNoAuthenticationYet) {
+  for (const char* profile : {"dev", "prod"}) {
+    std::string all = refusals(
+        {{"MACHINA_PROFILE", profile}, {"MACHINA_API_HMAC_SECRET", "s"}});
+    EXPECT_NE(all.find("signatures"), std::string::npos) << all;
+  }
+  EXPECT_EQ(prod_with("MACHINA_API_HMAC_SECRET", "s"), "");
+}
+
+TEST(StartRefusals, ProdWithoutDurability) {
+  EXPECT_NE(prod_with("MACHINA_WAL_FSYNC", "0").find("MACHINA_WAL_FSYNC"),
+            std::string::npos);
+  EXPECT_NE(prod_with("MACHINA_WAL_ENABLE", "0").find("MACHINA_WAL_ENABLE"),
+            std::string::npos);
+}
+
+TEST(StartRefusals, ProdBelowItsLevel) {
+  EXPECT_NE(prod_with("MACHINA_SECCOMP_ENABLE", "0").find("L2"),
+            std::string::npos);
+  auto lowered = kGoodProd;
+  lowered["MACHINA_SECCOMP_ENABLE"] = "0";
+  lowered["MACHINA_SANDBOX_MIN_LEVEL"] = "L2";  // on purpose
+  EXPECT_EQ(refusals(lowered), "");
+}
+
+TEST(StartRefusals, WhatThisVersionCannotHonour) {
+  EXPECT_NE(refusals({{"MACHINA_BWRAP_REQUIRED", "1"}}).find("bwrap"),
+            std::string::npos);
+  EXPECT_NE(refusals({{"MACHINA_SANDBOX_MIN_LEVEL", "L4"}}).find("L4"),
+            std::string::npos);
+}
+
+TEST(StartRefusals, AnOpenAddressWithoutAToken) {
+  EXPECT_NE(refusals({{"MACHINA_HOST", "0.0.0.0"}}).find("0.0.0.0"),
+            std::string::npos);
+  EXPECT_EQ(refusals({{"MACHINA_HOST", "0.0.0.0"}, {"MACHINA_API_TOKEN", "t"}}),
+            "");
+  for (const char* host : {"127.0.0.1", "127.1.2.3", "::1", "localhost"}) {
+    EXPECT_EQ(refusals({{"MACHINA_HOST", host}}), "") << host;
+  }
+}
+
+TEST(NotPromised, NamesEachWeakSetting) {
+  std::string dev = not_promised(with({}));
+  for (const char* part : {"power cut", "MACHINA_SANDBOX_MIN_LEVEL=L0",
+                           "MACHINA_SECCOMP_ENABLE=0", "MACHINA_API_TOKEN"}) {
+    EXPECT_NE(dev.find(part), std::string::npos) << dev;
+  }
+  std::string prod = not_promised(with(kGoodProd));
+  EXPECT_EQ(prod.find("power cut"), std::string::npos) << prod;
+  EXPECT_NE(prod.find("only once"), std::string::npos) << prod;
+  EXPECT_EQ(prod.find('\n'), std::string::npos);  // one line
+}
+
+}  // namespace
+}  // namespace machina

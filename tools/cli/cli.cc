@@ -1,0 +1,143 @@
+#include "tools/cli/cli.h"
+
+#include <unistd.h>
+
+#include <CLI/App.hpp>
+#include <CLI/Config.hpp>
+#include <CLI/Formatter.hpp>
+#include <cstdio>
+#include <iostream>
+#include <nlohmann/json.hpp>
+
+extern char** environ;  // NOLINT: the only way to the whole of it
+
+namespace machina::cli {
+
+void add_setting(CLI::App& verb, std::shared_ptr<Settings> settings,
+                 const std::string& flag, const std::string& variable,
+                 const std::string& help) {
+  verb.add_option_function<std::string>(
+          flag,
+          [settings, variable](const std::string& value) {
+            settings->overrides[variable] = value;
+          },
+          help)
+      ->type_name(variable);
+}
+
+void add_common(CLI::App& verb, std::shared_ptr<Settings> settings) {
+  verb.add_option("--config", settings->file, "a YAML file of variables")
+      ->type_name("FILE");
+  verb.add_flag("--json", settings->json, "print JSON");
+}
+
+void add_client_settings(CLI::App& verb, std::shared_ptr<Settings> settings) {
+  add_setting(verb, settings, "--server", "MACHINA_SERVER",
+              "http://HOST:PORT or the path of a socket");
+  add_setting(verb, settings, "--root", "MACHINA_ROOT",
+              "where to look for machina.sock");
+  add_common(verb, settings);
+}
+
+std::vector<std::string> environment() {
+  std::vector<std::string> all;
+  for (char** entry = environ; entry != nullptr && *entry != nullptr; ++entry) {
+    all.emplace_back(*entry);
+  }
+  return all;
+}
+
+Result<Config> load(const Settings& settings) {
+  auto config = Config::load(environment(), settings.overrides, settings.file);
+  if (!config) fail(kUsage, config.error().what);
+  return config;
+}
+
+std::string self_exe() {
+  std::string path(4096, '\0');
+  ssize_t got = ::readlink("/proc/self/exe", path.data(), path.size());
+  path.resize(got > 0 ? static_cast<std::size_t>(got) : 0);
+  return path;
+}
+
+int fail(int exit, const std::string& what) {
+  std::cerr << "machina: " << what << "\n";
+  return exit;
+}
+
+Asked ask(const Settings& settings, const Client::Request& request, int* exit) {
+  Asked asked;
+  auto config = load(settings);
+  if (!config) {
+    *exit = kUsage;
+    return asked;
+  }
+  auto client = Client::open(*config);
+  if (!client) {
+    *exit = fail(kUsage, client.error().what);
+    return asked;
+  }
+  auto answer = (*client)->call(request);
+  if (!answer) {
+    bool unknown = answer.error().code == Code::io && request.method != "GET";
+    *exit =
+        fail(kUnreachable,
+             answer.error().what +
+                 (unknown ? "; whether it took effect is unknown: ask again "
+                            "with the same --dedup-key, or look"
+                          : "; is a server running there? (machina serve, "
+                            "--server, MACHINA_SERVER)"));
+    return asked;
+  }
+  if (answer->status >= 400) {
+    *exit = show_refusal(settings, *answer);
+    return asked;
+  }
+  asked.ok = true;
+  asked.answer = std::move(*answer);
+  return asked;
+}
+
+int show_refusal(const Settings& settings, const Client::Answer& answer) {
+  auto problem = nlohmann::json::parse(answer.body, nullptr, false);
+  if (settings.json && !problem.is_discarded()) {
+    std::cout << problem.dump() << "\n";
+    return kRefused;
+  }
+  std::string code, detail;
+  if (problem.is_object()) {
+    code = problem.value("code", "");
+    detail = problem.value("detail", problem.value("title", ""));
+  }
+  std::string hint;
+  if (answer.status == 401 || answer.status == 403) {
+    hint =
+        "; set MACHINA_API_TOKEN or MACHINA_API_TOKEN_FILE, or use the "
+        "server's socket";
+  } else if (answer.status == 404) {
+    hint = "; machina list shows the jobs there are";
+  } else if (auto after = answer.headers.find("retry-after");
+             after != answer.headers.end()) {
+    hint = "; try again in " + after->second + " s";
+  }
+  return fail(kRefused, "refused, " + std::to_string(answer.status) +
+                            (code.empty() ? "" : " " + harmless(code)) +
+                            (detail.empty() ? "" : ": " + harmless(detail)) +
+                            hint);
+}
+
+void add_version(CLI::App& app, int* exit) {
+  auto settings = std::make_shared<Settings>();
+  CLI::App* verb = app.add_subcommand("version", "Print the version");
+  verb->add_flag("--json", settings->json, "print JSON");
+  verb->callback([settings, exit] {
+    if (settings->json) {
+      std::cout << nlohmann::json{{"version", MACHINA_VERSION}}.dump() << "\n";
+    } else {
+      std::cout << "machina " << MACHINA_VERSION << "\n";
+    }
+    *exit = kOk;
+  });
+}
+
+}  // namespace machina::cli

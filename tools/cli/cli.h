@@ -1,0 +1,95 @@
+// tools/cli/cli.h
+//
+// What the verbs share: exit codes, configuration, and how an answer is shown.
+// Each add_*() hangs one verb on the parser; its callback leaves the exit code
+// in *exit.
+
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "queue/result.h"
+#include "tools/cli/client.h"
+#include "tools/config.h"
+
+namespace CLI {
+class App;
+}  // namespace CLI
+
+namespace machina::cli {
+
+constexpr int kOk = 0;
+constexpr int kNotSucceeded = 1;  // the job did not succeed
+constexpr int kUsage = 2;         // or configuration
+constexpr int kUnreachable = 3;
+constexpr int kRefused = 4;  // by the server
+
+void add_serve(CLI::App& app, int* exit);
+void add_pool(CLI::App& app, int* exit);
+void add_worker(CLI::App& app, int* exit);
+void add_doctor(CLI::App& app, int* exit);
+void add_version(CLI::App& app, int* exit);
+// enqueue, get, list, logs, cancel, retry, unblock
+void add_job_verbs(CLI::App& app, int* exit);
+// scale, stats
+void add_operator_verbs(CLI::App& app, int* exit);
+
+// The options of a verb that fill configuration. Lives as long as the parser.
+struct Settings {
+  std::map<std::string, std::string> overrides;  // by variable name
+  std::string file;                              // --config
+  bool json = false;
+};
+// Adds `flag` (such as "--root"), which sets `variable`.
+void add_setting(CLI::App& verb, std::shared_ptr<Settings> settings,
+                 const std::string& flag, const std::string& variable,
+                 const std::string& help);
+void add_common(CLI::App& verb, std::shared_ptr<Settings> settings);
+// --server, --root, --config, --json
+void add_client_settings(CLI::App& verb, std::shared_ptr<Settings> settings);
+
+// This process's environment, as Config::load wants it.
+std::vector<std::string> environment();
+// Loads; on failure says why on stderr.
+Result<Config> load(const Settings& settings);
+// The path of this program.
+std::string self_exe();
+
+int fail(int exit, const std::string& what);  // "machina: what", then `exit`
+
+// Loads, connects and asks. On failure says why on stderr and leaves the exit
+// code in *exit; then the answer is empty.
+struct Asked {
+  bool ok = false;
+  Client::Answer answer;
+};
+Asked ask(const Settings& settings, const Client::Request& request, int* exit);
+// Says a refusal (status >= 400): problem JSON to stdout with --json, else one
+// line that says what to do next. Returns kRefused.
+int show_refusal(const Settings& settings, const Client::Answer& answer);
+
+// `now` and `then` as people read them.
+std::string readable_time(const std::string& rfc3339);   // local, with an age
+std::string readable_clock(const std::string& rfc3339);  // local, short
+std::string readable_ms(std::int64_t ms);
+std::int64_t parse_time_ms(const std::string& rfc3339);  // -1: no such time
+
+// Text from a job, made harmless for a terminal: control characters other than
+// newline and tab are shown as '?'.
+std::string harmless(std::string text);
+
+// Columns padded to their widest cell; the last is left ragged.
+class Table {
+ public:
+  explicit Table(std::vector<std::string> head);
+  void add(std::vector<std::string> row);
+  std::string text() const;
+
+ private:
+  std::vector<std::vector<std::string>> rows_;
+};
+
+}  // namespace machina::cli

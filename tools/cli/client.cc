@@ -1,0 +1,165 @@
+#include "tools/cli/client.h"
+
+#include <curl/curl.h>
+#include <sys/stat.h>
+
+#include <algorithm>
+
+#include "tools/config.h"
+#include "tools/root.h"
+
+namespace machina::cli {
+namespace {
+
+constexpr long kConnectMs = 3000;
+
+bool is_socket(const std::string& path) {
+  struct stat status {};
+  return ::stat(path.c_str(), &status) == 0 && S_ISSOCK(status.st_mode);
+}
+
+std::size_t take_body(char* bytes, std::size_t size, std::size_t count,
+                      void* to) {
+  auto* answer = static_cast<Client::Answer*>(to);
+  if (answer->body.size() + size * count > kAnswerBytesMax) return 0;
+  answer->body.append(bytes, size * count);
+  return size * count;
+}
+
+std::size_t take_header(char* bytes, std::size_t size, std::size_t count,
+                        void* to) {
+  auto* answer = static_cast<Client::Answer*>(to);
+  std::string line(bytes, size * count);
+  std::size_t colon = line.find(':');
+  if (line.starts_with("HTTP/")) answer->headers.clear();  // after a 100
+  if (colon != std::string::npos) {
+    std::string name = line.substr(0, colon);
+    std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) {
+      return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32)
+                                  : static_cast<char>(c);
+    });
+    std::size_t first = line.find_first_not_of(" \t", colon + 1);
+    std::size_t last = line.find_last_not_of(" \t\r\n");
+    answer->headers[name] = first == std::string::npos || last < first
+                                ? ""
+                                : line.substr(first, last - first + 1);
+  }
+  return size * count;
+}
+
+bool never_arrived(CURLcode code) {
+  return code == CURLE_COULDNT_CONNECT || code == CURLE_COULDNT_RESOLVE_HOST ||
+         code == CURLE_URL_MALFORMAT || code == CURLE_UNSUPPORTED_PROTOCOL ||
+         code == CURLE_COULDNT_RESOLVE_PROXY;
+}
+
+}  // namespace
+
+struct Client::Curl {
+  CURL* handle = curl_easy_init();
+  ~Curl() { curl_easy_cleanup(handle); }
+};
+
+Client::~Client() = default;
+
+Result<std::unique_ptr<Client>> Client::open(const Config& config) {
+  static const CURLcode ready = curl_global_init(CURL_GLOBAL_DEFAULT);
+  std::unique_ptr<Client> client(new Client);
+  client->curl_ = std::make_unique<Curl>();
+  if (ready != CURLE_OK || client->curl_->handle == nullptr) {
+    return Error{Code::io, "libcurl did not start"};
+  }
+  client->token_ = config.text("MACHINA_API_TOKEN");
+
+  std::string server = config.text("MACHINA_SERVER");
+  if (server.empty()) {
+    std::string socket = root_socket(config.text("MACHINA_ROOT"));
+    server = is_socket(socket) ? socket : "http://127.0.0.1:8080";
+  }
+  if (server.starts_with("unix:")) server = server.substr(5);
+  if (server.starts_with("/")) {
+    if (server.size() > kSocketPathBytesMax) {
+      return Error{Code::invalid, "--server: \"" + server + "\" has " +
+                                      std::to_string(server.size()) +
+                                      " bytes, a socket's path has at most " +
+                                      std::to_string(kSocketPathBytesMax)};
+    }
+    client->socket_ = server;
+    client->base_ = "http://localhost";
+  } else if (server.starts_with("http://") || server.starts_with("https://")) {
+    while (server.ends_with('/')) server.pop_back();
+    client->base_ = server;
+  } else {
+    return Error{Code::invalid, "--server: \"" + server +
+                                    "\" must be http://HOST:PORT or the "
+                                    "absolute path of a socket"};
+  }
+  client->where_ = server;
+  return client;
+}
+
+Result<Client::Answer> Client::call(const Request& request) {
+  CURL* handle = curl_->handle;
+  curl_easy_reset(handle);
+  std::string url = base_ + request.path;
+  Answer answer;
+  char why[CURL_ERROR_SIZE] = "";
+  curl_easy_setopt(handle, CURLOPT_URL, url.c_str());
+  curl_easy_setopt(handle, CURLOPT_PROTOCOLS_STR, "http,https");
+  curl_easy_setopt(handle, CURLOPT_NOPROXY, "*");
+  curl_easy_setopt(handle, CURLOPT_NOSIGNAL, 1L);
+  curl_easy_setopt(handle, CURLOPT_ERRORBUFFER, why);
+  curl_easy_setopt(handle, CURLOPT_CONNECTTIMEOUT_MS, kConnectMs);
+  curl_easy_setopt(handle, CURLOPT_TIMEOUT_MS, request.timeout_ms);
+  curl_easy_setopt(handle, CURLOPT_WRITEFUNCTION, take_body);
+  curl_easy_setopt(handle, CURLOPT_WRITEDATA, &answer);
+  curl_easy_setopt(handle, CURLOPT_HEADERFUNCTION, take_header);
+  curl_easy_setopt(handle, CURLOPT_HEADERDATA, &answer);
+  if (!socket_.empty()) {
+    curl_easy_setopt(handle, CURLOPT_UNIX_SOCKET_PATH, socket_.c_str());
+  }
+  curl_easy_setopt(handle, CURLOPT_CUSTOMREQUEST, request.method.c_str());
+  if (request.method != "GET") {
+    curl_easy_setopt(handle, CURLOPT_POSTFIELDS, request.body.data());
+    curl_easy_setopt(handle, CURLOPT_POSTFIELDSIZE_LARGE,
+                     static_cast<curl_off_t>(request.body.size()));
+  }
+  curl_slist* headers = nullptr;
+  for (const auto& header : request.headers) {
+    headers = curl_slist_append(headers, header.c_str());
+  }
+  if (request.method != "GET") {
+    headers = curl_slist_append(headers, "Content-Type: application/json");
+    headers = curl_slist_append(headers, "Expect:");
+  }
+  if (!token_.empty()) {
+    headers =
+        curl_slist_append(headers, ("Authorization: Bearer " + token_).c_str());
+  }
+  curl_easy_setopt(handle, CURLOPT_HTTPHEADER, headers);
+  CURLcode code = curl_easy_perform(handle);
+  curl_easy_getinfo(handle, CURLINFO_RESPONSE_CODE, &answer.status);
+  curl_slist_free_all(headers);
+  if (code == CURLE_OK) return answer;
+  std::string what = *why != '\0' ? why : curl_easy_strerror(code);
+  return Error{never_arrived(code) ? Code::unavailable : Code::io,
+               where_ + ": " + what};
+}
+
+std::string url_escape(const std::string& text) {
+  constexpr char kHex[] = "0123456789ABCDEF";
+  std::string out;
+  for (unsigned char c : text) {
+    bool plain = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
+                 (c >= '0' && c <= '9') || c == '-' || c == '_' || c == '.' ||
+                 c == '~';
+    if (plain) {
+      out += static_cast<char>(c);
+    } else {
+      out += {'%', kHex[c >> 4], kHex[c & 15]};
+    }
+  }
+  return out;
+}
+
+}  // namespace machina::cli

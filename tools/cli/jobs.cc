@@ -1,0 +1,494 @@
+// The verbs about single jobs: enqueue, get, list, logs, cancel, retry,
+// unblock.
+
+#include <unistd.h>
+
+#include <CLI/App.hpp>
+#include <CLI/Config.hpp>
+#include <CLI/Formatter.hpp>
+#include <algorithm>
+#include <chrono>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "tools/cli/cli.h"
+
+namespace machina::cli {
+namespace {
+
+using Json = nlohmann::ordered_json;
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+constexpr std::size_t kPayloadFileBytesMax = 4u << 20;
+constexpr int kWaitStepSeconds = 20;
+
+std::string text_of(const Json& object, const char* name) {
+  auto found = object.find(name);
+  if (found == object.end() || found->is_null()) return "";
+  return found->is_string() ? found->get<std::string>() : found->dump();
+}
+
+bool is_final(const std::string& state) {
+  return state == "succeeded" || state == "failed" || state == "cancelled" ||
+         state == "dead";
+}
+
+std::string ran_for(const Json& job) {
+  std::int64_t from = parse_time_ms(text_of(job, "started_at"));
+  std::int64_t to = parse_time_ms(text_of(job, "finished_at"));
+  return from < 0 || to < 0 ? "" : readable_ms(to - from);
+}
+
+std::string error_line(const Json& job) {
+  auto error = job.find("error");
+  if (error == job.end() || !error->is_object()) return "";
+  std::string message = text_of(*error, "message");
+  return text_of(*error, "code") + (message.empty() ? "" : ": " + message);
+}
+
+void show_line(const char* name, const std::string& value) {
+  if (value.empty()) return;
+  std::string label(name);
+  label.resize(12, ' ');
+  std::cout << label << harmless(value) << "\n";
+}
+
+void show_job(const Json& job) {
+  show_line("job", text_of(job, "id"));
+  show_line("kind", text_of(job, "kind") + "  (queue " + text_of(job, "queue") +
+                        ", priority " + text_of(job, "priority") + ")");
+  std::string state = text_of(job, "state");
+  if (job.value("cancel_requested", false) && !is_final(state)) {
+    state += ", cancel requested";
+  }
+  if (job.value("waiting_for_level", false)) {
+    state += ", no worker is at its isolation level";
+  }
+  if (job.value("duplicate", false)) state += "  (it was there already)";
+  show_line("state", state);
+  show_line("error", error_line(job));
+  show_line("attempt",
+            text_of(job, "attempt") + " of " + text_of(job, "max_attempts"));
+  for (auto [label, member] : {std::pair{"created", "created_at"},
+                               {"runs at", "run_at"},
+                               {"started", "started_at"},
+                               {"finished", "finished_at"}}) {
+    std::string at = text_of(job, member);
+    if (!at.empty()) show_line(label, readable_time(at));
+  }
+  show_line("ran for", ran_for(job));
+  show_line("durability", text_of(job, "durability"));
+  if (auto isolation = job.find("isolation");
+      isolation != job.end() && isolation->is_object()) {
+    show_line("isolation", text_of(*isolation, "level") + " of " +
+                               text_of(*isolation, "requested") +
+                               " asked for, by " +
+                               text_of(*isolation, "provider"));
+  }
+  show_line("worker", text_of(job, "worker"));
+  for (const char* member :
+       {"progress", "blocked", "labels", "dedup_key", "depends_on", "usage"}) {
+    auto found = job.find(member);
+    if (found == job.end() || found->empty()) continue;
+    show_line(member, text_of(job, member));
+  }
+  for (const char* member : {"payload", "result"}) {
+    auto found = job.find(member);
+    if (found == job.end() || found->is_null()) continue;
+    std::cout << member << "\n" << harmless(found->dump(2)) << "\n";
+  }
+}
+
+// Prints an answer that is a job. False when it is not one.
+bool show_answer(const Settings& settings, const std::string& body, Json* job) {
+  *job = Json::parse(body, nullptr, false);
+  if (!job->is_object()) {
+    fail(kRefused, "the answer is not a job");
+    return false;
+  }
+  if (settings.json) {
+    std::cout << job->dump() << "\n";
+  } else {
+    show_job(*job);
+  }
+  return true;
+}
+
+// --- enqueue ---------------------------------------------------------------
+
+struct EnqueueOptions {
+  std::shared_ptr<Settings> settings = std::make_shared<Settings>();
+  std::string kind, payload = "{}", queue, dedup_key, run_at, min_level;
+  int priority = -1, max_attempts = -1, timeout_ms = -1;
+  std::int64_t delay_ms = -1;
+  std::vector<std::string> depends_on, labels;
+  bool wait = false;
+  std::int64_t wait_seconds = 86'400;
+};
+
+// "@file", "@-" for standard input, or the JSON itself.
+Result<std::string> read_payload(const std::string& given) {
+  if (!given.starts_with('@')) return given;
+  std::string name = given.substr(1);
+  std::ifstream file;
+  std::istream* from = &std::cin;
+  if (name != "-") {
+    file.open(name, std::ios::binary);
+    if (!file) {
+      return Error{Code::invalid, "--payload: cannot read " + name};
+    }
+    from = &file;
+  }
+  std::string bytes(kPayloadFileBytesMax + 1, '\0');
+  from->read(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  bytes.resize(static_cast<std::size_t>(from->gcount()));
+  if (bytes.size() > kPayloadFileBytesMax) {
+    return Error{Code::too_large, "--payload: more than " +
+                                      std::to_string(kPayloadFileBytesMax) +
+                                      " bytes"};
+  }
+  return bytes;
+}
+
+// The request's body. The payload goes in as it was written: the server is to
+// see its duplicate keys and long numbers, not this parser's view of them.
+Result<std::string> enqueue_body(const EnqueueOptions& options) {
+  auto payload = read_payload(options.payload);
+  if (!payload) return payload;
+  if (!Json::accept(*payload)) {
+    return Error{Code::invalid, "--payload: not JSON (@FILE reads a file)"};
+  }
+  Json body = {{"kind", options.kind}};
+  if (!options.queue.empty()) body["queue"] = options.queue;
+  if (!options.dedup_key.empty()) body["dedup_key"] = options.dedup_key;
+  if (!options.run_at.empty()) body["run_at"] = options.run_at;
+  if (options.priority >= 0) body["priority"] = options.priority;
+  if (options.delay_ms >= 0) body["delay_ms"] = options.delay_ms;
+  if (options.max_attempts >= 0) body["max_attempts"] = options.max_attempts;
+  if (options.timeout_ms >= 0) body["timeout_ms"] = options.timeout_ms;
+  if (!options.depends_on.empty()) body["depends_on"] = options.depends_on;
+  if (!options.min_level.empty()) {
+    body["sandbox"] = {{"min_level", options.min_level}};
+  }
+  for (const auto& label : options.labels) {
+    std::size_t equals = label.find('=');
+    if (equals == std::string::npos) {
+      return Error{Code::invalid, "--label: \"" + label + "\" must be K=V"};
+    }
+    body["labels"][label.substr(0, equals)] = label.substr(equals + 1);
+  }
+  std::string text = body.dump();
+  text.pop_back();
+  return text + ",\"payload\":" + *payload + "}";
+}
+
+// Asks for the job until it ends or `deadline` passes; the last answer stays in
+// *job. A server that is away for a moment is asked again.
+int wait_for_end(const Settings& settings, const std::string& id,
+                 steady_clock::time_point deadline, std::string* last) {
+  int exit = kOk;
+  auto config = load(settings);
+  if (!config) return kUsage;
+  auto client = Client::open(*config);
+  if (!client) return fail(kUsage, client.error().what);
+  auto away_since = steady_clock::time_point::max();
+  while (steady_clock::now() < deadline) {
+    auto asked_at = steady_clock::now();
+    auto left =
+        std::chrono::duration_cast<std::chrono::seconds>(deadline - asked_at);
+    auto step = std::clamp<std::int64_t>(left.count(), 1, kWaitStepSeconds);
+    Client::Request request;
+    request.path = "/v1/jobs/" + url_escape(id);
+    request.headers = {"Prefer: wait=" + std::to_string(step)};
+    request.timeout_ms = static_cast<long>(step) * 1000 + 10'000;
+    auto answer = (*client)->call(request);
+    if (!answer) {
+      if (away_since == steady_clock::time_point::max()) away_since = asked_at;
+      if (asked_at - away_since > std::chrono::seconds(30)) {
+        return fail(kUnreachable, answer.error().what);
+      }
+      std::this_thread::sleep_for(milliseconds(250));
+      continue;
+    }
+    away_since = steady_clock::time_point::max();
+    if (answer->status == 503) {
+      std::this_thread::sleep_for(milliseconds(250));
+      continue;
+    }
+    if (answer->status >= 400) return show_refusal(settings, *answer);
+    *last = answer->body;
+    Json job = Json::parse(answer->body, nullptr, false);
+    if (!job.is_object() || is_final(text_of(job, "state"))) break;
+    if (steady_clock::now() - asked_at < milliseconds(100)) {
+      std::this_thread::sleep_for(milliseconds(200));
+    }
+  }
+  return exit;
+}
+
+int enqueue(const EnqueueOptions& options) {
+  auto body = enqueue_body(options);
+  if (!body) return fail(kUsage, body.error().what);
+  int exit = kOk;
+  Client::Request request;
+  request.method = "POST";
+  request.path = "/v1/jobs";
+  request.body = *body;
+  Asked asked = ask(*options.settings, request, &exit);
+  if (!asked.ok) return exit;
+  std::string last = asked.answer.body;
+  Json job = Json::parse(last, nullptr, false);
+  if (options.wait && job.is_object() && !is_final(text_of(job, "state"))) {
+    auto deadline =
+        steady_clock::now() + std::chrono::seconds(options.wait_seconds);
+    exit = wait_for_end(*options.settings, text_of(job, "id"), deadline, &last);
+    if (exit != kOk) return exit;
+  }
+  if (!show_answer(*options.settings, last, &job)) return kRefused;
+  if (!options.wait) return kOk;
+  return text_of(job, "state") == "succeeded" ? kOk : kNotSucceeded;
+}
+
+void add_enqueue(CLI::App& app, int* exit) {
+  auto options = std::make_shared<EnqueueOptions>();
+  CLI::App* verb = app.add_subcommand("enqueue", "Submit a job");
+  verb->add_option("kind", options->kind, "such as test.run")->required();
+  verb->add_option("--payload", options->payload, "JSON, @FILE, or @- (stdin)");
+  verb->add_option("--queue", options->queue);
+  verb->add_option("--priority", options->priority, "0..9, 9 first")
+      ->check(CLI::Range(0, 9));
+  verb->add_option("--delay-ms", options->delay_ms)
+      ->check(CLI::NonNegativeNumber);
+  verb->add_option("--run-at", options->run_at, "RFC 3339 UTC");
+  verb->add_option("--max-attempts", options->max_attempts)
+      ->check(CLI::Range(1, 1000));
+  verb->add_option("--timeout-ms", options->timeout_ms)
+      ->check(CLI::PositiveNumber);
+  verb->add_option("--dedup-key", options->dedup_key,
+                   "the same key again is the same job");
+  verb->add_option("--depends-on", options->depends_on, "ids of jobs");
+  verb->add_option("--label", options->labels, "K=V");
+  verb->add_option("--min-level", options->min_level, "L0..L4");
+  verb->add_flag("--wait", options->wait,
+                 "wait for its end; exit 1 unless it succeeded");
+  verb->add_option("--wait-s", options->wait_seconds,
+                   "how long --wait waits (86400)")
+      ->check(CLI::Range(1, 10'000'000));
+  add_client_settings(*verb, options->settings);
+  verb->callback([options, exit] { *exit = enqueue(*options); });
+}
+
+// --- get, cancel, retry, unblock -------------------------------------------
+
+struct JobOptions {
+  std::shared_ptr<Settings> settings = std::make_shared<Settings>();
+  std::string id;
+  std::string token, input = "null", actor;  // unblock
+};
+
+int one_job(const JobOptions& options, const std::string& method,
+            const std::string& action, const std::string& body) {
+  int exit = kOk;
+  Client::Request request;
+  request.method = method;
+  request.path = "/v1/jobs/" + url_escape(options.id) + action;
+  request.body = body;
+  Asked asked = ask(*options.settings, request, &exit);
+  if (!asked.ok) return exit;
+  Json job;
+  return show_answer(*options.settings, asked.answer.body, &job) ? kOk
+                                                                 : kRefused;
+}
+
+CLI::App* job_verb(CLI::App& app, const char* name, const char* help,
+                   std::shared_ptr<JobOptions> options) {
+  CLI::App* verb = app.add_subcommand(name, help);
+  verb->add_option("id", options->id, "the job's id")->required();
+  add_client_settings(*verb, options->settings);
+  return verb;
+}
+
+void add_simple_verbs(CLI::App& app, int* exit) {
+  auto get = std::make_shared<JobOptions>();
+  job_verb(app, "get", "Show a job", get)->callback([get, exit] {
+    *exit = one_job(*get, "GET", "", "");
+  });
+  auto cancel = std::make_shared<JobOptions>();
+  job_verb(app, "cancel", "Cancel a job; a running one is stopped", cancel)
+      ->callback([cancel, exit] {
+        *exit = one_job(*cancel, "POST", "/cancel", "{}");
+      });
+  auto retry = std::make_shared<JobOptions>();
+  job_verb(app, "retry", "Run a failed, dead or cancelled job again", retry)
+      ->callback(
+          [retry, exit] { *exit = one_job(*retry, "POST", "/retry", "{}"); });
+  auto unblock = std::make_shared<JobOptions>();
+  CLI::App* verb =
+      job_verb(app, "unblock", "Give a blocked job what it waits for", unblock);
+  verb->add_option("--token", unblock->token, "the job's blocked.token")
+      ->required();
+  verb->add_option("--input", unblock->input, "JSON for the job, or @FILE");
+  verb->add_option("--actor", unblock->actor, "who decided");
+  verb->callback([unblock, exit] {
+    auto input = read_payload(unblock->input);
+    if (!input || !Json::accept(*input)) {
+      *exit = fail(kUsage, input ? "--input: not JSON" : input.error().what);
+      return;
+    }
+    Json body = {{"token", unblock->token}};
+    if (!unblock->actor.empty()) body["actor"] = unblock->actor;
+    std::string text = body.dump();
+    text.pop_back();
+    *exit = one_job(*unblock, "POST", "/unblock",
+                    text + ",\"input\":" + *input + "}");
+  });
+}
+
+// --- list ------------------------------------------------------------------
+
+struct ListOptions {
+  std::shared_ptr<Settings> settings = std::make_shared<Settings>();
+  std::string state, kind, queue, since, until, cursor;
+  std::vector<std::string> labels;
+  int limit = 50;
+};
+
+std::string list_path(const ListOptions& options) {
+  std::string path = "/v1/jobs?limit=" + std::to_string(options.limit);
+  auto add = [&](const std::string& name, const std::string& value) {
+    if (!value.empty()) path += "&" + name + "=" + url_escape(value);
+  };
+  add("state", options.state);
+  add("kind", options.kind);
+  add("queue", options.queue);
+  add("since", options.since);
+  add("until", options.until);
+  add("cursor", options.cursor);
+  for (const auto& label : options.labels) {
+    std::size_t equals = std::min(label.find('='), label.size());
+    add("label." + label.substr(0, equals),
+        label.substr(std::min(equals + 1, label.size())));
+  }
+  return path;
+}
+
+int list(const ListOptions& options) {
+  int exit = kOk;
+  Client::Request request;
+  request.path = list_path(options);
+  Asked asked = ask(*options.settings, request, &exit);
+  if (!asked.ok) return exit;
+  Json page = Json::parse(asked.answer.body, nullptr, false);
+  if (!page.is_object() || !page["jobs"].is_array()) {
+    return fail(kRefused, "the answer is not a list of jobs");
+  }
+  if (options.settings->json) {
+    std::cout << page.dump() << "\n";
+    return kOk;
+  }
+  Table table({"JOB", "KIND", "STATE", "ATTEMPT", "CREATED", "RAN FOR", "WHY"});
+  for (const auto& job : page["jobs"]) {
+    table.add({text_of(job, "id"), text_of(job, "kind"), text_of(job, "state"),
+               text_of(job, "attempt") + "/" + text_of(job, "max_attempts"),
+               readable_clock(text_of(job, "created_at")), ran_for(job),
+               error_line(job).substr(0, 60)});
+  }
+  std::cout << table.text();
+  std::string cursor = text_of(page, "cursor");
+  if (!cursor.empty()) {
+    std::cout << "there is more: machina list --cursor " << harmless(cursor)
+              << "\n";
+  }
+  return kOk;
+}
+
+void add_list(CLI::App& app, int* exit) {
+  auto options = std::make_shared<ListOptions>();
+  CLI::App* verb = app.add_subcommand("list", "List jobs");
+  verb->add_option("--state", options->state);
+  verb->add_option("--kind", options->kind);
+  verb->add_option("--queue", options->queue);
+  verb->add_option("--label", options->labels, "K=V");
+  verb->add_option("--since", options->since, "created since, RFC 3339");
+  verb->add_option("--until", options->until, "created until, RFC 3339");
+  verb->add_option("--limit", options->limit)->check(CLI::Range(1, 1000));
+  verb->add_option("--cursor", options->cursor, "of the page before");
+  add_client_settings(*verb, options->settings);
+  verb->callback([options, exit] { *exit = list(*options); });
+}
+
+// --- logs ------------------------------------------------------------------
+
+struct LogOptions {
+  std::shared_ptr<Settings> settings = std::make_shared<Settings>();
+  std::string id;
+  int attempt = 0;
+  bool follow = false;
+};
+
+// What a job printed may hold anything: a terminal gets it harmless, a pipe
+// gets it as it is.
+void write_log(const std::string& text) {
+  std::cout << (::isatty(STDOUT_FILENO) != 0 ? harmless(text) : text)
+            << std::flush;
+}
+
+int logs(const LogOptions& options) {
+  Client::Request request;
+  request.path = "/v1/jobs/" + url_escape(options.id) + "/logs";
+  if (options.attempt > 0) {
+    request.path += "?attempt=" + std::to_string(options.attempt);
+  }
+  Client::Request state;
+  state.path = "/v1/jobs/" + url_escape(options.id);
+  std::size_t shown = 0;
+  int exit = kOk;
+  for (bool last = !options.follow;;) {
+    // The state first: what is logged before the end is then in the log.
+    if (!last) {
+      Asked job = ask(*options.settings, state, &exit);
+      if (!job.ok) return exit;
+      Json view = Json::parse(job.answer.body, nullptr, false);
+      last = !view.is_object() || is_final(text_of(view, "state"));
+    }
+    Asked log = ask(*options.settings, request, &exit);
+    if (!log.ok) return exit;
+    if (options.settings->json) {
+      if (last) {
+        std::cout << Json{{"id", options.id}, {"log", log.answer.body}}.dump(
+                         -1, ' ', false, Json::error_handler_t::replace)
+                  << "\n";
+      }
+    } else if (log.answer.body.size() > shown) {
+      write_log(log.answer.body.substr(shown));
+      shown = log.answer.body.size();
+    }
+    if (last) return kOk;
+    std::this_thread::sleep_for(milliseconds(500));
+  }
+}
+
+void add_logs(CLI::App& app, int* exit) {
+  auto options = std::make_shared<LogOptions>();
+  CLI::App* verb = app.add_subcommand("logs", "Print what a job printed");
+  verb->add_option("id", options->id, "the job's id")->required();
+  verb->add_option("--attempt", options->attempt)->check(CLI::PositiveNumber);
+  verb->add_flag("-f,--follow", options->follow, "until the job has ended");
+  add_client_settings(*verb, options->settings);
+  verb->callback([options, exit] { *exit = logs(*options); });
+}
+
+}  // namespace
+
+void add_job_verbs(CLI::App& app, int* exit) {
+  add_enqueue(app, exit);
+  add_list(app, exit);
+  add_simple_verbs(app, exit);
+  add_logs(app, exit);
+}
+
+}  // namespace machina::cli

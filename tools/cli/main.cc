@@ -1,0 +1,30 @@
+// The one main: a list of verbs. Each is a file beside this one.
+
+#include <CLI/App.hpp>
+#include <CLI/Config.hpp>
+#include <CLI/Formatter.hpp>
+#include <iostream>
+
+#include "tools/cli/cli.h"
+
+int main(int argc, char** argv) {
+  using namespace machina::cli;
+  CLI::App app{"Machina: a durable job queue with sandboxed workers",
+               "machina"};
+  app.require_subcommand(1);
+  app.set_version_flag("--version", "machina " MACHINA_VERSION);
+  int exit = kOk;
+
+  add_job_verbs(app, &exit);
+  add_operator_verbs(app, &exit);
+  add_version(app, &exit);
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& asked_for_help) {
+    return app.exit(asked_for_help);
+  } catch (const CLI::ParseError& error) {
+    return fail(kUsage, std::string(error.what()) + " (see machina --help)");
+  }
+  return exit;
+}
