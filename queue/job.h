@@ -107,6 +107,7 @@ struct NewJob {
   std::string sandbox;      // raw JSON object or empty
   std::string traceparent;  // or empty
   std::string request_id;   // or empty
+  bool operator==(const NewJob&) const = default;
 };
 
 // How an attempt ended, as the worker that held it says. JSON members are raw.
@@ -120,6 +121,7 @@ struct Outcome {
   std::vector<std::string> artifacts;
   bool retry = true;          // fail: false -> dead at once
   Millis retry_after_ms = -1; // fail: replaces the backoff where >= 0
+  bool operator==(const Outcome&) const = default;
 };
 
 // A job as anyone may see it. Built by the queue from its live entry, or from

@@ -2,7 +2,7 @@
 //
 // What the log holds: one Record for each thing that was decided. A record is
 // an outcome, never an input: nothing in it is decided again at replay, and no
-// clock is read to apply it. Layouts: docs/wal-format.md, "Records".
+// clock is read to apply it. Layouts: docs/wal-records.md.
 //
 //   R1  decode(encode(r)) == r for every record.
 //   R2  decode() of any bytes at all returns a record or an Error; it never
@@ -46,6 +46,7 @@ struct EnqueueRecord {
   std::uint8_t revived = 0;        // 1: an explicit retry of a finished job
   std::uint16_t attempt = 0;       // revived: attempts so far
   Millis created_ms = 0;
+  bool operator==(const EnqueueRecord&) const = default;
 };
 struct GrantRecord {
   JobId id;
@@ -53,6 +54,7 @@ struct GrantRecord {
   std::uint16_t attempt = 0;  // this one's number
   Level level = 0;            // of the worker
   std::string worker;
+  bool operator==(const GrantRecord&) const = default;
 };
 struct EndRecord {
   JobId id;
@@ -66,6 +68,7 @@ struct EndRecord {
   std::string worker;
   Outcome outcome;
   std::vector<EnqueueRecord> children;  // committed with it (promise 3)
+  bool operator==(const EndRecord&) const = default;
 };
 struct RetryRecord {
   JobId id;
@@ -74,10 +77,12 @@ struct RetryRecord {
   std::uint16_t attempt = 0;  // the one that failed
   Millis run_at_ms = 0;       // 0: ready at once
   std::string message;
+  bool operator==(const RetryRecord&) const = default;
 };
 struct ReleaseRecord {
   JobId id;
   Fence fence = 0;
+  bool operator==(const ReleaseRecord&) const = default;
 };
 struct BlockRecord {
   JobId id;
@@ -85,20 +90,25 @@ struct BlockRecord {
   std::string reason, data;  // data: raw JSON or empty
   std::string token;         // needed to unblock
   Millis deadline_ms = 0;    // wall; 0: none
+  bool operator==(const BlockRecord&) const = default;
 };
 struct UnblockRecord {
   JobId id;
   std::string input, actor;  // input: raw JSON or empty
+  bool operator==(const UnblockRecord&) const = default;
 };
 struct CancelRecord {
   JobId id;
+  bool operator==(const CancelRecord&) const = default;
 };
 struct PromoteRecord {
   std::vector<JobId> ids;  // <= 256
+  bool operator==(const PromoteRecord&) const = default;
 };
 struct ForgetRecord {
   Millis until_ms = 0;      // dedup keys that expired at or before it,
   std::uint32_t count = 0;  // the first `count` of them in order of expiry
+  bool operator==(const ForgetRecord&) const = default;
 };
 
 using RecordBody =
