@@ -1,0 +1,195 @@
+// What is refused before anything is served, with its exit code and one line
+// that says why; and the command line's own answers.
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "tests/e2e/fixture.h"
+
+namespace machina::e2e {
+namespace {
+
+namespace fs = std::filesystem;
+
+class Startup : public EndToEnd {
+ protected:
+  Ended serve(std::vector<std::string> more,
+              std::map<std::string, std::string> env = {},
+              const std::string& root = "") {
+    std::vector<std::string> args = {"serve",
+                                     "--root",
+                                     root.empty() ? p().root() : root,
+                                     "--port",
+                                     std::to_string(p().port()),
+                                     "--workers",
+                                     "0"};
+    args.insert(args.end(), more.begin(), more.end());
+    return p().run(args, env, 8000);
+  }
+  void expect_refused(const Ended& e, int code,
+                      const std::vector<std::string>& words) {
+    EXPECT_EQ(e.code, code) << e.out << e.err;
+    for (const std::string& word : words) {
+      EXPECT_NE(e.err.find(word), std::string::npos)
+          << "'" << word << "' is missing in: " << e.err;
+    }
+  }
+};
+
+TEST_P(Startup, OptionsAndVariables) {
+  expect_refused(serve({"--prot", "1"}), 2, {"--prot"});
+  expect_refused(serve({"--workers", "65"}), 2, {"65", "64"});
+  expect_refused(serve({"--workers", "many"}), 2, {"many"});
+  expect_refused(serve({"--profile", "production"}), 2, {"production"});
+  expect_refused(serve({}, {{"MACHINA_LEASE_SM", "1"}}), 2,
+                 {"MACHINA_LEASE_SM", "MACHINA_LEASE_MS"});
+  expect_refused(serve({}, {{"MACHINA_LEASE_MS", "abc"}}), 2,
+                 {"MACHINA_LEASE_MS", "abc"});
+  expect_refused(serve({}, {{"MACHINA_LEASE_MS", "-1"}}), 2,
+                 {"MACHINA_LEASE_MS", "-1"});
+  expect_refused(serve({"--host", "0.0.0.0"}), 2, {"0.0.0.0"});
+  expect_refused(p().run({"frobnicate"}), 2, {"frobnicate"});
+}
+
+TEST_P(Startup, ProductionRefusesWhatItCannotPromise) {
+  std::map<std::string, std::string> token = {{"MACHINA_API_TOKEN", "t"}};
+  expect_refused(serve({"--profile", "prod"}), 2, {"MACHINA_API_TOKEN"});
+  token["MACHINA_WAL_FSYNC"] = "0";
+  expect_refused(serve({"--profile", "prod"}, token), 2, {"MACHINA_WAL_FSYNC"});
+  token.erase("MACHINA_WAL_FSYNC");
+  expect_refused(serve({"--profile", "prod"}, token, p().dir() + "/none"), 2,
+                 {p().dir() + "/none"});
+  if (!as_root()) {
+    // Below its level: as a user there is no L3.
+    expect_refused(serve({"--profile", "prod", "--workers", "1"}, token), 2,
+                   {"L3"});
+  }
+}
+
+TEST_P(Startup, RootsThatAreNotOurs) {
+  expect_refused(serve({}, {}, "/"), 2, {"/"});
+  expect_refused(serve({}, {}, "/home"), 2, {"/home"});
+  std::string foreign = p().dir() + "/foreign";
+  fs::create_directory(foreign);
+  chmod(foreign.c_str(), 0700);
+  uid_t other = as_root() ? 12345 : 0;
+  if (geteuid() != 0) GTEST_SKIP() << "needs root to make another's directory";
+  ASSERT_EQ(chown(foreign.c_str(), other, other), 0);
+  expect_refused(serve({}, {}, foreign), 2, {foreign});
+  EXPECT_TRUE(fs::is_empty(foreign)) << "nothing is half done";
+  std::string file = p().dir() + "/file";
+  std::ofstream(file) << "x";
+  expect_refused(serve({}, {}, file), 2, {file});
+  expect_refused(serve({}, {}, p().dir() + "/" + std::string(120, 'r')), 2,
+                 {"107"});
+}
+
+TEST_P(Startup, PortAndRootAreTaken) {
+  start();
+  std::string id = p().submit({{"kind", "noop"}, {"delay_ms", 60000}});
+  std::string other = p().dir() + "/other";
+  ASSERT_EQ(p().shell("mkdir -m 700 " + other), 0);
+  expect_refused(serve({}, {}, other), 2, {std::to_string(p().port())});
+  Ended second = serve({"--port", "0"});
+  expect_refused(second, 75, {p().root()});
+  EXPECT_EQ(p().job(id)["state"], "scheduled") << "the first is unharmed";
+}
+
+TEST_P(Startup, LogFromANewerVersionOrDamagedIsRefusedNotCut) {
+  Serve quiet;
+  quiet.workers = 0;
+  start(quiet);
+  for (int i = 0; i < 50; ++i) p().submit({{"kind", "ext.keep"}});
+  ASSERT_EQ(p().stop_server(), 0);
+  std::string wal = p().root() + "/queue/wal";
+  std::string kept = p().dir() + "/kept";
+  ASSERT_EQ(p().shell("cp -a " + wal + " " + kept), 0);
+
+  // An incompatible feature that this build does not know, in the manifest.
+  std::string manifest = wal + "/MANIFEST";
+  ASSERT_TRUE(fs::exists(manifest)) << "where is the manifest?";
+  std::string bytes = read_file(manifest);
+  auto write = [&](const std::string& path, const std::string& with) {
+    std::ofstream(path, std::ios::binary | std::ios::trunc) << with;
+  };
+  std::string newer = bytes;
+  newer[4] = static_cast<char>(newer[4] ^ 0x40);
+  write(manifest, newer);
+  Ended e = serve({});
+  EXPECT_EQ(e.code, 65) << e.err;
+  EXPECT_NE(e.err.find("MANIFEST"), std::string::npos) << e.err;
+  write(manifest, bytes);
+
+  // One bit of what was durable, in the middle of the log's first batch.
+  std::string segment;
+  for (const auto& entry : fs::directory_iterator(wal)) {
+    if (entry.path().extension() == ".seg" &&
+        (segment.empty() || entry.path() < segment)) {
+      segment = entry.path();
+    }
+  }
+  ASSERT_FALSE(segment.empty()) << "where are the segments?";
+  bytes = read_file(segment);
+  ASSERT_GT(bytes.size(), 4096u + 100u);
+  bytes[4096 + 80] = static_cast<char>(bytes[4096 + 80] ^ 1);
+  write(segment, bytes);
+  e = serve({});
+  EXPECT_EQ(e.code, 65) << e.err;
+  EXPECT_NE(e.err.find(fs::path(segment).filename().string()),
+            std::string::npos)
+      << e.err;
+
+  ASSERT_EQ(p().shell("rm -rf " + wal + " && cp -a " + kept + " " + wal), 0);
+  start(quiet);
+  EXPECT_EQ(p().get("/v1/jobs?kind=ext.keep&limit=100").json()["jobs"].size(),
+            50u);
+}
+
+TEST_P(Startup, CommandLineAnswersWithItsExitCodes) {
+  Ended none = p().run({"get", "x", "--server", p().url()});
+  EXPECT_EQ(none.code, 3) << none.err;
+  start();
+  std::string server = p().url();
+  Ended e = p().run({"enqueue", "noop", "--payload", R"({"echo":{"a":1}})",
+                     "--wait", "--json", "--server", server});
+  EXPECT_EQ(e.code, 0) << e.out << e.err;
+  Json job = Json::parse(e.out, nullptr, false);
+  ASSERT_TRUE(job.is_object()) << e.out;
+  EXPECT_EQ(job["state"], "succeeded");
+  std::string id = job["id"];
+  EXPECT_EQ(p().run({"get", id, "--server", server}).code, 0);
+  EXPECT_EQ(p().run({"list", "--server", server}).code, 0);
+  EXPECT_EQ(p().run({"logs", id, "--server", server}).code, 0);
+  EXPECT_EQ(p().run({"stats", "--json", "--server", server}).code, 0);
+  EXPECT_EQ(p().run({"scale", "1", "--server", server}).code, 0);
+  EXPECT_EQ(p().run({"cancel", id, "--server", server}).code, 4);
+  e = p().run({"enqueue", "noop", "--payload", R"({"fail":true})", "--wait",
+               "--server", server});
+  EXPECT_EQ(e.code, 1) << e.out << e.err;
+  e = p().run({"enqueue", "NOOP", "--server", server});
+  EXPECT_EQ(e.code, 4) << e.out << e.err;
+  EXPECT_NE(e.err.find("NOOP"), std::string::npos) << e.err;
+  EXPECT_EQ(p().run({"enqueue", "--server", server}).code, 2);
+  // Without --server: the root's own socket.
+  EXPECT_EQ(p().run({"stats"}, {{"MACHINA_ROOT", p().root()}}).code, 0);
+  e = p().run({"version"});
+  EXPECT_EQ(e.code, 0);
+  EXPECT_NE(e.out.find("0."), std::string::npos) << e.out;
+}
+
+TEST_P(Startup, DoctorSaysWhatThisHostGives) {
+  Ended e = p().run({"doctor", "--json"}, {}, 30000);
+  EXPECT_EQ(e.code, 0) << e.out << e.err;
+  Json report = Json::parse(e.out, nullptr, false);
+  ASSERT_TRUE(report.is_object()) << e.out;
+  EXPECT_GE(report.value("level", ""), least_level()) << e.out;
+}
+
+MACHINA_BOTH(Startup);
+
+}  // namespace
+}  // namespace machina::e2e
