@@ -1,9 +1,9 @@
 // workers/pool.h
 //
 // The pool: one process per host that forks the spawner, then starts, watches,
-// replaces and scales workers, and tells the server by POST /v1/pools/{id}/sync.
-// It outlives a server; it leaves when the server has been gone for orphan_ms,
-// when the root is gone, or when the server says drain.
+// replaces and scales workers, and tells the server by POST
+// /v1/pools/{id}/sync. It outlives a server; it leaves when the server has been
+// gone for orphan_ms, when the root is gone, or when the server says drain.
 //
 // A worker is started as
 //   self_exe worker --name NAME --channel FD --facts FD --root ROOT

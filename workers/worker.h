@@ -16,9 +16,9 @@
 namespace machina {
 
 struct WorkerOptions {
-  std::string name;          // unique per process: <pool>-<slot>-<start>
-  int channel_fd = -1;       // to the spawner
-  int facts_fd = -1;         // a pipe to the pool: JSON lines; -1: none
+  std::string name;     // unique per process: <pool>-<slot>-<start>
+  int channel_fd = -1;  // to the spawner
+  int facts_fd = -1;    // a pipe to the pool: JSON lines; -1: none
   std::string root;
   std::vector<std::string> kinds;  // patterns; empty: all built-in
   Millis lease_ms = 30'000;

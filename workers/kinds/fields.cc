@@ -1,0 +1,252 @@
+#include "workers/kinds/fields.h"
+
+#include <algorithm>
+
+namespace machina::kinds {
+namespace {
+
+std::string shown(const nlohmann::json& value) {
+  std::string text =
+      value.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+  if (text.size() > 80) text = text.substr(0, 77) + "...";
+  return text;
+}
+
+bool has_nul(const std::string& text) {
+  return text.find('\0') != std::string::npos;
+}
+
+}  // namespace
+
+Fields::Fields(const std::string& json)
+    : object_(nlohmann::json::parse(json, nullptr, false)) {
+  if (object_.is_discarded()) {
+    error_ = "payload: not JSON";
+  } else if (!object_.is_object()) {
+    error_ = "payload: " + shown(object_) + " is not an object";
+  }
+  if (!error_.empty()) object_ = nlohmann::json::object();
+}
+
+void Fields::only(std::initializer_list<std::string_view> names) {
+  for (const auto& item : object_.items()) {
+    if (std::find(names.begin(), names.end(), item.key()) == names.end()) {
+      fail(item.key().c_str(), "not a member of this kind's payload");
+      return;
+    }
+  }
+}
+
+bool Fields::has(const char* name) const { return find(name) != nullptr; }
+
+void Fields::fail(const char* field, const std::string& what) {
+  if (error_.empty()) error_ = std::string(field) + ": " + what;
+}
+
+const nlohmann::json* Fields::find(const char* name) const {
+  const auto at = object_.find(name);
+  return at == object_.end() ? nullptr : &*at;
+}
+
+std::string Fields::text(const char* name, std::size_t bytes_max,
+                         const std::string& absent) {
+  const nlohmann::json* value = find(name);
+  if (value == nullptr) return absent;
+  if (!value->is_string()) {
+    fail(name, shown(*value) + " is not a string");
+    return absent;
+  }
+  const auto& text = value->get_ref<const std::string&>();
+  if (text.size() > bytes_max) {
+    fail(name, std::to_string(text.size()) + " bytes; at most " +
+                   std::to_string(bytes_max));
+  }
+  return text;
+}
+
+bool Fields::flag(const char* name, bool absent) {
+  const nlohmann::json* value = find(name);
+  if (value == nullptr) return absent;
+  if (!value->is_boolean()) {
+    fail(name, shown(*value) + " is not true or false");
+    return absent;
+  }
+  return value->get<bool>();
+}
+
+std::int64_t Fields::number(const char* name, std::int64_t least,
+                            std::int64_t most, std::int64_t absent) {
+  const nlohmann::json* value = find(name);
+  if (value == nullptr) return absent;
+  const bool fits =
+      value->is_number_integer() && (!value->is_number_unsigned() ||
+                                     value->get<std::uint64_t>() <= INT64_MAX);
+  if (!fits || value->get<std::int64_t>() < least ||
+      value->get<std::int64_t>() > most) {
+    fail(name, shown(*value) + " is not an integer in " +
+                   std::to_string(least) + ".." + std::to_string(most));
+    return absent;
+  }
+  return value->get<std::int64_t>();
+}
+
+std::vector<std::string> Fields::list(const std::string& field,
+                                      const nlohmann::json& value,
+                                      std::size_t count_max,
+                                      std::size_t bytes_max) {
+  std::vector<std::string> out;
+  if (!value.is_array()) {
+    fail(field.c_str(), shown(value) + " is not a list of strings");
+    return out;
+  }
+  if (value.size() > count_max) {
+    fail(field.c_str(), std::to_string(value.size()) + " items; at most " +
+                            std::to_string(count_max));
+    return out;
+  }
+  for (const auto& item : value) {
+    const std::string where = field + "[" + std::to_string(out.size()) + "]";
+    if (!item.is_string()) {
+      fail(where.c_str(), shown(item) + " is not a string");
+      return out;
+    }
+    const auto& text = item.get_ref<const std::string&>();
+    if (text.size() > bytes_max) {
+      fail(where.c_str(), std::to_string(text.size()) + " bytes; at most " +
+                              std::to_string(bytes_max));
+    }
+    if (has_nul(text)) fail(where.c_str(), "holds a NUL character");
+    out.push_back(text);
+  }
+  return out;
+}
+
+std::vector<std::string> Fields::texts(const char* name, std::size_t count_max,
+                                       std::size_t bytes_max) {
+  const nlohmann::json* value = find(name);
+  if (value == nullptr) return {};
+  return list(name, *value, count_max, bytes_max);
+}
+
+std::vector<std::vector<std::string>> Fields::commands(const char* name,
+                                                       std::size_t count_max) {
+  std::vector<std::vector<std::string>> out;
+  const nlohmann::json* value = find(name);
+  if (value == nullptr) return out;
+  if (!value->is_array() || value->size() > count_max) {
+    fail(name, shown(*value) + " is not a list of at most " +
+                   std::to_string(count_max) + " commands");
+    return out;
+  }
+  for (const auto& item : *value) {
+    const std::string where =
+        std::string(name) + "[" + std::to_string(out.size()) + "]";
+    out.push_back(list(where, item, kArgumentsMax, kArgumentBytesMax));
+    if (out.back().empty() || out.back()[0].empty()) {
+      fail(where.c_str(), "a command needs a program to run");
+    }
+  }
+  return out;
+}
+
+std::vector<std::pair<std::string, std::string>> Fields::map(
+    const char* name, std::size_t count_max, std::size_t bytes_max) {
+  std::vector<std::pair<std::string, std::string>> out;
+  const nlohmann::json* value = find(name);
+  if (value == nullptr) return out;
+  if (!value->is_object()) {
+    fail(name, shown(*value) + " is not an object of strings");
+    return out;
+  }
+  if (value->size() > count_max) {
+    fail(name, std::to_string(value->size()) + " members; at most " +
+                   std::to_string(count_max));
+    return out;
+  }
+  for (const auto& item : value->items()) {
+    const std::string where = std::string(name) + "." + item.key();
+    if (!item.value().is_string()) {
+      fail(where.c_str(), shown(item.value()) + " is not a string");
+      return out;
+    }
+    const auto& text = item.value().get_ref<const std::string&>();
+    if (text.size() > bytes_max) {
+      fail(where.c_str(), std::to_string(text.size()) + " bytes; at most " +
+                              std::to_string(bytes_max));
+    }
+    out.emplace_back(item.key(), text);
+  }
+  return out;
+}
+
+Result<void> Fields::done() const {
+  if (error_.empty()) return {};
+  return Error{Code::invalid, error_};
+}
+
+bool safe_relative_path(std::string_view path) {
+  if (path.empty() || path.size() > kPathBytesMax || path.front() == '/' ||
+      path.find('\0') != std::string_view::npos) {
+    return false;
+  }
+  while (!path.empty()) {
+    const std::size_t slash = path.find('/');
+    const std::string_view part = path.substr(0, slash);
+    if (part.empty() || part == "." || part == ".." || part.size() > 255) {
+      return false;
+    }
+    if (slash == std::string_view::npos) return true;
+    path.remove_prefix(slash + 1);
+  }
+  return false;  // ends with a slash
+}
+
+std::vector<std::string> environment(Fields& fields, const char* name) {
+  std::vector<std::string> out;
+  for (const auto& [key, value] :
+       fields.map(name, kVariablesMax, kVariableBytesMax)) {
+    bool good =
+        !key.empty() && key.size() <= 128 && !(key[0] >= '0' && key[0] <= '9');
+    for (const char c : key) {
+      good = good && ((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
+                      (c >= '0' && c <= '9') || c == '_');
+    }
+    if (!good) {
+      fields.fail((std::string(name) + "." + key).c_str(),
+                  "a variable's name is [A-Za-z_][A-Za-z0-9_]*, at most 128 "
+                  "bytes");
+    }
+    if (has_nul(value)) {
+      fields.fail((std::string(name) + "." + key).c_str(),
+                  "holds a NUL character");
+    }
+    out.push_back(key + "=" + value);
+  }
+  return out;
+}
+
+std::vector<std::pair<std::string, std::string>> files(Fields& fields,
+                                                       const char* name) {
+  auto out = fields.map(name, kFilesMax, 1 << 20);
+  for (const auto& [path, text] : out) {
+    if (!safe_relative_path(path)) {
+      fields.fail((std::string(name) + "." + path).c_str(),
+                  "a file's name is a relative path without . and .., at most "
+                  "1024 bytes");
+    }
+  }
+  return out;
+}
+
+std::string directory(Fields& fields, const char* name) {
+  const std::string path = fields.text(name, kPathBytesMax);
+  if (path.empty() || path == ".") return "";
+  if (!safe_relative_path(path)) {
+    fields.fail(name, "\"" + path +
+                          "\" is not a relative path without . and .. inside "
+                          "the workspace");
+  }
+  return path;
+}
+
+}  // namespace machina::kinds

@@ -1,0 +1,402 @@
+#include "workers/kinds/junit.h"
+
+#include <errno.h>
+#include <expat.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+namespace machina::kinds {
+namespace {
+
+constexpr int kDepthMax = 64;
+constexpr std::size_t kChunkBytes = 64 << 10;
+constexpr std::size_t kFailingBytesMax = 3u << 20;
+constexpr std::size_t kOtherBytesMax = 2u << 20;
+constexpr std::size_t kTextTailBytes = 1000;
+
+template <class T>
+void put(std::string& out, T value) {
+  out.append(reinterpret_cast<const char*>(&value), sizeof value);
+}
+
+void put_text(std::string& out, std::string_view text, std::size_t most) {
+  text = text.substr(0, most);
+  put(out, static_cast<std::uint16_t>(text.size()));
+  out += text;
+}
+
+// --- in the handler ---
+
+class Reader {
+ public:
+  explicit Reader(XML_Parser parser) : parser_(parser) {
+    XML_SetUserData(parser, this);
+    XML_SetElementHandler(parser, on_start, on_end);
+    XML_SetCharacterDataHandler(parser, on_text);
+    XML_SetStartDoctypeDeclHandler(parser, on_doctype);
+  }
+
+  // Empty: good so far.
+  const std::string& problem() const { return problem_; }
+  bool saw_root() const { return saw_root_; }
+  std::string frames() && {
+    std::string out = std::move(failing_);
+    out += others_;
+    out += 'T';
+    for (const std::uint32_t n : counts_) put(out, n);
+    put(out, dropped_);
+    return out;
+  }
+
+ private:
+  void stop(const char* why) {
+    if (problem_.empty()) problem_ = why;
+    XML_StopParser(parser_, XML_FALSE);
+  }
+
+  static void on_doctype(void* self, const char*, const char*, const char*,
+                         int) {
+    static_cast<Reader*>(self)->stop("it declares a document type");
+  }
+
+  static const char* attribute(const char** attributes, const char* name) {
+    for (; attributes[0] != nullptr; attributes += 2) {
+      if (std::strcmp(attributes[0], name) == 0) return attributes[1];
+    }
+    return "";
+  }
+
+  static void on_start(void* data, const char* element,
+                       const char** attributes) {
+    auto& self = *static_cast<Reader*>(data);
+    if (++self.depth_ > kDepthMax) return self.stop("it is nested too deeply");
+    if (self.depth_ == 1) {
+      self.saw_root_ = std::strcmp(element, "testsuites") == 0 ||
+                       std::strcmp(element, "testsuite") == 0;
+      if (!self.saw_root_) self.stop("its root is not testsuites");
+    } else if (std::strcmp(element, "testcase") == 0) {
+      self.begin_case(attributes);
+    } else if (self.in_case_) {
+      self.note(element, attributes);
+    }
+  }
+
+  static void on_end(void* data, const char* element) {
+    auto& self = *static_cast<Reader*>(data);
+    --self.depth_;
+    self.in_note_ = self.in_note_ && self.depth_ >= self.note_depth_;
+    if (std::strcmp(element, "testcase") == 0) self.end_case();
+  }
+
+  static void on_text(void* data, const char* text, int size) {
+    auto& self = *static_cast<Reader*>(data);
+    if (!self.in_note_) return;
+    self.text_.append(text, static_cast<std::size_t>(size));
+    if (self.text_.size() > 8 * kTextTailBytes) {
+      self.text_.erase(0, self.text_.size() - kTextTailBytes);
+    }
+  }
+
+  void begin_case(const char** attributes) {
+    const std::string_view classname = attribute(attributes, "classname");
+    const std::string_view name = attribute(attributes, "name");
+    case_ = Case{};
+    case_.id = std::string(classname.substr(0, kCaseIdBytesMax));
+    if (!case_.id.empty()) case_.id += "::";
+    case_.id += name.substr(0, kCaseIdBytesMax);
+    const double seconds = std::strtod(attribute(attributes, "time"), nullptr);
+    if (std::isfinite(seconds) && seconds > 0) {
+      case_.duration_ms = static_cast<std::uint32_t>(
+          std::lround(std::min(seconds * 1000, 4e9)));
+    }
+    text_.clear();
+    in_case_ = true;
+  }
+
+  // <failure>, <error> or <skipped> inside a case. An error outranks a failure,
+  // and either outranks a skip.
+  void note(const char* element, const char** attributes) {
+    Outcome outcome;
+    if (std::strcmp(element, "failure") == 0) {
+      outcome = Outcome::failed;
+    } else if (std::strcmp(element, "error") == 0) {
+      outcome = Outcome::error;
+    } else if (std::strcmp(element, "skipped") == 0) {
+      outcome = Outcome::skipped;
+    } else {
+      return;
+    }
+    const bool stronger = case_.outcome == Outcome::passed ||
+                          outcome == Outcome::error ||
+                          case_.outcome == Outcome::skipped;
+    if (!stronger) return;
+    case_.outcome = outcome;
+    case_.message = std::string_view(attribute(attributes, "message"))
+                        .substr(0, kTextTailBytes);
+    text_.clear();
+    in_note_ = true;
+    note_depth_ = depth_;
+  }
+
+  void end_case() {
+    if (!in_case_) return;
+    in_case_ = in_note_ = false;
+    ++counts_[static_cast<int>(case_.outcome)];
+    if (!text_.empty()) {
+      const std::size_t from =
+          text_.size() - std::min(text_.size(), kTextTailBytes);
+      if (!case_.message.empty()) case_.message += '\n';
+      case_.message += text_.substr(from);
+    }
+    const bool failing =
+        case_.outcome == Outcome::failed || case_.outcome == Outcome::error;
+    std::string& out = failing ? failing_ : others_;
+    const std::size_t most = failing ? kFailingBytesMax : kOtherBytesMax;
+    if (out.size() + case_.id.size() + case_.message.size() + 16 > most) {
+      ++dropped_;
+      return;
+    }
+    out += 'C';
+    put(out, static_cast<std::uint8_t>(case_.outcome));
+    put(out, case_.duration_ms);
+    put_text(out, case_.id, kCaseIdBytesMax);
+    put_text(out, case_.message, kCaseMessageBytesMax);
+  }
+
+  XML_Parser parser_;
+  std::string problem_, failing_, others_, text_;
+  std::uint32_t counts_[4] = {0, 0, 0, 0};  // by Outcome: passed .. skipped
+  std::uint32_t dropped_ = 0;
+  Case case_;
+  int depth_ = 0, note_depth_ = 0;
+  bool saw_root_ = false, in_case_ = false, in_note_ = false;
+};
+
+std::string no_report(const std::string& why) {
+  std::string out = "X";
+  put_text(out, why, 1000);
+  return out;
+}
+
+bool read_all(int fd, char* at, std::size_t bytes) {
+  while (bytes > 0) {
+    const ssize_t n = ::read(fd, at, bytes);
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) return false;
+    at += n;
+    bytes -= static_cast<std::size_t>(n);
+  }
+  return true;
+}
+
+bool write_all(int fd, std::string_view bytes) {
+  while (!bytes.empty()) {
+    const ssize_t n = ::write(fd, bytes.data(), bytes.size());
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) return false;
+    bytes.remove_prefix(static_cast<std::size_t>(n));
+  }
+  return true;
+}
+
+// --- in the worker ---
+
+// Takes values off the front; after a short one every answer is zero.
+class Cursor {
+ public:
+  explicit Cursor(std::string_view bytes) : left_(bytes) {}
+  bool good() const { return good_; }
+  bool empty() const { return left_.empty(); }
+
+  template <class T>
+  T take() {
+    T value{};
+    if (left_.size() < sizeof value) {
+      good_ = false;
+      return value;
+    }
+    std::memcpy(&value, left_.data(), sizeof value);
+    left_.remove_prefix(sizeof value);
+    return value;
+  }
+
+  std::string text(std::size_t most) {
+    const std::size_t size = take<std::uint16_t>();
+    if (size > most || size > left_.size()) {
+      good_ = false;
+      return "";
+    }
+    std::string out(left_.substr(0, size));
+    left_.remove_prefix(size);
+    return out;
+  }
+
+ private:
+  std::string_view left_;
+  bool good_ = true;
+};
+
+using Clock = std::chrono::steady_clock;
+
+// poll() for one event until the deadline.
+bool ready(int fd, short event, Clock::time_point deadline) {
+  const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(
+                        deadline - Clock::now())
+                        .count();
+  pollfd item{fd, event, 0};
+  return left > 0 && ::poll(&item, 1, static_cast<int>(left)) == 1;
+}
+
+bool send_by(int fd, std::string_view bytes, Clock::time_point deadline) {
+  while (!bytes.empty()) {
+    const ssize_t n =
+        ::send(fd, bytes.data(), bytes.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (n > 0) {
+      bytes.remove_prefix(static_cast<std::size_t>(n));
+    } else if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
+      if (!ready(fd, POLLOUT, deadline)) return false;
+    } else {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool receive_by(int fd, char* at, std::size_t bytes,
+                Clock::time_point deadline) {
+  while (bytes > 0) {
+    const ssize_t n = ::recv(fd, at, bytes, MSG_DONTWAIT);
+    if (n > 0) {
+      at += n;
+      bytes -= static_cast<std::size_t>(n);
+    } else if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
+      if (!ready(fd, POLLIN, deadline)) return false;
+    } else {
+      return false;
+    }
+  }
+  return true;
+}
+
+Result<Suite> talk(int fd, std::string_view xml, int timeout_ms) {
+  const auto deadline = Clock::now() + std::chrono::milliseconds(timeout_ms);
+  std::string head;
+  put(head, static_cast<std::uint32_t>(xml.size()));
+  std::uint32_t size = 0;
+  if (!send_by(fd, head, deadline) || !send_by(fd, xml, deadline) ||
+      !receive_by(fd, reinterpret_cast<char*>(&size), sizeof size, deadline) ||
+      size > kJunitReplyBytesMax) {
+    return Error{Code::unavailable, "the report's parser gave no answer"};
+  }
+  std::string frames(size, '\0');
+  if (!receive_by(fd, frames.data(), size, deadline)) {
+    return Error{Code::unavailable, "the report's parser stopped half-way"};
+  }
+  return decode_junit(frames);
+}
+
+}  // namespace
+
+std::string_view name(Outcome outcome) {
+  switch (outcome) {
+    case Outcome::passed:
+      return "passed";
+    case Outcome::failed:
+      return "failed";
+    case Outcome::error:
+      return "error";
+    case Outcome::skipped:
+      return "skipped";
+    case Outcome::flaky:
+      return "flaky";
+  }
+  return "error";
+}
+
+std::string encode_junit(std::string_view xml) {
+  if (xml.size() > kJunitXmlBytesMax) return no_report("it is too large");
+  XML_Parser parser = XML_ParserCreate(nullptr);
+  if (parser == nullptr) return no_report("no memory for a parser");
+  Reader reader(parser);
+  std::string problem;
+  for (std::size_t at = 0; problem.empty();) {
+    const std::size_t size = std::min(kChunkBytes, xml.size() - at);
+    const bool last = at + size == xml.size();
+    if (XML_Parse(parser, xml.data() + at, static_cast<int>(size), last) !=
+        XML_STATUS_OK) {
+      problem = reader.problem().empty()
+                    ? std::string(XML_ErrorString(XML_GetErrorCode(parser))) +
+                          " in line " +
+                          std::to_string(XML_GetCurrentLineNumber(parser))
+                    : reader.problem();
+    }
+    at += size;
+    if (last) break;
+  }
+  XML_ParserFree(parser);
+  if (!problem.empty()) return no_report(problem);
+  return std::move(reader).frames();
+}
+
+Result<Suite> decode_junit(std::string_view frames) {
+  Suite suite;
+  Cursor in(frames);
+  bool totals = false;
+  while (in.good() && !in.empty()) {
+    const char type = in.take<char>();
+    if (type == 'C') {
+      Case one;
+      const auto outcome = in.take<std::uint8_t>();
+      if (outcome > static_cast<std::uint8_t>(Outcome::skipped)) break;
+      one.outcome = static_cast<Outcome>(outcome);
+      one.duration_ms = in.take<std::uint32_t>();
+      one.id = in.text(kCaseIdBytesMax);
+      one.message = in.text(kCaseMessageBytesMax);
+      suite.cases.push_back(std::move(one));
+    } else if (type == 'T') {
+      for (auto* n : {&suite.passed, &suite.failed, &suite.errors,
+                      &suite.skipped, &suite.dropped}) {
+        *n = in.take<std::uint32_t>();
+      }
+      totals = in.good() && in.empty();
+      break;
+    } else if (type == 'X') {
+      return Error{Code::invalid, "not a JUnit report: " + in.text(1000)};
+    } else {
+      break;
+    }
+  }
+  if (!totals) {
+    return Error{Code::invalid, "the report's parser gave malformed frames"};
+  }
+  return suite;
+}
+
+int junit_handler(int in_fd, int out_fd) {
+  std::uint32_t size = 0;
+  if (!read_all(in_fd, reinterpret_cast<char*>(&size), sizeof size)) return 1;
+  if (size > kJunitXmlBytesMax) return 2;
+  std::string xml(size, '\0');
+  if (!read_all(in_fd, xml.data(), size)) return 1;
+  const std::string frames = encode_junit(xml);
+  std::string head;
+  put(head, static_cast<std::uint32_t>(frames.size()));
+  return write_all(out_fd, head) && write_all(out_fd, frames) ? 0 : 1;
+}
+
+Result<Suite> ask_junit(int socket_fd, std::string_view xml, int timeout_ms) {
+  auto suite = xml.size() > kJunitXmlBytesMax
+                   ? Result<Suite>(Error{Code::invalid, "too large"})
+                   : talk(socket_fd, xml, timeout_ms);
+  ::close(socket_fd);
+  return suite;
+}
+
+}  // namespace machina::kinds

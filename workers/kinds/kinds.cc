@@ -1,0 +1,62 @@
+#include "workers/kinds/kinds.h"
+
+#include "workers/kinds/junit.h"
+#include "workers/kinds/noop.h"
+#include "workers/kinds/shell.h"
+#include "workers/kinds/test_run.h"
+
+namespace machina {
+namespace {
+
+Kind noop() {
+  Kind kind;
+  kind.warmed = true;
+  kind.limits = {256, 0, 4, 0, 1 << 20};
+  kind.check = [](const std::string& payload) -> Result<void> {
+    if (auto good = kinds::parse_noop(payload); !good) return good.error();
+    return {};
+  };
+  return kind;
+}
+
+Kind shell(const KindSettings& settings) {
+  Kind kind;
+  kind.timeout_ms = settings.shell_timeout_ms;
+  kind.limits = {512, 256, 64, 0, 1 << 20};
+  kind.check = [settings](const std::string& payload) -> Result<void> {
+    if (auto good = kinds::parse_shell(payload, settings); !good) {
+      return good.error();
+    }
+    return {};
+  };
+  return kind;
+}
+
+Kind test_run(const KindSettings& settings) {
+  Kind kind;
+  kind.timeout_ms = 300'000;
+  kind.limits = {1024, 1024, 256, 0, 8 << 20};
+  kind.check = [settings](const std::string& payload) -> Result<void> {
+    auto good = kinds::parse_test(payload, settings);
+    if (!good) return good.error();
+    if (good->repo.empty()) return {};
+    return kinds::check_repo(good->repo, settings);
+  };
+  return kind;
+}
+
+}  // namespace
+
+std::map<std::string, Kind> built_in_kinds(const KindSettings& settings) {
+  return {{"noop", noop()},
+          {"tool.shell", shell(settings)},
+          {"test.run", test_run(settings)}};
+}
+
+void register_built_in_handlers() {
+  using sandbox::BuiltinId;
+  sandbox::register_builtin(BuiltinId::noop, kinds::noop_handler);
+  sandbox::register_builtin(BuiltinId::junit, kinds::junit_handler);
+}
+
+}  // namespace machina

@@ -1,0 +1,175 @@
+#include "workers/kinds/run.h"
+
+#include <algorithm>
+
+#include "workers/json_view.h"
+
+namespace machina::kinds {
+
+using sandbox::Ended;
+
+void Usage::add(const sandbox::StepResult& step) {
+  wall_ms += step.wall_ms;
+  cpu_ms += step.cpu_ms;
+  max_rss_bytes = std::max(max_rss_bytes, step.max_rss_bytes);
+  disk_bytes = std::max(disk_bytes, step.disk_bytes);
+  output_bytes += step.output_bytes;
+}
+
+std::string Usage::json() const {
+  return "{\"wall_ms\":" + std::to_string(wall_ms) +
+         ",\"cpu_ms\":" + std::to_string(cpu_ms) +
+         ",\"max_rss_bytes\":" + std::to_string(max_rss_bytes) +
+         ",\"disk_bytes\":" + std::to_string(disk_bytes) +
+         ",\"output_bytes\":" + std::to_string(output_bytes) + "}";
+}
+
+End failed(EndCode code, std::string message) {
+  End end;
+  end.code = code;
+  end.message = std::move(message);
+  end.retry = code != EndCode::invalid_payload;
+  return end;
+}
+
+EndCode code_of(Ended ended) {
+  switch (ended) {
+    case Ended::exited:
+      return EndCode::none;
+    case Ended::signalled:
+      return EndCode::signal;
+    case Ended::timeout:
+      return EndCode::timeout;
+    case Ended::oom:
+      return EndCode::oom;
+    case Ended::pids:
+      return EndCode::pids;
+    case Ended::disk:
+      return EndCode::disk;
+    case Ended::output:
+      return EndCode::output;
+    case Ended::cancelled:
+      return EndCode::cancelled;
+    case Ended::isolation:
+      return EndCode::isolation_unavailable;
+    case Ended::failed:
+      return EndCode::sandbox;
+  }
+  return EndCode::sandbox;
+}
+
+std::string describe(const sandbox::StepResult& step,
+                     const sandbox::Limits& limits, Millis timeout_ms) {
+  const auto mib = [](std::uint64_t n) { return std::to_string(n) + " MiB"; };
+  std::string text;
+  switch (step.ended) {
+    case Ended::exited:
+      text = "exited with " + std::to_string(step.exit_code);
+      break;
+    case Ended::signalled:
+      text = "killed by signal " + std::to_string(step.signal);
+      break;
+    case Ended::timeout:
+      text = "ran longer than " + std::to_string(timeout_ms) + " ms";
+      if (limits.cpu_ms > 0) {
+        text += " or used more than " + std::to_string(limits.cpu_ms) +
+                " ms of processor time";
+      }
+      break;
+    case Ended::oom:
+      text = "over its memory limit of " + mib(limits.memory_mb);
+      break;
+    case Ended::pids:
+      text = "over its limit of " + std::to_string(limits.pids) + " processes";
+      break;
+    case Ended::disk:
+      text = "over its disk limit of " + mib(limits.disk_mb);
+      break;
+    case Ended::output:
+      text = "wrote more than 16 times " + std::to_string(limits.output_bytes) +
+             " bytes of output";
+      break;
+    case Ended::cancelled:
+      text = "cancelled";
+      break;
+    case Ended::isolation:
+      text = "the sandbox is weaker than required";
+      break;
+    case Ended::failed:
+      text = "the sandbox failed";
+      break;
+  }
+  if (!step.detail.empty()) text += ": " + step.detail;
+  return text;
+}
+
+std::string level_name(Level level) { return "L" + std::to_string(level); }
+
+namespace {
+
+// A positive integer member; false with `problem` set where it is not.
+bool limit(std::string_view key, std::string_view value, std::uint64_t least,
+           std::uint64_t& into, std::string& problem) {
+  const auto number = json::integer(value);
+  if (!number || *number < static_cast<std::int64_t>(least)) {
+    problem = "sandbox." + std::string(key) + ": " + std::string(value) +
+              " is not an integer of at least " + std::to_string(least);
+    return false;
+  }
+  into = static_cast<std::uint64_t>(*number);
+  return true;
+}
+
+}  // namespace
+
+Result<void> apply_sandbox(const std::string& text, sandbox::Limits& limits,
+                           Level& required) {
+  if (text.empty() || text == "null") return {};
+  std::string problem;
+  bool net = false;
+  const bool good = json::members(text, [&](auto key, auto value) {
+    if (key == "memory_mb")
+      return limit(key, value, 1, limits.memory_mb, problem);
+    if (key == "disk_mb") return limit(key, value, 0, limits.disk_mb, problem);
+    if (key == "pids") return limit(key, value, 1, limits.pids, problem);
+    if (key == "cpu_ms") return limit(key, value, 0, limits.cpu_ms, problem);
+    if (key == "output_bytes") {
+      return limit(key, value, 1, limits.output_bytes, problem);
+    }
+    if (key == "min_level") {
+      if (value.size() == 4 && value[1] == 'L' && value[2] >= '0' &&
+          value[2] <= '4') {
+        required = static_cast<Level>(value[2] - '0');
+        return true;
+      }
+    } else if (key == "profile") {
+      if (value == "\"strict\"") return true;
+      net = value == "\"net\"";
+      if (net) return true;
+    } else if (key == "allow_hosts") {
+      net = net || value != "[]";
+      return true;
+    }
+    problem = "sandbox." + std::string(key) + ": " + std::string(value) +
+              " is not understood by this worker";
+    return false;
+  });
+  if (!problem.empty()) return Error{Code::invalid, problem};
+  if (!good) return Error{Code::invalid, "sandbox: not an object"};
+  if (net) {
+    return Error{Code::unavailable,
+                 "sandbox.profile: \"net\" is not available: this worker has "
+                 "no egress proxy, and a job without one gets no network"};
+  }
+  return {};
+}
+
+std::string head_and_tail(std::string_view text, std::size_t bytes_max) {
+  if (text.size() <= bytes_max) return std::string(text);
+  const std::size_t half = bytes_max / 2;
+  return std::string(text.substr(0, half)) + "\n[... " +
+         std::to_string(text.size() - 2 * half) + " bytes are missing ...]\n" +
+         std::string(text.substr(text.size() - half));
+}
+
+}  // namespace machina::kinds

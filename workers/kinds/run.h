@@ -1,0 +1,87 @@
+// workers/kinds/run.h
+//
+// What a kind's code is given to run one attempt and what it gives back. A kind
+// sees its worker as a Host; it opens no connection and reads no clock but for
+// its own deadline.
+
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "queue/job.h"
+#include "queue/result.h"
+#include "workers/kinds/kinds.h"
+#include "workers/sandbox/sandbox.h"
+
+namespace machina::kinds {
+
+struct Attempt {
+  std::string job_id, kind, payload, sandbox, traceparent;
+  int number = 1;
+  Millis timeout_ms = 0;
+  Level required = 0;
+  sandbox::Limits limits;  // the kind's, with the job's `sandbox` applied
+};
+
+struct Usage {
+  Millis wall_ms = 0, cpu_ms = 0;
+  std::uint64_t max_rss_bytes = 0, disk_bytes = 0, output_bytes = 0;
+  void add(const sandbox::StepResult& step);
+  std::string json() const;
+};
+
+// How an attempt ended. `none` with `verdict_fail` false is a pass.
+struct End {
+  EndCode code = EndCode::none;  // verdict: the work was done, the answer is no
+  std::string message;
+  std::string result;        // raw JSON or empty
+  std::string side_effects;  // raw JSON or empty
+  std::vector<std::string> artifacts;
+  Usage usage;
+  bool retry = true;
+};
+End failed(EndCode code, std::string message);
+
+// The worker, as a kind sees it.
+class Host {
+ public:
+  virtual ~Host() = default;
+  virtual Result<std::unique_ptr<sandbox::Session>> open(
+      const sandbox::SessionSpec& spec) = 0;
+  // With cancel and wake filled in; live output goes to the job's log.
+  virtual sandbox::Watch watch() = 0;
+  virtual bool cancelled() const = 0;
+  virtual void progress(int percent, const std::string& message) = 0;
+  virtual void log(std::string_view bytes) = 0;
+  // Stages an artifact; returns when the server has it.
+  virtual Result<void> artifact(const std::string& name,
+                                std::string_view bytes) = 0;
+  virtual const KindSettings& settings() const = 0;
+};
+
+// The code of a step that did not simply exit; none where it did.
+EndCode code_of(sandbox::Ended ended);
+// A sentence about it: "killed by signal 9", "over its memory limit of 64 MiB".
+std::string describe(const sandbox::StepResult& step,
+                     const sandbox::Limits& limits, Millis timeout_ms);
+
+// The job's `sandbox` member on top of the kind's limits. Code::invalid names
+// the member; Code::unavailable is a profile this worker cannot give.
+Result<void> apply_sandbox(const std::string& json, sandbox::Limits& limits,
+                           Level& required);
+
+// The kinds that run in a session of their own.
+End run_shell(const Attempt& attempt, Host& host);
+End run_tests(const Attempt& attempt, Host& host);
+
+// "LN" of a level, and back.
+std::string level_name(Level level);
+
+// Cuts `text` to its first and last bytes with a line that says so.
+std::string head_and_tail(std::string_view text, std::size_t bytes_max);
+
+}  // namespace machina::kinds
