@@ -1,0 +1,69 @@
+#include "queue/view.h"
+
+namespace machina {
+
+void fill_from_body(const EnqueueRecord& body, bool with_payload,
+                    JobView* view) {
+  const NewJob& job = body.job;
+  view->id = body.id;
+  view->kind = job.kind;
+  view->queue = job.queue;
+  view->tenant = job.tenant;
+  view->priority = job.priority;
+  view->max_attempts = job.max_attempts;
+  view->created_ms = body.created_ms;
+  if (view->run_at_ms == 0) {
+    view->run_at_ms = job.run_at_ms != 0 ? job.run_at_ms : body.created_ms;
+  }
+  view->timeout_ms = job.timeout_ms;
+  if (with_payload) view->payload = job.payload;
+  view->labels = job.labels;
+  view->dedup_key = job.dedup_key;
+  view->depends_on = job.depends_on;
+  view->min_level = job.min_level;
+  view->sandbox = job.sandbox;
+  view->traceparent = job.traceparent;
+  view->request_id = job.request_id;
+}
+
+void fill_from_end(const EndRecord& end, Millis finished_ms, JobView* view) {
+  const Outcome& outcome = end.outcome;
+  view->state = end.state;
+  view->attempt = end.attempt;
+  view->started_ms = end.started_ms;
+  view->finished_ms = finished_ms;
+  view->result = outcome.result;
+  view->isolation = outcome.isolation;
+  view->usage = outcome.usage;
+  view->side_effects = outcome.side_effects;
+  view->artifacts = outcome.artifacts;
+  view->error_code = outcome.code;
+  if (outcome.code != EndCode::none) {
+    view->error_message = outcome.message;
+    view->error_attempt = end.attempt;
+  }
+  view->worker = end.worker;
+  view->fence = end.fence;
+}
+
+void fill_from_note(const Record& note, JobView* view) {
+  if (auto* block = std::get_if<BlockRecord>(&note.body)) {
+    view->blocked_reason = block->reason;
+    view->blocked_data = block->data;
+    view->blocked_token = block->token;
+    view->blocked_deadline_ms = block->deadline_ms;
+  } else if (auto* unblock = std::get_if<UnblockRecord>(&note.body)) {
+    view->input = unblock->input;
+  }
+}
+
+JobView view_of_new(const EnqueueRecord& body, bool fsync, bool with_payload) {
+  JobView view;
+  fill_from_body(body, with_payload, &view);
+  view.state = body.state;
+  view.attempt = body.attempt;
+  view.fsync = fsync;
+  return view;
+}
+
+}  // namespace machina
