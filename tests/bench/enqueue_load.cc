@@ -86,6 +86,7 @@ void run(Load& load, int port, int connections) {
     load.send(*c);
     ++in_flight;
   }
+  std::vector<Connection*> again;
   epoll_event events[256];
   char buffer[65536];
   double deadline = load.first + (load.count > 0 ? 300 : load.seconds + 35);
@@ -105,11 +106,15 @@ void run(Load& load, int port, int connections) {
       load.check(c.answer);
       ++load.done;
       --in_flight;
-      if (load.may_send(load.last)) {
-        load.send(c);
-        ++in_flight;
-      }
+      again.push_back(&c);
     }
+    // Sent together, after all that has arrived is read: as wrk does.
+    for (Connection* c : again) {
+      if (!load.may_send(load.last)) break;
+      load.send(*c);
+      ++in_flight;
+    }
+    again.clear();
   }
   for (auto& c : all) close(c->fd);
   close(epoll);
