@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <memory>
+#include <stdexcept>
 #include <string>
 
 #include "tests/e2e/harness.h"
@@ -41,9 +42,11 @@ class EndToEnd : public testing::TestWithParam<Who> {
   // What a job in a sandbox must get here.
   std::string least_level() const { return as_root() ? "L3" : "L2"; }
 
+  // Throw where the server does not come up: a test without one says nothing
+  // more, and would say it slowly.
   void start(const Serve& serve = {}) {
     std::string why;
-    ASSERT_TRUE(product_->start(serve, &why)) << why;
+    if (!product_->start(serve, &why)) throw std::runtime_error(why);
   }
   // As in production: token, fsync, and no level below the one promised.
   void start_prod(int workers = 2) {
@@ -56,7 +59,7 @@ class EndToEnd : public testing::TestWithParam<Who> {
   }
   void restart() {
     std::string why;
-    ASSERT_TRUE(product_->restart(&why)) << why;
+    if (!product_->restart(&why)) throw std::runtime_error(why);
   }
   Product& p() { return *product_; }
 

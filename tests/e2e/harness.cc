@@ -21,6 +21,7 @@
 #include <filesystem>
 #include <fstream>
 #include <sstream>
+#include <stdexcept>
 
 namespace machina::e2e {
 namespace {
@@ -456,9 +457,11 @@ Answer Product::call(const std::string& method, const std::string& path,
 
 std::string Product::submit(const Json& job) {
   Answer a = post("/v1/jobs", job);
-  EXPECT_EQ(a.status, 201) << a.body << "\nfor " << job.dump().substr(0, 400);
-  Json answer = a.json();
-  return answer.is_object() ? answer.value("id", "") : "";
+  if (a.status != 201) {
+    throw std::runtime_error("submit: " + std::to_string(a.status) + " " +
+                             a.body + "\nfor " + job.dump().substr(0, 400));
+  }
+  return a.json()["id"];
 }
 
 Json Product::job(const std::string& id) {

@@ -92,7 +92,7 @@ class Product {
     return call("POST", path, body.dump());
   }
   Answer raw(const std::string& bytes);  // exactly these bytes
-  // Submits and gives the id; fails the test where the answer is not 201.
+  // Submits and gives the id; throws where the answer is not 201.
   std::string submit(const Json& job);
   Json job(const std::string& id);  // null where the answer is not 200
   // Polls until `until` holds; the last seen job either way.
