@@ -1,0 +1,312 @@
+#include "queue/shard.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+
+#include "queue/shard_impl.h"
+
+namespace machina {
+namespace {
+
+constexpr Millis kCloseWaitMs = 30'000;  // for a stuck disk or SQLite
+
+}  // namespace
+
+Result<std::unique_ptr<Shard>> Shard::open(Storage& storage, Clock& clock,
+                                           Random& random,
+                                           const ShardOptions& options,
+                                           RecoveryReport* report) {
+  auto shard = std::make_unique<ShardImpl>(storage, clock, random, options);
+  RecoveryReport unwanted;
+  if (auto r = shard->start(report != nullptr ? report : &unwanted); !r) {
+    return r.error();
+  }
+  return std::unique_ptr<Shard>(std::move(shard));
+}
+
+ShardImpl::ShardImpl(Storage& storage, Clock& clock, Random& random,
+                     const ShardOptions& options)
+    : storage_(storage),
+      clock_(clock),
+      random_(random),
+      options_(options),
+      core_(options.core),
+      cache_(options.body_cache_bytes) {}
+
+// Without close() this is a crash, to the files: the log is not synced.
+ShardImpl::~ShardImpl() {
+  {
+    std::lock_guard lock(waker_->mutex);
+    waker_->wake = nullptr;
+  }
+  history_thread_.reset();
+  store_.reset();
+}
+
+// --- open and recovery ---
+
+Result<void> ShardImpl::start(RecoveryReport* report) {
+  auto history = History::open(options_.history_dir);
+  if (!history) return history.error();
+  history_ = std::move(*history);
+
+  core_.on_place([this](Place place, int delta) {
+    if (log_ != nullptr) return log_->need(place, delta);
+    auto& [first, count] = early_needs_[place >> 12];
+    if (count == 0) first = place;
+    count += delta;
+  });
+  Lsn checkpoint = 0;
+  auto load = [&](Lsn lsn, std::span<const std::byte> image) -> Result<void> {
+    checkpoint = lsn;
+    if (image.empty()) return {};
+    image_bytes_ = image.size();
+    return core_.load(image);
+  };
+  auto opened = Log::open(
+      storage_, options_.log, history_->applied(), load,
+      [&](const Record& record) { return visit(record, checkpoint); }, report);
+  if (!opened) return opened.error();
+  log_ = std::move(*opened);
+  for (const auto& [page, need] : early_needs_) {
+    if (need.second != 0) log_->need(need.first, need.second);
+  }
+  early_needs_.clear();
+  for (const EndedPtr& ended : feed_) {
+    if (!ended->left) log_->need(ended->body_place, +1);
+  }
+  // With fsync off SQLite may have kept what the log lost.
+  if (history_->applied() > report->last) {
+    if (auto r = history_->rewind(report->last); !r) return r;
+  }
+  history_applied_ = history_->applied();
+  log_->set_history_applied(history_applied_);
+  checkpoint_lsn_ = checkpoint;
+  recovery_ = report->text;
+  core_.set_epoch(log_->writer_epoch());
+  core_.set_mono(mono());
+  core_.restart_leases(mono());
+
+  store_ = std::make_unique<StoreThreads>(kStoreThreads);
+  history_thread_ = std::make_unique<StoreThreads>(1);
+  auto knock = [waker = waker_] { waker->knock(); };
+  store_->on_wake(knock);
+  history_thread_->on_wake(knock);
+  log_->on_wake(knock);
+  checkpoint_at_mono_ = mono() + options_.checkpoint_ms;
+  feed_at_mono_ = mono();
+  return {};
+}
+
+// A record of the log that the checkpoint or history does not cover.
+Result<void> ShardImpl::visit(const Record& record, Lsn checkpoint) {
+  if (record.lsn > checkpoint) core_.apply(record);
+  if (record.lsn <= history_->applied()) return {};
+  if (auto* body = std::get_if<EnqueueRecord>(&record.body)) {
+    if (body->revived == 0) return {};
+    auto left = std::make_shared<Ended>();
+    left->id = body->id;
+    left->lsn = record.lsn;
+    left->left = true;
+    remember_ended(std::move(left));
+  } else if (auto* end = std::get_if<EndRecord>(&record.body)) {
+    auto made = std::make_shared<Ended>();
+    made->id = end->id;
+    made->lsn = record.lsn;
+    made->fence = end->fence;
+    made->by_complete = end->by_complete != 0;
+    made->state = end->state;
+    made->attempt = end->attempt;
+    made->finished_ms = record.time_ms;
+    made->body_place = end->body_place;
+    made->body_bytes = end->body_bytes;
+    made->end_place = record.place;
+    made->end_bytes = record.bytes;
+    remember_ended(std::move(made));
+  }
+  return {};
+}
+
+// --- the turn ---
+
+void ShardImpl::Waker::knock() {
+  std::lock_guard lock(mutex);
+  pending = true;
+  knocked.notify_all();
+  if (wake) wake();
+}
+
+void ShardImpl::on_wake(std::function<void()> wake) {
+  std::lock_guard lock(waker_->mutex);
+  waker_->wake = std::move(wake);
+}
+
+Millis ShardImpl::now() const {
+  return std::max(clock_.wall_ms(), core_.time());
+}
+
+Millis ShardImpl::mono() const { return clock_.mono_ms(); }
+
+void ShardImpl::turn() {
+  log_->poll();
+  store_->run_done();
+  history_thread_->run_done();
+  if (log_->poisoned()) {
+    release_held();  // what was durable before it is true all the same
+    fail_all_poisoned();
+    return;
+  }
+  run_due();
+  run_timers();
+  log_->flush();
+  log_->poll();
+  release_held();
+  feed();
+  run_checkpoint();
+  sample_disk();
+  log_->flush();  // what sending brought in
+  if (log_->poisoned()) fail_all_poisoned();
+}
+
+void ShardImpl::run_due() {
+  for (int round = 0; round < kTickRoundsMax; ++round) {
+    core_.set_mono(mono());
+    if (core_.next_due_wall() > now() && core_.next_due_mono() > mono()) return;
+    auto decision = decide(Command(TickCommand{}));
+    if (!decision) return;
+    const bool idle = decision->records.empty();
+    deliver(&*decision);
+    if (idle) return;
+  }
+}
+
+Millis ShardImpl::next_due_ms() {
+  const Millis at = mono();
+  Millis due = INT64_MAX;
+  auto sooner = [&](Millis delay) {
+    due = std::min(due, std::max<Millis>(delay, 0));
+  };
+  if (log_->poisoned()) {
+    return held_.empty() && calls_.empty() ? -1 : 0;
+  }
+  if (Millis wall = core_.next_due_wall(); wall != INT64_MAX) {
+    sooner(wall - now());
+  }
+  if (Millis mono_due = core_.next_due_mono(); mono_due != INT64_MAX) {
+    sooner(mono_due - at);
+  }
+  if (!timers_.empty()) sooner(timers_.begin()->first - at);
+  if (!held_.empty() && held_.front()->lsn <= log_->durable()) sooner(0);
+  if (!feed_busy_ && history_applied_ < log_->durable()) {
+    bool rows = !feed_.empty() && feed_.front()->lsn <= log_->durable();
+    Millis wait = rows ? kFeedMs : kFeedIdleMs;
+    sooner(std::max(feed_at_mono_ + wait, feed_retry_mono_) - at);
+  }
+  for (const CallPtr& call : listing_) sooner(call->deadline_mono - at);
+  if (!image_ && !log_->checkpointing() && core_.applied() > checkpoint_lsn_ &&
+      log_->bytes_since_checkpoint() >= image_bytes_) {
+    sooner(checkpoint_at_mono_ - at);
+  }
+  if (!disk_busy_) sooner(disk_at_mono_ - at);
+  return due == INT64_MAX ? -1 : due;
+}
+
+// --- the end ---
+
+void ShardImpl::drain() {
+  draining_ = true;
+  answer_all_parked();
+}
+
+std::size_t ShardImpl::running() const {
+  std::uint64_t running = 0;
+  for (const QueueCounts& queue : core_.counts()) {
+    running += queue.by_state[static_cast<int>(State::running)];
+  }
+  return running;
+}
+
+void ShardImpl::release_all() {
+  std::vector<Fence> held;
+  std::uint64_t cursor = 0;
+  do {
+    cursor = core_.scan(cursor, kExamineMax, [&](const Core::Look& look) {
+      if (look.view.state == State::running) held.push_back(look.view.fence);
+      return true;
+    });
+  } while (cursor != 0);
+  release_grants(std::move(held));
+}
+
+// Turns until `done`, sleeping until knocked; false after kCloseWaitMs or when
+// poisoned. Real time: a fake clock does not move by itself.
+bool ShardImpl::wait_for(const std::function<bool()>& done) {
+  using std::chrono::steady_clock;
+  const auto deadline =
+      steady_clock::now() + std::chrono::milliseconds(kCloseWaitMs);
+  while (true) {
+    turn();
+    if (done()) return true;
+    if (log_->poisoned() || steady_clock::now() >= deadline) return false;
+    std::unique_lock lock(waker_->mutex);
+    waker_->knocked.wait_for(lock, std::chrono::milliseconds(5),
+                             [this] { return waker_->pending; });
+    waker_->pending = false;
+  }
+}
+
+Result<void> ShardImpl::close() {
+  draining_ = true;
+  answer_all_parked();
+  bool ok = wait_for([this] {
+    return log_->durable() == log_->appended() && held_.empty() &&
+           store_->outstanding() == 0;
+  });
+  if (ok && core_.applied() > checkpoint_lsn_) {
+    ok = wait_for([this] { return !image_ && !log_->checkpointing(); });
+    if (ok) take_image();
+  }
+  ok = ok && wait_for([this] {
+         feed_at_mono_ = std::min(feed_at_mono_, mono() - kFeedIdleMs);
+         return !image_ && !log_->checkpointing() && !feed_busy_ &&
+                feed_.empty() && history_applied_ == log_->durable();
+       });
+  if (log_->poisoned()) return Error{Code::io, log_->poison_cause()};
+  auto closed = log_->close();
+  history_thread_ = std::make_unique<StoreThreads>(0);
+  store_ = std::make_unique<StoreThreads>(0);
+  if (!closed) return closed;
+  if (!ok) {
+    return Error{Code::unavailable,
+                 "closing took too long; the log is whole, history or the "
+                 "last checkpoint is behind" +
+                     (feed_error_.empty() ? "" : ": " + feed_error_)};
+  }
+  return {};
+}
+
+// --- looking ---
+
+ShardStats ShardImpl::stats() {
+  ShardStats stats;
+  stats.queues = core_.counts();
+  stats.totals = core_.totals();
+  stats.applied = core_.applied();
+  stats.durable = log_->durable();
+  stats.history_applied = history_applied_;
+  stats.history_lag_bytes = history_lag_bytes_;
+  stats.live_jobs = core_.live_jobs();
+  stats.reserved_bytes = core_.reserved_bytes();
+  stats.disk_free_bytes = disk_free_ == UINT64_MAX ? 0 : disk_free_;
+  stats.log = log_->take_stats();
+  stats.poisoned = log_->poisoned();
+  stats.draining = draining_;
+  stats.poison_cause = log_->poison_cause();
+  stats.recovery = recovery_;
+  stats.wait_seconds.swap(wait_seconds_);
+  stats.run_seconds.swap(run_seconds_);
+  return stats;
+}
+
+}  // namespace machina

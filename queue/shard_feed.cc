@@ -1,0 +1,271 @@
+// What the shard does beside requests: feeds history with what is durable,
+// checkpoints the core, watches the disk, samples times.
+
+#include <algorithm>
+#include <cstdio>
+
+#include "queue/shard_impl.h"
+
+namespace machina {
+
+// --- the way to history ---
+
+void ShardImpl::remember_ended(EndedPtr ended) {
+  history_lag_bytes_ += ended->body_bytes + ended->end_bytes;
+  ended_memory_ += ended->memory;
+  if (ended->left) {
+    // The job is live again; what its earlier end left is no longer true.
+    if (EndedPtr earlier = find_ended(ended->id)) {
+      ended_by_fence_.erase(earlier->fence);
+      ended_by_id_.erase(ended->id);
+    }
+  } else {
+    ended_by_id_[ended->id] = ended;
+    if (ended->by_complete) ended_by_fence_[ended->fence] = ended;
+  }
+  feed_.push_back(std::move(ended));
+}
+
+void ShardImpl::forget_ended(const EndedPtr& ended) {
+  history_lag_bytes_ -= ended->body_bytes + ended->end_bytes;
+  ended_memory_ -= ended->memory;
+  if (ended->left) return;
+  log_->need(ended->body_place, -1);
+  auto by_id = ended_by_id_.find(ended->id);
+  if (by_id != ended_by_id_.end() && by_id->second == ended) {
+    ended_by_id_.erase(by_id);
+  }
+  auto by_fence = ended_by_fence_.find(ended->fence);
+  if (by_fence != ended_by_fence_.end() && by_fence->second == ended) {
+    ended_by_fence_.erase(by_fence);
+  }
+}
+
+EndedPtr ShardImpl::find_ended(const JobId& id) const {
+  auto it = ended_by_id_.find(id);
+  return it == ended_by_id_.end() ? nullptr : it->second;
+}
+
+EndedPtr ShardImpl::find_ended(Fence fence) const {
+  auto it = ended_by_fence_.find(fence);
+  return it == ended_by_fence_.end() ? nullptr : it->second;
+}
+
+// One batch at a time goes to the history thread; only what is durable, so
+// that history never knows more than the log.
+void ShardImpl::feed() {
+  const Millis at = mono();
+  const Lsn durable = log_->durable();
+  // Lists wait for what had ended when they were asked for.
+  std::vector<CallPtr> ready;
+  for (const CallPtr& call : listing_) {
+    bool behind = (!feeding_.empty() && feeding_.front()->lsn <= call->lsn) ||
+                  (!feed_.empty() && feed_.front()->lsn <= call->lsn);
+    if (!behind || at >= call->deadline_mono) ready.push_back(call);
+  }
+  for (const CallPtr& call : ready) {
+    std::erase(listing_, call);
+    read_page(call);
+  }
+  if (feed_busy_ || at < feed_retry_mono_) return;
+  const bool rows = !feed_.empty() && feed_.front()->lsn <= durable;
+  if (!rows) {
+    if (durable <= history_applied_ || at < feed_at_mono_ + kFeedIdleMs) return;
+    return post_feed({}, durable);
+  }
+  if (at < feed_at_mono_ + kFeedMs && feed_.size() < kFeedBatchMax / 2 &&
+      listing_.empty()) {
+    return;
+  }
+  std::vector<EndedPtr> batch;
+  std::size_t bytes = 0;
+  while (!feed_.empty() && feed_.front()->lsn <= durable &&
+         batch.size() < kFeedBatchMax && bytes < kFeedBatchBytesMax) {
+    bytes += feed_.front()->body_bytes + feed_.front()->end_bytes;
+    batch.push_back(std::move(feed_.front()));
+    feed_.pop_front();
+  }
+  const bool all = feed_.empty() || feed_.front()->lsn > durable;
+  post_feed(batch, all ? durable : batch.back()->lsn);
+}
+
+namespace {
+
+// On the history thread. A job that must be read from the log and cannot be is
+// left out, loudly: its damage must not keep all later ones out of history.
+std::optional<HistoryChange> change_of(const Log& log, const Ended& ended) {
+  HistoryChange change;
+  change.id = ended.id;
+  change.lsn = ended.lsn;
+  change.finished_ms = ended.finished_ms;
+  if (ended.left) return change;
+  change.body = ended.body;
+  change.end = ended.end;
+  std::string error;
+  if (change.body == nullptr) {
+    auto body = read_body(log, ended.id, ended.body_place, ended.body_bytes);
+    if (body) {
+      change.body = std::move(*body);
+    } else {
+      error = body.error().what;
+    }
+  }
+  if (change.end == nullptr && error.empty()) {
+    auto record = read_record(log, ended.end_place, ended.end_bytes);
+    if (record && std::holds_alternative<EndRecord>(record->body)) {
+      change.end = std::make_shared<const EndRecord>(
+          std::move(std::get<EndRecord>(record->body)));
+    } else {
+      error = record ? "no end lies there" : record.error().what;
+    }
+  }
+  if (error.empty()) return change;
+  std::fprintf(stderr, "machina: history: job %s (lsn %llu) is left out: %s\n",
+               to_string(ended.id).c_str(),
+               static_cast<unsigned long long>(ended.lsn), error.c_str());
+  return std::nullopt;
+}
+
+}  // namespace
+
+void ShardImpl::post_feed(std::vector<EndedPtr> batch, Lsn through) {
+  feed_busy_ = true;
+  feed_at_mono_ = mono();
+  feeding_ = batch;
+  bool expire = mono() >= expire_at_mono_;
+  if (expire) expire_at_mono_ = mono() + kExpireMs;
+  Millis at = now();
+  auto shared = std::make_shared<std::vector<EndedPtr>>(std::move(batch));
+  bool posted = history_thread_->post([=, this] {
+    std::vector<HistoryChange> changes;
+    changes.reserve(shared->size());
+    for (const EndedPtr& ended : *shared) {
+      if (auto change = change_of(*log_, *ended)) {
+        changes.push_back(std::move(*change));
+      }
+    }
+    auto result =
+        std::make_shared<Result<void>>(history_->apply(changes, through));
+    if (*result && expire) *result = history_->expire(at);
+    return [=, this] { fed(*shared, through, *result); };
+  });
+  if (!posted) fed(*shared, through, Error{Code::unavailable, "no room"});
+}
+
+void ShardImpl::fed(const std::vector<EndedPtr>& batch, Lsn through,
+                    const Result<void>& result) {
+  feed_busy_ = false;
+  feeding_.clear();
+  if (!result) {
+    // The same rows again, later; meanwhile the lag grows and enqueue says so.
+    if (feed_error_ != result.error().what) {
+      feed_error_ = result.error().what;
+      std::fprintf(stderr, "machina: %s; trying again\n", feed_error_.c_str());
+    }
+    feed_.insert(feed_.begin(), batch.begin(), batch.end());
+    feed_retry_mono_ = mono() + kFeedRetryMs;
+    return;
+  }
+  feed_error_.clear();
+  history_applied_ = through;
+  for (const EndedPtr& ended : batch) forget_ended(ended);
+  log_->set_history_applied(through);
+}
+
+// The rest of a list's page, from history.
+void ShardImpl::read_page(const CallPtr& call) {
+  auto query = std::make_shared<ListQuery>(call->list);
+  query->limit -= static_cast<int>(call->response.views.size());
+  const std::uint64_t examine = kExamineMax - call->response.scanned;
+  const Millis at = now();
+  call->parked = Call::Parked::no;
+  bool posted = store_->post([=, this] {
+    auto page = std::make_shared<Result<History::Page>>(
+        history_->list(*query, at, examine));
+    return [=, this] {
+      if (!*page) {
+        return refuse(call,
+                      page->error().code == Code::invalid
+                          ? Response::Status::bad_cursor
+                          : Response::Status::failed,
+                      page->error().what);
+      }
+      for (const FinishedJob& job : (*page)->jobs) {
+        call->response.views.push_back(view_of(job, options_.core.fsync));
+      }
+      call->response.scanned += (*page)->scanned;
+      if (!(*page)->cursor.empty()) {
+        call->response.cursor = "H" + (*page)->cursor;
+      }
+      answer(call);
+    };
+  });
+  if (!posted) refuse(call, Response::Status::failed, "too many file reads");
+}
+
+// --- checkpoints ---
+
+// The image is of the state that is applied; it goes to disk when the log is
+// durable that far, for a checkpoint must not know more than the log.
+void ShardImpl::run_checkpoint() {
+  if (log_->poisoned()) return;
+  if (image_ && !log_->checkpointing() && log_->durable() >= image_->lsn) {
+    log_->checkpoint(image_->lsn, image_->time_ms, std::move(image_->bytes));
+    image_.reset();
+  }
+  if (image_ || log_->checkpointing() || core_.applied() <= checkpoint_lsn_) {
+    return;
+  }
+  // save() takes time in proportion to the jobs that live: it is due when the
+  // log has grown by as much as it would write, so that its share stays small.
+  const std::uint64_t grown = log_->bytes_since_checkpoint();
+  const bool due = grown >= options_.checkpoint_log_bytes ||
+                   (mono() >= checkpoint_at_mono_ && grown >= image_bytes_);
+  if (due) take_image();
+}
+
+void ShardImpl::take_image() {
+  image_.emplace();
+  image_->lsn = core_.applied();
+  image_->time_ms = core_.time();
+  core_.save(&image_->bytes);
+  checkpoint_lsn_ = image_->lsn;
+  image_bytes_ = image_->bytes.size();
+  checkpoint_at_mono_ = mono() + options_.checkpoint_ms;
+}
+
+// --- disk and samples ---
+
+void ShardImpl::sample_disk() {
+  if (disk_busy_ || mono() < disk_at_mono_) return;
+  disk_at_mono_ = mono() + kDiskSampleMs;
+  disk_busy_ = store_->post([this] {
+    auto free = storage_.free_bytes();
+    std::uint64_t bytes = free ? *free : UINT64_MAX;
+    return [this, bytes] {
+      disk_busy_ = false;
+      disk_free_ = bytes;
+    };
+  });
+}
+
+// Room for what was promised to live jobs is not free.
+bool ShardImpl::disk_low(std::uint64_t bytes) const {
+  return disk_free_ < bytes + core_.reserved_bytes();
+}
+
+void ShardImpl::sample_wait(const JobView& view) {
+  if (wait_seconds_.size() >= kSamplesMax) return;
+  Millis ready = std::max(view.created_ms, view.run_at_ms);
+  double waited = static_cast<double>(now() - ready) / 1000.0;
+  wait_seconds_.emplace_back(view.kind, std::max(0.0, waited));
+}
+
+void ShardImpl::sample_run(const std::string& kind, Millis started,
+                           Millis ended) {
+  if (run_seconds_.size() >= kSamplesMax) return;
+  run_seconds_.emplace_back(kind,
+                            static_cast<double>(ended - started) / 1000.0);
+}
+
+}  // namespace machina

@@ -1,0 +1,327 @@
+// queue/shard_impl.h
+//
+// The parts of the shard, as its source files see them:
+//
+//   shard.cc         open and recovery, the turn, drain, close, stats
+//   shard_submit.cc  a request -> facts -> decide -> commit -> an answer
+//   shard_reply.cc   answers: held until durable, completed from files, sent
+//   shard_wait.cc    what waits: lease calls, heartbeats, watchers of jobs
+//   shard_feed.cc    the way to history, checkpoints, disk space
+//
+// A Call is one request on its way. It is
+//
+//   waiting   for facts (store thread), or parked: calls_, timers_
+//   held      until the log is durable up to its lsn (H1): held_
+//   fetching  what its views lack, by a store thread
+//   sent
+//
+// and may be dropped (its connection went away) in each of them.
+
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "queue/bodies.h"
+#include "queue/core.h"
+#include "queue/history.h"
+#include "queue/log.h"
+#include "queue/shard.h"
+#include "queue/storage.h"
+#include "queue/view.h"
+
+namespace machina {
+
+constexpr std::size_t kCallsMax = 65'536;  // parked or with unsent grants
+// "A reply is at most 4 MiB": bodies and what surrounds each, with room for
+// the frame.
+constexpr std::size_t kLeaseReplyBytesMax = (4u << 20) - (64u << 10);
+constexpr std::size_t kLeaseOverheadBytes = 2048;
+constexpr std::uint64_t kLiveExamineMax = 2000;  // of a list, on the loop
+constexpr std::uint64_t kExamineMax = 10'000;    // of a list, in all
+constexpr std::size_t kFeedBatchMax = 2000;
+constexpr std::size_t kFeedBatchBytesMax = 32u << 20;
+constexpr Millis kFeedMs = 50;        // rows wait at most so long for company
+constexpr Millis kFeedIdleMs = 5000;  // applied() follows without rows
+constexpr Millis kFeedRetryMs = 1000;
+constexpr Millis kExpireMs = 60'000;
+constexpr Millis kDiskSampleMs = 1000;
+constexpr Millis kLevelSeenMs = 60'000;
+constexpr Millis kListWaitMs = 2000;  // for history to catch up with the core
+constexpr std::size_t kEndedMemoryMax = 64u << 20;  // else read from the log
+constexpr std::size_t kSamplesMax = 4096;
+constexpr int kStoreThreads = 2;
+constexpr int kTickRoundsMax = 16;  // of a turn
+constexpr int kFactRoundsMax = 8;
+
+// A job that ended (or, `left`, left history by an explicit retry), which
+// history does not have yet. Immutable: the history thread reads it too.
+struct Ended {
+  JobId id;
+  Lsn lsn = 0;
+  bool left = false;
+  Fence fence = 0;
+  bool by_complete = false;
+  State state = State::succeeded;
+  int attempt = 0;
+  Millis finished_ms = 0;
+  Place body_place = 0, end_place = 0;
+  std::uint32_t body_bytes = 0, end_bytes = 0;
+  Body body;                             // null: in the log
+  std::shared_ptr<const EndRecord> end;  // null: in the log
+  std::size_t memory = 0;
+};
+using EndedPtr = std::shared_ptr<const Ended>;
+
+// Something that a response lacks and that lies in a file.
+struct Need {
+  enum class What {
+    body,      // of a live job, by place
+    note,      // a BlockRecord or UnblockRecord, by place
+    ended,     // a finished job that history does not have yet, by places
+    finished,  // a finished job, from history by id
+    by_fence,  // a finished job, from history by the fence that ended it
+  } what = What::body;
+  std::size_t index = 0;
+  bool of_lease = false;  // index counts leases, not views
+  JobId id;
+  Fence fence = 0;
+  Place place = 0;
+  std::uint32_t bytes = 0;
+  EndedPtr ended;
+  // Found:
+  Body body;
+  std::optional<Record> note;
+  std::optional<FinishedJob> finished;
+  std::string error;
+};
+
+// On a store thread: reads what `need` asks for, as of server time `at`.
+void fetch_need(const Log& log, History& history, Millis at, Need* need);
+
+// What a finished job means for the item that asked about it.
+enum class Purpose : std::uint8_t {
+  view,    // nothing but its view
+  get,     // not_found if there is none
+  cancel,  // already, wrong_state or not_found
+  change,  // wrong_state or not_found
+};
+
+struct Call {
+  std::uint64_t number = 0;  // 0: not in calls_
+  Address from;
+  Response response;
+  bool with_payload = true;
+  Purpose purpose = Purpose::view;
+  std::vector<Need> needs;
+  std::vector<Fence> grants;  // decided for it and not yet sent
+  Lsn lsn = 0;                // H1
+  bool dropped = false;
+
+  enum class Parked : std::uint8_t { no, lease, heartbeat, watch, list };
+  Parked parked = Parked::no;
+  Millis deadline_mono = 0;
+  JobId watched;
+  HeartbeatCommand beat;
+  ListQuery list;
+};
+using CallPtr = std::shared_ptr<Call>;
+
+class ShardImpl final : public Shard {
+ public:
+  ShardImpl(Storage& storage, Clock& clock, Random& random,
+            const ShardOptions& options);
+  ~ShardImpl() override;
+
+  Result<void> start(RecoveryReport* report);
+
+  void on_send(Send send) override { send_ = std::move(send); }
+  void on_wake(std::function<void()> wake) override;
+  void submit(Request request) override;
+  void abandon(std::uint32_t io, std::uint64_t connection) override;
+  void turn() override;
+  Millis next_due_ms() override;
+  void drain() override;
+  std::size_t running() const override;
+  void release_all() override;
+  Result<void> close() override;
+  ShardStats stats() override;
+  bool poisoned() const override { return log_->poisoned(); }
+
+ private:
+  using ConnectionKey = std::pair<std::uint32_t, std::uint64_t>;
+
+  // shard.cc
+  Result<void> visit(const Record& record, Lsn checkpoint);
+  void run_due();
+  bool wait_for(const std::function<bool()>& done);
+  Millis now() const;  // server time: never goes back
+  Millis mono() const;
+
+  // shard_submit.cc
+  void run_command(const CallPtr& call, Command command, Millis wait_ms);
+  void enqueue(const CallPtr& call, EnqueueCommand command, Millis wait_ms,
+               int round);
+  bool gather_facts(EnqueueCommand* command, std::vector<JobId>* missing) const;
+  void lease(const CallPtr& call, LeaseCommand command, Millis wait_ms);
+  void heartbeat(const CallPtr& call, HeartbeatCommand command, Millis wait_ms);
+  void complete(const CallPtr& call, CompleteCommand command, Millis wait_ms);
+  void change(const CallPtr& call, const Command& command, Purpose purpose);
+  void retry(const CallPtr& call, RetryCommand command);
+  void get(const CallPtr& call, const GetQuery& query);
+  void list(const CallPtr& call, ListQuery query);
+  void list_live(const CallPtr& call, std::uint64_t cursor);
+  void list_history(const CallPtr& call);
+
+  std::optional<Decision> decide(const Command& command);  // and commit
+  bool commit(Decision* decision);
+  void applied(Record* record);
+  void enqueued(EnqueueRecord record);
+  void ended(Record* record);
+  void deliver(Decision* decision);
+  void give(const CallPtr& call, const std::vector<GrantAnswer>& grants);
+
+  // shard_reply.cc
+  void want_view(Call* call, std::size_t index, const JobId& id);
+  bool add_live_view(Call* call, std::size_t index, const JobId& id);
+  void add_ended_view(Call* call, std::size_t index, const EndedPtr& ended);
+  void fill_live(const Core::Look& look, Call* call, std::size_t index,
+                 bool of_lease);
+  void settle_item(Call* call, std::size_t index, State state);
+  void need(Call* call, Need need);
+  void pin(const Need& need, int delta);
+  void drop_needs(Call* call);
+  Body body_of(const JobId& id);
+  void answer(const CallPtr& call);  // holds it until durable
+  void refuse(const CallPtr& call, Response::Status status,
+              std::string detail = {});
+  void release_held();
+  void fetch(const CallPtr& call);
+  void fetched(const CallPtr& call, std::vector<Need>* needs);
+  void settle(Call* call, Need* need, std::vector<Fence>* unreadable);
+  void settle_finished(Call* call, Need* need);
+  void send(const CallPtr& call);
+  void fail_all_poisoned();
+  void release_grants(std::vector<Fence> fences);
+  bool enlist(const CallPtr& call);  // into calls_; false: kCallsMax
+  void unlist(const CallPtr& call);
+
+  // shard_wait.cc
+  bool park(const CallPtr& call, Call::Parked how, Millis wait_ms);
+  void unpark(const CallPtr& call);
+  void timed_out(const CallPtr& call);
+  void run_timers();
+  void run_woken();
+  void finish_watch(const CallPtr& call);
+  void finish_beat(const CallPtr& call);
+  void wake_watchers(const JobId& id);
+  void wake_beats(Fence fence);
+  void answer_all_parked();
+  bool level_seen(Level level) const;
+
+  // shard_feed.cc
+  void feed();
+  void post_feed(std::vector<EndedPtr> batch, Lsn through);
+  void fed(const std::vector<EndedPtr>& batch, Lsn through,
+           const Result<void>& result);
+  void remember_ended(EndedPtr ended);
+  void forget_ended(const EndedPtr& ended);
+  EndedPtr find_ended(const JobId& id) const;
+  EndedPtr find_ended(Fence fence) const;
+  void read_page(const CallPtr& call);
+  void run_checkpoint();
+  void take_image();
+  void sample_disk();
+  bool disk_low(std::uint64_t bytes) const;
+  void sample_wait(const JobView& view);
+  void sample_run(const std::string& kind, Millis started, Millis ended);
+
+  Storage& storage_;
+  Clock& clock_;
+  Random& random_;
+  const ShardOptions options_;
+  Core core_;
+  std::unique_ptr<History> history_;
+  std::unique_ptr<Log> log_;
+  std::string recovery_;
+  Send send_;
+
+  // Other threads knock here.
+  struct Waker {
+    std::mutex mutex;
+    std::condition_variable knocked;
+    bool pending = false;
+    std::function<void()> wake;
+    void knock();
+  };
+  std::shared_ptr<Waker> waker_ = std::make_shared<Waker>();
+
+  // Places needed before log_ exists: one for each 4 KiB page of the log.
+  std::unordered_map<Place, std::pair<Place, int>> early_needs_;
+
+  BodyCache cache_;
+  std::vector<Body> fresh_;  // of the commit under way, where the cache is
+                             // too small for them
+
+  // Calls.
+  std::uint64_t next_call_ = 1;
+  std::unordered_map<std::uint64_t, CallPtr> calls_;
+  std::map<ConnectionKey, std::vector<std::uint64_t>> by_connection_;
+  std::deque<CallPtr> held_;  // by lsn
+  std::set<std::pair<Millis, std::uint64_t>> timers_;
+  std::unordered_multimap<JobId, std::uint64_t, JobIdHash> watchers_;
+  std::unordered_multimap<Fence, std::uint64_t> beats_;
+  std::vector<std::uint64_t> woken_;
+  std::vector<CallPtr> listing_;  // wait for history to catch up
+  std::array<Millis, kLevelMax + 1> level_seen_mono_{};
+  bool draining_ = false;
+  bool told_poison_ = false;
+
+  // The way to history.
+  std::deque<EndedPtr> feed_;
+  std::vector<EndedPtr> feeding_;  // with the history thread
+  bool feed_busy_ = false;
+  Millis feed_at_mono_ = 0;     // of the last batch
+  Millis feed_retry_mono_ = 0;  // after a failure: not before
+  Millis expire_at_mono_ = 0;
+  Lsn history_applied_ = 0;
+  std::uint64_t history_lag_bytes_ = 0;
+  std::size_t ended_memory_ = 0;
+  std::unordered_map<JobId, EndedPtr, JobIdHash> ended_by_id_;
+  std::unordered_map<Fence, EndedPtr> ended_by_fence_;
+  std::string feed_error_;
+
+  // Checkpoints.
+  struct Image {
+    Lsn lsn = 0;
+    Millis time_ms = 0;
+    std::vector<std::byte> bytes;
+  };
+  std::optional<Image> image_;  // waits for its lsn to be durable
+  Lsn checkpoint_lsn_ = 0;
+  std::size_t image_bytes_ = 0;  // of the last
+  Millis checkpoint_at_mono_ = 0;
+
+  std::uint64_t disk_free_ = UINT64_MAX;
+  Millis disk_at_mono_ = 0;
+  bool disk_busy_ = false;
+
+  std::vector<std::pair<std::string, double>> wait_seconds_, run_seconds_;
+
+  // Last: their threads use what stands above.
+  std::unique_ptr<StoreThreads> store_;
+  std::unique_ptr<StoreThreads> history_thread_;
+};
+
+}  // namespace machina

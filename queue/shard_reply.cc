@@ -1,0 +1,377 @@
+// An answer on its way out: its views filled from what is at hand, held until
+// the log is durable (H1), completed from files by a store thread, sent.
+
+#include <algorithm>
+#include <cstdio>
+
+#include "queue/shard_impl.h"
+
+namespace machina {
+
+// --- views ---
+
+void ShardImpl::want_view(Call* call, std::size_t index, const JobId& id) {
+  if (add_live_view(call, index, id)) return;
+  if (EndedPtr ended = find_ended(id)) {
+    return add_ended_view(call, index, ended);
+  }
+  Need missing;
+  missing.what = Need::What::finished;
+  missing.index = index;
+  missing.id = id;
+  need(call, std::move(missing));
+}
+
+bool ShardImpl::add_live_view(Call* call, std::size_t index, const JobId& id) {
+  auto look = core_.look(id);
+  if (!look) return false;
+  JobView& view = call->response.views[index];
+  bool duplicate = call->response.items[index].answer == Answer::duplicate;
+  view = std::move(look->view);
+  view.duplicate = duplicate;
+  call->response.items[index].state = view.state;
+  fill_live(*look, call, index, false);
+  return true;
+}
+
+// `look.view` has been moved to its slot; what it lacks is added.
+void ShardImpl::fill_live(const Core::Look& look, Call* call, std::size_t index,
+                          bool of_lease) {
+  JobView& view =
+      of_lease ? call->response.leases[index].job : call->response.views[index];
+  view.fsync = options_.core.fsync;
+  view.waiting_for_level = view.state == State::ready && view.min_level > 0 &&
+                           !level_seen(view.min_level);
+  if (Body body = body_of(view.id)) {
+    int max_attempts = view.max_attempts;  // a retry may have renewed it
+    fill_from_body(*body, of_lease || call->with_payload, &view);
+    view.max_attempts = max_attempts;
+  } else {
+    Need missing;
+    missing.what = Need::What::body;
+    missing.index = index;
+    missing.of_lease = of_lease;
+    missing.id = view.id;
+    missing.fence = view.fence;
+    missing.place = look.body_place;
+    missing.bytes = look.body_bytes;
+    need(call, std::move(missing));
+  }
+  if (look.note_place == 0) return;
+  Need missing;
+  missing.what = Need::What::note;
+  missing.index = index;
+  missing.of_lease = of_lease;
+  missing.id = view.id;
+  missing.fence = view.fence;
+  missing.place = look.note_place;
+  missing.bytes = look.note_bytes;
+  need(call, std::move(missing));
+}
+
+void ShardImpl::add_ended_view(Call* call, std::size_t index,
+                               const EndedPtr& ended) {
+  if (ended->body == nullptr || ended->end == nullptr) {
+    Need missing;
+    missing.what = Need::What::ended;
+    missing.index = index;
+    missing.id = ended->id;
+    missing.ended = ended;
+    return need(call, std::move(missing));
+  }
+  JobView& view = call->response.views[index];
+  fill_from_body(*ended->body, call->with_payload, &view);
+  fill_from_end(*ended->end, ended->finished_ms, &view);
+  view.fsync = options_.core.fsync;
+  settle_item(call, index, ended->state);
+}
+
+// The job that item `index` asks about is finished.
+void ShardImpl::settle_item(Call* call, std::size_t index, State state) {
+  if (index >= call->response.items.size()) return;
+  ItemAnswer& item = call->response.items[index];
+  item.state = state;
+  if (item.answer == Answer::duplicate) {
+    call->response.views[index].duplicate = true;
+  }
+  if (item.answer != Answer::not_found) return;
+  bool cancelled =
+      call->purpose == Purpose::cancel && state == State::cancelled;
+  item.answer = cancelled ? Answer::already : Answer::wrong_state;
+}
+
+Body ShardImpl::body_of(const JobId& id) {
+  if (Body body = cache_.get(id)) return body;
+  for (const Body& body : fresh_) {
+    if (body->id == id) return body;
+  }
+  return nullptr;
+}
+
+// --- needs ---
+
+void ShardImpl::need(Call* call, Need need) {
+  pin(need, +1);
+  call->needs.push_back(std::move(need));
+}
+
+// Keeps the log's segments until they have been read.
+void ShardImpl::pin(const Need& need, int delta) {
+  if (need.place != 0) log_->need(need.place, delta);
+  if (need.ended == nullptr) return;
+  if (need.ended->body_place != 0) log_->need(need.ended->body_place, delta);
+  if (need.ended->end_place != 0) log_->need(need.ended->end_place, delta);
+}
+
+void ShardImpl::drop_needs(Call* call) {
+  for (const Need& need : call->needs) pin(need, -1);
+  call->needs.clear();
+}
+
+void fetch_need(const Log& log, History& history, Millis at, Need* need) {
+  switch (need->what) {
+    case Need::What::body: {
+      auto body = read_body(log, need->id, need->place, need->bytes);
+      if (body) {
+        need->body = std::move(*body);
+      } else {
+        need->error = body.error().what;
+      }
+      return;
+    }
+    case Need::What::note: {
+      auto note = read_record(log, need->place, need->bytes);
+      if (note) {
+        need->note = std::move(*note);
+      } else {
+        need->error = note.error().what;
+      }
+      return;
+    }
+    case Need::What::ended: {
+      const Ended& ended = *need->ended;
+      auto body = read_body(log, ended.id, ended.body_place, ended.body_bytes);
+      auto end = read_record(log, ended.end_place, ended.end_bytes);
+      if (!body || !end) {
+        need->error = !body ? body.error().what : end.error().what;
+        return;
+      }
+      FinishedJob job;
+      job.lsn = ended.lsn;
+      job.finished_ms = ended.finished_ms;
+      job.body = **body;
+      if (auto* found = std::get_if<EndRecord>(&end->body)) {
+        job.end = std::move(*found);
+      }
+      need->finished = std::move(job);
+      return;
+    }
+    case Need::What::finished:
+    case Need::What::by_fence: {
+      auto found = need->what == Need::What::finished
+                       ? history.find(need->id, at)
+                       : history.find_by_fence(need->fence, at);
+      if (found) {
+        need->finished = std::move(*found);
+      } else {
+        need->error = found.error().what;
+      }
+      return;
+    }
+  }
+}
+
+void ShardImpl::fetch(const CallPtr& call) {
+  auto needs = std::make_shared<std::vector<Need>>(std::move(call->needs));
+  call->needs.clear();
+  Millis at = now();
+  bool posted = store_->post([=, this] {
+    for (Need& need : *needs) fetch_need(*log_, *history_, at, &need);
+    return [=, this] { fetched(call, needs.get()); };
+  });
+  if (posted) return;
+  for (const Need& need : *needs) pin(need, -1);
+  refuse(call, Response::Status::failed, "too many file reads are waiting");
+}
+
+void ShardImpl::fetched(const CallPtr& call, std::vector<Need>* needs) {
+  std::vector<Fence> unreadable;
+  for (Need& need : *needs) {
+    pin(need, -1);
+    settle(call.get(), &need, &unreadable);
+  }
+  // A job whose body cannot be read is not sent. Its lease is left to expire,
+  // so that its attempts end some time instead of being granted for ever.
+  for (Fence fence : unreadable) {
+    std::erase_if(call->response.leases,
+                  [&](const LeaseView& l) { return l.fence == fence; });
+    std::erase(call->grants, fence);
+  }
+  send(call);
+}
+
+void ShardImpl::settle(Call* call, Need* need, std::vector<Fence>* unreadable) {
+  if (!need->error.empty()) {
+    std::fprintf(stderr, "machina: %s\n", need->error.c_str());
+    if (need->of_lease) {
+      unreadable->push_back(need->fence);
+    } else if (call->purpose == Purpose::get) {
+      call->response.status = Response::Status::failed;
+      call->response.detail = need->error;
+    }
+    return;
+  }
+  if (need->finished || need->what == Need::What::finished) {
+    return settle_finished(call, need);
+  }
+  if (need->what == Need::What::by_fence) return;  // it stays stale
+  JobView& view = need->of_lease ? call->response.leases[need->index].job
+                                 : call->response.views[need->index];
+  if (need->body != nullptr) {
+    int max_attempts = view.max_attempts;
+    fill_from_body(*need->body, need->of_lease || call->with_payload, &view);
+    view.max_attempts = max_attempts;
+  }
+  if (need->note) fill_from_note(*need->note, &view);
+}
+
+void ShardImpl::settle_finished(Call* call, Need* need) {
+  auto& items = call->response.items;
+  if (need->index >= items.size()) return;
+  ItemAnswer& item = items[need->index];
+  if (!need->finished) {
+    if (call->purpose == Purpose::get) item.answer = Answer::not_found;
+    return;
+  }
+  const FinishedJob& job = *need->finished;
+  if (need->what == Need::What::by_fence) {
+    if (job.end.by_complete == 0 || job.end.fence != need->fence) return;
+    item.answer = Answer::ok;
+    item.id = job.body.id;
+  }
+  JobView& view = call->response.views[need->index];
+  view = view_of(job, options_.core.fsync);
+  if (!call->with_payload) view.payload.clear();
+  settle_item(call, need->index, job.end.state);
+}
+
+// --- out ---
+
+void ShardImpl::answer(const CallPtr& call) {
+  call->lsn = core_.applied();
+  held_.push_back(call);
+}
+
+void ShardImpl::refuse(const CallPtr& call, Response::Status status,
+                       std::string detail) {
+  drop_needs(call.get());
+  std::vector<Fence> grants = std::move(call->grants);
+  call->grants.clear();
+  call->response = Response{};
+  call->response.to = call->from;
+  call->response.status = status;
+  call->response.detail = std::move(detail);
+  if (status == Response::Status::poisoned) return send(call);
+  release_grants(std::move(grants));
+  answer(call);
+}
+
+void ShardImpl::release_held() {
+  const Lsn durable = log_->durable();
+  // The front is taken before it is sent: sending may bring the next request.
+  while (!held_.empty() && held_.front()->lsn <= durable) {
+    CallPtr call = std::move(held_.front());
+    held_.pop_front();
+    if (call->dropped) {
+      drop_needs(call.get());
+    } else if (call->needs.empty()) {
+      send(call);
+    } else {
+      fetch(call);
+    }
+  }
+}
+
+void ShardImpl::send(const CallPtr& call) {
+  unlist(call);
+  call->grants.clear();
+  if (call->dropped) return;
+  call->dropped = true;  // once
+  if (send_) send_(std::move(call->response));
+}
+
+// H3: nobody knows what the disk kept of what is not durable.
+void ShardImpl::fail_all_poisoned() {
+  if (!told_poison_) {
+    told_poison_ = true;
+    std::fprintf(stderr, "machina: the log is poisoned: %s\n",
+                 log_->poison_cause().c_str());
+  }
+  std::deque<CallPtr> held;
+  held.swap(held_);
+  for (const CallPtr& call : held) {
+    refuse(call, Response::Status::poisoned, log_->poison_cause());
+  }
+  std::vector<CallPtr> parked;
+  for (const auto& [number, call] : calls_) {
+    if (call->parked != Call::Parked::no) parked.push_back(call);
+  }
+  for (const CallPtr& call : parked) {
+    unpark(call);
+    refuse(call, Response::Status::poisoned, log_->poison_cause());
+  }
+  std::vector<CallPtr> listing;
+  listing.swap(listing_);
+  for (const CallPtr& call : listing) {
+    refuse(call, Response::Status::poisoned, log_->poison_cause());
+  }
+}
+
+void ShardImpl::release_grants(std::vector<Fence> fences) {
+  if (fences.empty() || log_->poisoned()) return;
+  ReleaseCommand release;
+  release.fences = std::move(fences);
+  if (auto decision = decide(Command(std::move(release)))) {
+    deliver(&*decision);
+  }
+}
+
+void ShardImpl::abandon(std::uint32_t io, std::uint64_t connection) {
+  auto it = by_connection_.find({io, connection});
+  if (it == by_connection_.end()) return;
+  std::vector<std::uint64_t> numbers = std::move(it->second);
+  by_connection_.erase(it);
+  std::vector<Fence> unsent;
+  for (std::uint64_t number : numbers) {
+    auto found = calls_.find(number);
+    if (found == calls_.end()) continue;
+    CallPtr call = found->second;
+    if (call->parked != Call::Parked::no) {
+      unpark(call);
+      drop_needs(call.get());
+    }
+    unsent.insert(unsent.end(), call->grants.begin(), call->grants.end());
+    call->grants.clear();
+    call->dropped = true;
+    calls_.erase(number);
+  }
+  release_grants(std::move(unsent));
+}
+
+bool ShardImpl::enlist(const CallPtr& call) {
+  if (call->number == 0) call->number = next_call_++;
+  if (!calls_.emplace(call->number, call).second) return true;
+  by_connection_[{call->from.io, call->from.connection}].push_back(
+      call->number);
+  return true;
+}
+
+void ShardImpl::unlist(const CallPtr& call) {
+  if (call->number == 0 || calls_.erase(call->number) == 0) return;
+  auto it = by_connection_.find({call->from.io, call->from.connection});
+  if (it == by_connection_.end()) return;
+  std::erase(it->second, call->number);
+  if (it->second.empty()) by_connection_.erase(it);
+}
+
+}  // namespace machina

@@ -1,0 +1,611 @@
+// A request on its way in: what it asks for, the facts it needs, the decision,
+// the records of it applied and appended, and the first draft of its answer.
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "queue/check.h"
+#include "queue/shard_impl.h"
+
+namespace machina {
+namespace {
+
+template <class... Fs>
+struct Overload : Fs... {
+  using Fs::operator()...;
+};
+template <class... Fs>
+Overload(Fs...) -> Overload<Fs...>;
+
+bool is_read(const Request& request) {
+  return !std::holds_alternative<Command>(request.what);
+}
+
+}  // namespace
+
+void ShardImpl::submit(Request request) {
+  auto call = std::make_shared<Call>();
+  call->from = request.from;
+  call->response.to = request.from;
+  call->with_payload = request.with_payload;
+  // H3. What was applied and will never be durable must not be seen either.
+  if (log_->poisoned() &&
+      (!is_read(request) || core_.applied() > log_->durable())) {
+    return refuse(call, Response::Status::poisoned, log_->poison_cause());
+  }
+  std::visit(Overload{[&](Command& command) {
+                        run_command(call, std::move(command), request.wait_ms);
+                      },
+                      [&](GetQuery& query) { get(call, query); },
+                      [&](ListQuery& query) { list(call, std::move(query)); }},
+             request.what);
+}
+
+void ShardImpl::run_command(const CallPtr& call, Command command,
+                            Millis wait_ms) {
+  std::visit(
+      Overload{
+          [&](EnqueueCommand& c) { enqueue(call, std::move(c), wait_ms, 0); },
+          [&](LeaseCommand& c) { lease(call, std::move(c), wait_ms); },
+          [&](HeartbeatCommand& c) { heartbeat(call, std::move(c), wait_ms); },
+          [&](CompleteCommand& c) { complete(call, std::move(c), wait_ms); },
+          [&](RetryCommand& c) { retry(call, std::move(c)); },
+          [&](CancelCommand&) { change(call, command, Purpose::cancel); },
+          [&](UnblockCommand&) { change(call, command, Purpose::change); },
+          [&](auto&) { change(call, command, Purpose::view); }},
+      command);
+}
+
+// --- commands ---
+
+void ShardImpl::enqueue(const CallPtr& call, EnqueueCommand command,
+                        Millis wait_ms, int round) {
+  if (history_lag_bytes_ > options_.history_lag_max_bytes) {
+    return refuse(call, Response::Status::lagging,
+                  "history is " + std::to_string(history_lag_bytes_) +
+                      " bytes behind, more than " +
+                      std::to_string(options_.history_lag_max_bytes));
+  }
+  if (disk_low(options_.disk_soft_bytes != 0
+                   ? options_.disk_soft_bytes
+                   : 4 * options_.log.segment_bytes)) {
+    return refuse(call, Response::Status::disk_low,
+                  std::to_string(disk_free_) + " bytes are free");
+  }
+  std::vector<JobId> missing;
+  if (!gather_facts(&command, &missing)) {
+    if (round >= kFactRoundsMax) {
+      return refuse(call, Response::Status::failed,
+                    "the facts about depends_on kept changing");
+    }
+    auto shared = std::make_shared<EnqueueCommand>(std::move(command));
+    Millis at = now();
+    bool posted = store_->post([=, this] {
+      auto facts = std::make_shared<std::vector<Fact>>();
+      std::string error;
+      for (const JobId& id : missing) {
+        auto found = history_->find(id, at);
+        if (!found) {
+          error = found.error().what;
+          break;
+        }
+        Fact fact;
+        fact.id = id;
+        fact.known = found->has_value();
+        if (fact.known) fact.state = (*found)->end.state;
+        facts->push_back(fact);
+      }
+      return [=, this] {
+        if (!error.empty()) {
+          return refuse(call, Response::Status::failed, error);
+        }
+        if (log_->poisoned()) {
+          return refuse(call, Response::Status::poisoned, log_->poison_cause());
+        }
+        shared->facts.insert(shared->facts.end(), facts->begin(), facts->end());
+        enqueue(call, std::move(*shared), wait_ms, round + 1);
+      };
+    });
+    if (!posted) refuse(call, Response::Status::failed, "too many file reads");
+    return;
+  }
+
+  auto decision = decide(Command(std::move(command)));
+  if (!decision) {
+    return refuse(call, Response::Status::poisoned, log_->poison_cause());
+  }
+  call->response.items = std::move(decision->items);
+  auto& items = call->response.items;
+  call->response.views.resize(items.size());
+  const bool one = items.size() == 1;
+  const bool plain = one && decision->records.size() == 1;
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    ItemAnswer& item = items[i];
+    if (item.answer != Answer::ok && item.answer != Answer::duplicate) continue;
+    JobView& view = call->response.views[i];
+    // Of many jobs, clients are told id, state and duplicate: no bodies.
+    if (Body body = plain ? body_of(item.id) : nullptr) {
+      view = view_of_new(*body, options_.core.fsync, call->with_payload);
+      view.waiting_for_level = view.state == State::ready &&
+                               view.min_level > 0 &&
+                               !level_seen(view.min_level);
+    } else if (one || !core_.live(item.id)) {
+      want_view(call.get(), i, item.id);
+    } else if (item.answer == Answer::duplicate) {
+      if (auto look = core_.look(item.id)) view = std::move(look->view);
+      item.state = view.state;
+    }
+    view.id = item.id;
+    view.duplicate = item.answer == Answer::duplicate;
+    if (!one && item.answer == Answer::ok) view.state = item.state;
+  }
+  deliver(&*decision);
+  if (one && wait_ms > 0 && !items[0].id.is_nil() && core_.live(items[0].id) &&
+      !draining_) {
+    call->watched = items[0].id;
+    if (park(call, Call::Parked::watch, wait_ms)) return;
+    call->response.waited_out = true;
+  }
+  answer(call);
+}
+
+// What the shard knows at once about dependencies that are not live; false
+// where history must be asked for `missing`.
+bool ShardImpl::gather_facts(EnqueueCommand* command,
+                             std::vector<JobId>* missing) const {
+  for (const NewJob& job : command->jobs) {
+    for (const JobId& id : job.depends_on) {
+      if (core_.live(id)) continue;
+      auto fact = std::find_if(command->facts.begin(), command->facts.end(),
+                               [&](const Fact& f) { return f.id == id; });
+      // Newer than any fact that history gave.
+      if (EndedPtr ended = find_ended(id)) {
+        if (fact == command->facts.end()) {
+          fact = command->facts.insert(fact, Fact{id, true, ended->state});
+        }
+        fact->known = true;
+        fact->state = ended->state;
+      } else if (fact == command->facts.end() &&
+                 std::find(missing->begin(), missing->end(), id) ==
+                     missing->end()) {
+        missing->push_back(id);
+      }
+    }
+  }
+  return missing->empty();
+}
+
+void ShardImpl::lease(const CallPtr& call, LeaseCommand command,
+                      Millis wait_ms) {
+  if (draining_) {
+    return refuse(call, Response::Status::draining, "the server is draining");
+  }
+  std::uint64_t hard = options_.disk_hard_bytes != 0
+                           ? options_.disk_hard_bytes
+                           : options_.log.segment_bytes;
+  if (disk_low(hard)) {
+    return refuse(call, Response::Status::disk_low,
+                  std::to_string(disk_free_) + " bytes are free");
+  }
+  level_seen_mono_[std::min(command.level, kLevelMax)] =
+      std::max<Millis>(mono(), 1);
+  call->number = next_call_++;
+  command.waiter = wait_ms > 0 ? call->number : 0;
+  Command whole(std::move(command));
+  auto decision = decide(whole);
+  if (!decision) {
+    call->number = 0;
+    return refuse(call, Response::Status::poisoned, log_->poison_cause());
+  }
+  call->response.items = std::move(decision->items);
+  give(call, decision->grants);
+  deliver(&*decision);
+  if (decision->grants.empty() && decision->park && wait_ms > 0 &&
+      park(call, Call::Parked::lease, wait_ms)) {
+    core_.park(std::get<LeaseCommand>(whole));
+    return;
+  }
+  answer(call);
+}
+
+void ShardImpl::heartbeat(const CallPtr& call, HeartbeatCommand command,
+                          Millis wait_ms) {
+  call->beat = std::move(command);
+  auto decision = decide(Command(call->beat));
+  if (!decision) {
+    return refuse(call, Response::Status::poisoned, log_->poison_cause());
+  }
+  call->response.items = std::move(decision->items);
+  deliver(&*decision);
+  bool told = call->response.items.empty();
+  const auto& items = call->response.items;
+  for (std::size_t i = 0; i < items.size() && i < call->beat.items.size();
+       ++i) {
+    const auto& beat = call->beat.items[i];
+    if (items[i].answer != Answer::ok || items[i].cancel) told = true;
+    if (items[i].answer != Answer::ok) continue;
+    core_.heartbeat(beat.fence, mono() + options_.core.lease_ms,
+                    beat.progress_percent, beat.progress_message);
+  }
+  if (!told && wait_ms > 0 && park(call, Call::Parked::heartbeat, wait_ms)) {
+    return;
+  }
+  answer(call);
+}
+
+void ShardImpl::complete(const CallPtr& call, CompleteCommand command,
+                         Millis wait_ms) {
+  call->number = next_call_++;
+  if (draining_) command.lease.reset();
+  if (command.lease) {
+    level_seen_mono_[std::min(command.lease->level, kLevelMax)] =
+        std::max<Millis>(mono(), 1);
+    command.lease->waiter = wait_ms > 0 ? call->number : 0;
+  }
+  std::vector<Fence> fences;
+  for (const auto& item : command.items) fences.push_back(item.fence);
+  const std::optional<LeaseCommand> wanted = command.lease;
+  auto decision = decide(Command(std::move(command)));
+  if (!decision) {
+    call->number = 0;
+    return refuse(call, Response::Status::poisoned, log_->poison_cause());
+  }
+  call->response.items = std::move(decision->items);
+  auto& items = call->response.items;
+  call->response.views.resize(items.size());
+  for (std::size_t i = 0; i < items.size() && i < fences.size(); ++i) {
+    if (items[i].answer == Answer::stale_lease) {
+      // A repeat of a completion whose answer was lost? (promise 3)
+      if (EndedPtr ended = find_ended(fences[i])) {
+        items[i].answer = Answer::ok;
+        items[i].id = ended->id;
+        items[i].state = ended->state;
+        if (items.size() == 1) add_ended_view(call.get(), i, ended);
+      } else {
+        Need fact;
+        fact.what = Need::What::by_fence;
+        fact.index = i;
+        fact.fence = fences[i];
+        need(call.get(), std::move(fact));
+      }
+    } else if (items[i].answer == Answer::ok && items.size() == 1) {
+      want_view(call.get(), i, items[i].id);
+    }
+    call->response.views[i].id = items[i].id;
+    if (items.size() > 1) call->response.views[i].state = items[i].state;
+  }
+  give(call, decision->grants);
+  deliver(&*decision);
+  if (wanted && decision->grants.empty() && decision->park && wait_ms > 0 &&
+      park(call, Call::Parked::lease, wait_ms)) {
+    core_.park(*wanted);
+    return;
+  }
+  answer(call);
+}
+
+// The commands that change one job, or many without an answer of their own.
+void ShardImpl::change(const CallPtr& call, const Command& command,
+                       Purpose purpose) {
+  JobId asked;
+  if (auto* cancel = std::get_if<CancelCommand>(&command)) asked = cancel->id;
+  if (auto* unblock = std::get_if<UnblockCommand>(&command)) {
+    asked = unblock->id;
+  }
+  auto decision = decide(command);
+  if (!decision) {
+    return refuse(call, Response::Status::poisoned, log_->poison_cause());
+  }
+  call->purpose = purpose;
+  call->response.items = std::move(decision->items);
+  auto& items = call->response.items;
+  if (items.size() == 1) {
+    call->response.views.resize(1);
+    ItemAnswer& item = items[0];
+    if (item.answer == Answer::not_found && !asked.is_nil()) {
+      item.id = asked;
+      want_view(call.get(), 0, asked);
+    } else if (!item.id.is_nil() && item.answer != Answer::not_found &&
+               item.answer != Answer::stale_lease) {
+      want_view(call.get(), 0, item.id);
+    }
+  }
+  deliver(&*decision);
+  answer(call);
+}
+
+void ShardImpl::retry(const CallPtr& call, RetryCommand command) {
+  const JobId id = command.id;
+  auto run = [this, call](RetryCommand ready, Lsn fetched) {
+    if (log_->poisoned()) {
+      return refuse(call, Response::Status::poisoned, log_->poison_cause());
+    }
+    // It may have been retried and have ended again while we read.
+    EndedPtr newer = find_ended(ready.id);
+    if (newer && newer->lsn > fetched) {
+      ready.state = newer->state;
+      ready.attempt = newer->attempt;
+    }
+    change(call, Command(std::move(ready)), Purpose::change);
+  };
+  if (command.body || core_.live(id))
+    return run(std::move(command), UINT64_MAX);
+  EndedPtr ended = find_ended(id);
+  if (ended && ended->body) {
+    command.body = *ended->body;
+    command.state = ended->state;
+    command.attempt = ended->attempt;
+    return run(std::move(command), UINT64_MAX);
+  }
+  Need fact;
+  fact.id = id;
+  fact.what = ended ? Need::What::ended : Need::What::finished;
+  fact.ended = ended;
+  auto shared = std::make_shared<Need>(std::move(fact));
+  Millis at = now();
+  bool posted = store_->post([=, this] {
+    fetch_need(*log_, *history_, at, shared.get());
+    return [=, this] {
+      RetryCommand ready;
+      ready.id = id;
+      if (!shared->error.empty()) {
+        return refuse(call, Response::Status::failed, shared->error);
+      }
+      Lsn lsn = 0;
+      if (shared->finished) {
+        ready.body = std::move(shared->finished->body);
+        ready.state = shared->finished->end.state;
+        ready.attempt = shared->finished->end.attempt;
+        lsn = shared->finished->lsn;
+      }
+      run(std::move(ready), lsn);
+    };
+  });
+  if (!posted) refuse(call, Response::Status::failed, "too many file reads");
+}
+
+// --- queries ---
+
+void ShardImpl::get(const CallPtr& call, const GetQuery& query) {
+  call->with_payload = query.payload;
+  call->purpose = Purpose::get;
+  ItemAnswer item;
+  item.id = query.id;
+  call->response.items.push_back(std::move(item));
+  call->response.views.resize(1);
+  if (query.until_final && query.wait_ms > 0 && core_.live(query.id) &&
+      !draining_) {
+    call->watched = query.id;
+    if (park(call, Call::Parked::watch, query.wait_ms)) return;
+  }
+  want_view(call.get(), 0, query.id);
+  if (query.until_final && core_.live(query.id)) {
+    call->response.waited_out = true;
+  }
+  answer(call);
+}
+
+// Cursors: "L<n>", n of Core::scan, while the live are listed; then "H<id>",
+// of History::list; "H" is its beginning.
+void ShardImpl::list(const CallPtr& call, ListQuery query) {
+  call->with_payload = false;
+  std::string cursor = std::move(query.cursor);
+  query.cursor.clear();
+  query.limit = std::clamp(query.limit, 1, 1000);
+  call->list = std::move(query);
+  bool live = call->list.states.empty();
+  for (State state : call->list.states) live = live || !is_final(state);
+  if (!call->list.labels.empty()) live = false;
+  if (cursor.empty()) {
+    return live ? list_live(call, 0) : list_history(call);
+  }
+  if (cursor[0] == 'H' &&
+      (cursor.size() == 1 || parse_job_id(cursor.substr(1)))) {
+    call->list.cursor = cursor.substr(1);
+    return list_history(call);
+  }
+  char* end = nullptr;
+  std::uint64_t at = 0;
+  if (cursor[0] == 'L' && cursor.size() > 1 && cursor.size() <= 21) {
+    at = std::strtoull(cursor.c_str() + 1, &end, 10);
+  }
+  if (end == nullptr || *end != '\0' || at == 0) {
+    return refuse(call, Response::Status::bad_cursor,
+                  "cursor: not one of this server's");
+  }
+  list_live(call, at);
+}
+
+void ShardImpl::list_live(const CallPtr& call, std::uint64_t cursor) {
+  const ListQuery& query = call->list;
+  auto& views = call->response.views;
+  const auto limit = static_cast<std::size_t>(query.limit);
+  std::uint64_t examined = 0;
+  auto wanted = [&](const JobView& view) {
+    if (!query.states.empty() &&
+        std::find(query.states.begin(), query.states.end(), view.state) ==
+            query.states.end()) {
+      return false;
+    }
+    if (!query.kind.empty() && view.kind != query.kind) return false;
+    if (!query.queue.empty() && view.queue != query.queue) return false;
+    if (view.created_ms < query.since_ms) return false;
+    return query.until_ms == 0 || view.created_ms <= query.until_ms;
+  };
+  cursor = core_.scan(cursor, kLiveExamineMax, [&](const Core::Look& look) {
+    ++examined;
+    if (!wanted(look.view)) return true;
+    views.push_back(look.view);
+    JobView& view = views.back();
+    // From the cache only: a list reads no bodies.
+    if (Body body = cache_.get(view.id)) fill_from_body(*body, false, &view);
+    view.payload.clear();
+    view.fsync = options_.core.fsync;
+    view.waiting_for_level = view.state == State::ready && view.min_level > 0 &&
+                             !level_seen(view.min_level);
+    return views.size() < limit;
+  });
+  call->response.scanned += examined;
+  if (cursor != 0) {
+    call->response.cursor = "L" + std::to_string(cursor);
+    return answer(call);
+  }
+  if (views.size() >= limit) {
+    call->response.cursor = "H";
+    return answer(call);
+  }
+  list_history(call);
+}
+
+// What had ended when the list was asked for should be in it: waits until
+// history has caught up that far, within reason.
+void ShardImpl::list_history(const CallPtr& call) {
+  bool finals = call->list.states.empty();
+  for (State state : call->list.states) finals = finals || is_final(state);
+  if (!finals) return answer(call);
+  call->lsn = core_.applied();
+  call->deadline_mono = mono() + kListWaitMs;
+  call->parked = Call::Parked::list;
+  listing_.push_back(call);
+}
+
+// --- decide and commit ---
+
+std::optional<Decision> ShardImpl::decide(const Command& command) {
+  core_.set_mono(mono());
+  Decision decision = core_.decide(now(), random_.next(), command);
+  if (!commit(&decision)) return std::nullopt;
+  return decision;
+}
+
+// Beyond this point the log has it; nobody is told before it is durable.
+bool ShardImpl::commit(Decision* decision) {
+  fresh_.clear();
+  for (Record& record : decision->records) {
+    if (auto appended = log_->append(&record); !appended) {
+      // Poisoned: what was applied before it is never told to anyone (H3). A
+      // record over the batch maximum cannot come from bounded requests.
+      CHECK(appended.error().code == Code::io);
+      return false;
+    }
+    if (auto* end = std::get_if<EndRecord>(&record.body)) {
+      // The core no longer needs the body's place; history still does.
+      log_->need(end->body_place, +1);
+    }
+    core_.apply(record);
+    applied(&record);
+  }
+  return true;
+}
+
+// What the shard itself keeps of a record. Takes its body.
+void ShardImpl::applied(Record* record) {
+  std::visit(
+      Overload{[&](EnqueueRecord& body) {
+                 if (body.revived != 0) {
+                   auto left = std::make_shared<Ended>();
+                   left->id = body.id;
+                   left->lsn = record->lsn;
+                   left->left = true;
+                   remember_ended(std::move(left));
+                 }
+                 enqueued(std::move(body));
+               },
+               [&](EndRecord&) { ended(record); },
+               [&](RetryRecord& retry) { wake_beats(retry.fence); },
+               [&](ReleaseRecord& release) { wake_beats(release.fence); },
+               [&](BlockRecord& block) { wake_beats(block.fence); },
+               [&](CancelRecord& cancel) {
+                 if (beats_.empty()) return;
+                 if (auto look = core_.look(cancel.id)) {
+                   wake_beats(look->view.fence);
+                 }
+               },
+               [](auto&) {}},
+      record->body);
+}
+
+void ShardImpl::enqueued(EnqueueRecord record) {
+  auto body = std::make_shared<const EnqueueRecord>(std::move(record));
+  if (memory_of(*body) > options_.body_cache_bytes / 2) fresh_.push_back(body);
+  cache_.put(std::move(body));
+}
+
+void ShardImpl::ended(Record* record) {
+  auto& end = std::get<EndRecord>(record->body);
+  for (EnqueueRecord& child : end.children) enqueued(std::move(child));
+  end.children.clear();
+  auto made = std::make_shared<Ended>();
+  made->id = end.id;
+  made->lsn = record->lsn;
+  made->fence = end.fence;
+  made->by_complete = end.by_complete != 0;
+  made->state = end.state;
+  made->attempt = end.attempt;
+  made->finished_ms = record->time_ms;
+  made->body_place = end.body_place;
+  made->body_bytes = end.body_bytes;
+  made->end_place = record->place;
+  made->end_bytes = record->bytes;
+  wake_beats(end.fence);
+  Body body = cache_.take(end.id);
+  if (body != nullptr && end.started_ms > 0) {
+    sample_run(body->job.kind, end.started_ms, record->time_ms);
+  }
+  std::size_t memory =
+      memory_of(end) + (body != nullptr ? memory_of(*body) : 0);
+  if (ended_memory_ + memory <= kEndedMemoryMax) {
+    made->memory = memory;
+    made->body = std::move(body);
+    made->end = std::make_shared<const EndRecord>(std::move(end));
+  }
+  JobId id = made->id;
+  remember_ended(std::move(made));
+  wake_watchers(id);
+}
+
+// The parked lease calls that a decision feeds; then all who waited for what
+// it recorded.
+void ShardImpl::deliver(Decision* decision) {
+  for (Decision::Fed& fed : decision->fed) {
+    core_.unpark(fed.waiter);
+    auto it = calls_.find(fed.waiter);
+    CHECK(it != calls_.end());
+    CallPtr call = it->second;
+    unpark(call);
+    give(call, fed.grants);
+    answer(call);
+  }
+  run_woken();
+}
+
+// Puts granted jobs into a lease call's response; those that would make it
+// longer than a reply may be go back.
+void ShardImpl::give(const CallPtr& call,
+                     const std::vector<GrantAnswer>& grants) {
+  if (grants.empty()) return;
+  ReleaseCommand excess;
+  std::size_t total = 0;
+  for (const GrantAnswer& grant : grants) {
+    auto look = core_.look(grant.id);
+    CHECK(look);
+    std::size_t bytes =
+        look->body_bytes + look->note_bytes + kLeaseOverheadBytes;
+    if (!call->response.leases.empty() && total + bytes > kLeaseReplyBytesMax) {
+      excess.fences.push_back(grant.fence);
+      continue;
+    }
+    total += bytes;
+    sample_wait(look->view);
+    call->grants.push_back(grant.fence);
+    LeaseView& lease = call->response.leases.emplace_back();
+    lease.fence = grant.fence;
+    lease.expires_at_ms = clock_.wall_ms() + options_.core.lease_ms;
+    lease.job = std::move(look->view);
+    fill_live(*look, call.get(), call->response.leases.size() - 1, true);
+  }
+  enlist(call);
+  release_grants(std::move(excess.fences));
+}
+
+}  // namespace machina
