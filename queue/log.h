@@ -50,16 +50,22 @@ struct LogOptions {
   bool spares = true;        // pre-zero the next segment in the background
   bool own_thread = true;    // false: write() is called by the owner (tests)
   bool direct = true;        // try O_DIRECT|O_DSYNC
+  Clock* clock = nullptr;    // when segments were made; null: system_clock()
+  Random* random = nullptr;  // salts, on the owner's thread; null: the system's
 };
 
 struct RecoveryReport {
-  Lsn last = 0;                   // the last record kept
-  Lsn durable = 0;                // D
-  bool clean = false;             // ended with a clean-shutdown mark
-  std::uint64_t dropped_bytes = 0;// torn tail (W3)
+  Lsn last = 0;                     // the last record kept
+  Lsn durable = 0;                  // D
+  bool clean = false;               // ended with a clean-shutdown mark
+  std::uint64_t dropped_bytes = 0;  // torn tail (W3)
   Lsn dropped_from = 0;
   std::uint64_t segments = 0, records = 0;
-  std::string text;               // one line for the operator
+  Lsn checkpoint = 0;                 // the one that was loaded; 0: none
+  bool checkpoint_fell_back = false;  // the newest one was bad
+  Lsn first_visited = 0;  // later than replay_from + 1 where the log
+                          // no longer goes back that far
+  std::string text;       // one line for the operator
 };
 
 // What must survive beside the segments. MANIFEST is rewritten whole: tmp,
@@ -122,7 +128,10 @@ class Log {
       Place place, std::uint32_t bytes) const;
 
   // Pins. A segment is removed only when the newest-but-one checkpoint covers
-  // it, `history_applied` covers it, and no place in it is needed.
+  // it, `history_applied` covers it, and no place in it is needed. Nothing is
+  // removed before the first checkpoint() after open(), so places that turn up
+  // during recovery may be pinned afterwards. A body that history has yet to
+  // copy must stay pinned until it has.
   void need(Place place, int delta);
   void set_history_applied(Lsn lsn);
 
@@ -133,6 +142,14 @@ class Log {
   void checkpoint(Lsn lsn, Millis time_ms, std::vector<std::byte> image);
   bool checkpointing() const;
   std::uint64_t bytes_since_checkpoint() const;
+
+  // Bytes staged and not yet durable: what a caller should bound.
+  std::uint64_t staged_bytes() const;
+
+  // With own_thread false: does the next piece of the threads' work here (one
+  // batch, checkpoint, removal, spare, or the vouching batch of an idle log).
+  // False when there was none.
+  bool write_one();
 
   // Waits for all that is staged, marks the manifest clean, stops the threads.
   Result<void> close();
@@ -146,6 +163,10 @@ class Log {
 
  protected:
   Log();
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
 };
 
 }  // namespace machina

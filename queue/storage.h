@@ -54,13 +54,13 @@ class File {
 };
 
 enum class OpenMode {
-  read,         // must exist
-  write,        // must exist; buffered
-  create,       // must not exist; buffered
-  durable,      // must exist; each write_at is durable when it returns:
-                // O_DIRECT|O_DSYNC where the file system has it (the bytes and
-                // offset of every write are then multiples of 4096), else
-                // write and fdatasync
+  read,     // must exist
+  write,    // must exist; buffered
+  create,   // must not exist; buffered
+  durable,  // must exist; each write_at is durable when it returns:
+            // O_DIRECT|O_DSYNC where the file system has it (the bytes and
+            // offset of every write are then multiples of 4096), else
+            // write and fdatasync
 };
 
 class Storage {
@@ -88,5 +88,11 @@ class Storage {
 
 // The directory `path`, which must exist.
 Result<std::unique_ptr<Storage>> open_posix_storage(const std::string& path);
+
+// The kind of file system that holds `path` ("ext4", "xfs", "nfs", "tmpfs",
+// "overlay", ...; an unknown one as its magic number in hex), and whether the
+// promises above can be believed there. nfs, smb, overlay and tmpfs: no.
+std::string filesystem_kind(const std::string& path);
+bool filesystem_keeps_promises(std::string_view kind);
 
 }  // namespace machina

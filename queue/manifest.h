@@ -1,0 +1,41 @@
+// queue/manifest.h
+//
+// wal/MANIFEST: which checkpoints count, the writer's epoch, and how far the
+// log was durable when it was written. The struct is in queue/log.h.
+//
+// The file is two like copies of 4096 bytes, replaced whole by rename, so that
+// it is always there whole, and one bad sector does not lose it.
+
+#pragma once
+
+#include <cstddef>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "queue/log.h"
+#include "queue/result.h"
+#include "queue/storage.h"
+
+namespace machina {
+
+std::vector<std::byte> encode_manifest(const Manifest& manifest);
+// corrupt, newer.
+Result<Manifest> decode_manifest(std::span<const std::byte> bytes);
+
+// Nothing where there is no such file.
+Result<std::optional<Manifest>> read_manifest(Storage& storage);
+// Durable when it returns: tmp, sync, rename, sync_dir.
+Result<void> write_manifest(Storage& storage, const Manifest& manifest);
+
+// Reads all of a file of at most `max` bytes.
+Result<std::vector<std::byte>> read_file(Storage& storage,
+                                         std::string_view name,
+                                         std::uint64_t max);
+// Writes `bytes` to a new `tmp`, syncs it and renames it to `name`; durable
+// once the caller has synced the directory.
+Result<void> write_file(Storage& storage, const std::string& tmp,
+                        const std::string& name,
+                        std::span<const std::byte> bytes);
+
+}  // namespace machina
