@@ -461,8 +461,7 @@ Result<void> Log::Impl::append(Record* record) {
   batch.buffer.reserve(pad_to(batch.used + need, kBlockBytes), batch.used);
   std::uint64_t offset = batch.offset + batch.used;
   RecordFrame frame{static_cast<std::uint8_t>(type_of(*record)),
-                    static_cast<std::uint32_t>(scratch_.size()),
-                    record->time_ms};
+                    static_cast<std::uint32_t>(scratch_.size())};
   put_record(frame, scratch_, tail_->header, offset,
              {batch.buffer.data() + batch.used, need});
   batch.used += need;

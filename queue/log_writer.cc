@@ -14,6 +14,7 @@ void BatchBuffer::reserve(std::size_t bytes, std::size_t used) {
   std::unique_ptr<std::byte, Free> grown(
       static_cast<std::byte*>(std::aligned_alloc(kBlockBytes, size)));
   CHECK(grown != nullptr);
+  used = std::min(used, capacity_);
   if (used > 0) std::memcpy(grown.get(), bytes_.get(), used);
   bytes_ = std::move(grown);
   capacity_ = size;

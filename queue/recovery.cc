@@ -166,7 +166,6 @@ class Scanner {
       return Error{record.error().code,
                    range(scan_.last, scan_.last) + ": " + record.error().what};
     }
-    record->time_ms = frame.time_ms;
     record->lsn = scan_.last;
     record->place = place;
     record->bytes = frame.bytes;

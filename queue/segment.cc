@@ -24,11 +24,10 @@ std::uint32_t low32(std::uint64_t value) {
   return static_cast<std::uint32_t>(value);
 }
 
-// Of a record: header before the crc, header behind it, body.
+// Of a record: its header before the crc, and its body.
 std::uint32_t record_crc(std::uint64_t seed, const std::byte* header,
                          std::span<const std::byte> body) {
   std::uint32_t crc = crc32c(low32(seed), {header, 8});
-  crc = crc32c(crc, {header + 12, kRecordHeaderBytes - 12});
   return crc32c(crc, body);
 }
 
@@ -199,8 +198,6 @@ void put_record(const RecordFrame& frame, std::span<const std::byte> body,
   put(p + 4, frame.type);
   put(p + 5, kRecordVersion);
   put(p + 6, std::uint16_t{0});
-  put(p + 12, std::uint32_t{0});
-  put(p + 16, frame.time_ms);
   put(p + 8, record_crc(frame_seed(segment, offset), p, body));
   std::memcpy(p + kRecordHeaderBytes, body.data(), body.size());
   std::size_t end = kRecordHeaderBytes + body.size();
@@ -216,7 +213,6 @@ std::optional<RecordFrame> check_record(std::span<const std::byte> bytes,
   RecordFrame frame;
   frame.bytes = get<std::uint32_t>(p);
   frame.type = get<std::uint8_t>(p + 4);
-  frame.time_ms = get<Millis>(p + 16);
   // The one length that is used before its checksum: bounded, then checked.
   if (frame.bytes > bytes.size() - kRecordHeaderBytes) return std::nullopt;
   std::uint32_t crc =

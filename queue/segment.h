@@ -33,7 +33,7 @@ constexpr std::size_t kBlockBytes = 4096;
 constexpr std::size_t kSegmentHeaderBytes = 4096;
 constexpr std::size_t kSegmentDataOffset = 2 * kSegmentHeaderBytes;
 constexpr std::size_t kBatchHeaderBytes = 64;
-constexpr std::size_t kRecordHeaderBytes = 24;
+constexpr std::size_t kRecordHeaderBytes = 12;
 
 constexpr std::uint16_t kLogFormat = 1;
 constexpr std::uint64_t kKnownIncompat = 0;    // feature bits we understand
@@ -117,7 +117,6 @@ bool payload_holds(const BatchHeader& header, const SegmentHeader& segment,
 struct RecordFrame {
   std::uint8_t type = 0;
   std::uint32_t bytes = 0;  // of the body
-  Millis time_ms = 0;
 };
 
 constexpr std::size_t record_room(std::size_t body_bytes) {

@@ -2,7 +2,7 @@
 //
 // The only way queue/ reaches a disk: named files in one directory tree,
 // written with explicit offsets, made durable by explicit syncs. PosixStorage
-// is the disk; tests/queue/sim_storage.h is one that loses, tears and reorders
+// is the disk; tests/support/sim_storage.h is one that loses, tears and reorders
 // unsynced writes, fills up, fails and lies.
 //
 // Names are relative ("wal/00..1.seg"); no name leaves the directory that the
