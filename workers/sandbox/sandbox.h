@@ -42,9 +42,9 @@ namespace machina::sandbox {
 
 struct Limits {
   std::uint64_t memory_mb = 512;  // cgroup limit is memory + disk
-  std::uint64_t disk_mb = 256;    // workspace and /tmp, one sized tmpfs each way
+  std::uint64_t disk_mb = 256;  // workspace and /tmp, one sized tmpfs each way
   std::uint64_t pids = 64;
-  std::uint64_t cpu_ms = 0;       // of the tree; 0: wall limit only
+  std::uint64_t cpu_ms = 0;              // of the tree; 0: wall limit only
   std::uint64_t output_bytes = 1 << 20;  // kept of each stream: head and tail;
                                          // beyond 16 times this it is killed
 };
@@ -60,31 +60,43 @@ enum class Role : std::uint8_t {
 struct SessionSpec {
   Role role = Role::job;
   Limits limits;
-  Level min_level = 0;   // below it: Ended::isolation, before anything runs
-  std::string repo;      // prepare: absolute, below one of the repo roots
-  std::string mirror;    // 64 hex digits below <root>/mirrors, or empty
+  Level min_level = 0;  // below it: Ended::isolation, before anything runs
+  std::string repo;     // prepare: absolute, below one of the repo roots
+  std::string mirror;   // 64 hex digits below <root>/mirrors, or empty
 };
 
 // Handlers compiled in, run confined without exec. Registered before the
 // spawner is forked; index = id.
 using Builtin = int (*)(int in_fd, int out_fd);
-enum class BuiltinId : std::uint8_t { none = 0, noop = 1, collect = 2,
-                                      canary = 3, junit = 4, count = 8 };
+enum class BuiltinId : std::uint8_t {
+  none = 0,
+  noop = 1,
+  collect = 2,
+  canary = 3,
+  junit = 4,
+  count = 8
+};
 void register_builtin(BuiltinId id, Builtin run);
 
 struct Step {
-  std::vector<std::string> argv;   // argv[0] is absolute inside the sandbox, or
-                                   // looked up in PATH there
-  std::vector<std::string> env;    // "NAME=value", beside the standard four
-  std::string cwd = "/work";       // inside; created before if it is missing
+  std::vector<std::string> argv;  // argv[0] is absolute inside the sandbox, or
+                                  // looked up in PATH there
+  std::vector<std::string> env;   // "NAME=value", beside the standard four
+  std::string cwd = "/work";      // inside; created before if it is missing
   std::string stdin_data;
   BuiltinId builtin = BuiltinId::none;  // instead of argv
   Millis timeout_ms = 120'000;
-  bool merge_stderr = false;       // both to stream 1
+  bool merge_stderr = false;  // both to stream 1
 };
 
 enum class Ended : std::uint8_t {
-  exited, signalled, timeout, oom, pids, disk, output,
+  exited,
+  signalled,
+  timeout,
+  oom,
+  pids,
+  disk,
+  output,
   cancelled,  // by Watch::cancel
   isolation,  // the sandbox is weaker than required
   failed,     // the sandbox itself could not be made or died: `detail`
@@ -108,14 +120,18 @@ struct Watch {
   std::function<void(int stream, std::span<const std::byte>)> on_output;
 };
 
-enum class MechanismState : std::uint8_t { active, degraded, disabled,
-                                           unavailable };
+enum class MechanismState : std::uint8_t {
+  active,
+  degraded,
+  disabled,
+  unavailable
+};
 struct Mechanism {
   std::string name;  // userns mountns pidns netns ipcns utsns seccomp landlock
                      // cgroup_memory cgroup_pids uid caps rlimits
   MechanismState state = MechanismState::unavailable;
-  int error = 0;     // errno, 0: none
-  std::string why;   // for doctor; not part of the job's JSON
+  int error = 0;    // errno, 0: none
+  std::string why;  // for doctor; not part of the job's JSON
 };
 // What the canary found by attacking (workers/sandbox/canary.cc).
 struct Report {
@@ -167,8 +183,10 @@ struct SpawnerOptions {
   std::string socket_path;              // the server's; empty: TCP only
   std::vector<std::string> repo_roots;  // absolute
   std::uint32_t slot_uid_base = 200'000;
-  bool seccomp_enable = true;           // false: only the always-deny list
-  std::string self_exe;                 // for doctor and tests
+  bool seccomp_enable = true;  // false: only the always-deny list
+  std::string self_exe;        // for doctor and tests
+  // Tests: mechanisms (by name) that this host is to be without.
+  std::vector<std::string> force_off;
 };
 
 // The pool's end. start() forks; call it before any thread exists.

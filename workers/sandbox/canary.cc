@@ -1,0 +1,426 @@
+// The canary: it attacks. Its steps run inside sessions exactly as a job's do,
+// and the level is computed from what they could not do. Return codes of the
+// set-up are no evidence: a policy that was "applied" without enforcing
+// anything is the oldest failure of such systems.
+
+#include <arpa/inet.h>
+#include <dirent.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <linux/capability.h>
+#include <linux/sched.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/ptrace.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <sys/uio.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <sstream>
+
+#include "workers/sandbox/launch.h"
+
+namespace machina::sandbox {
+
+const KeeperReply& last_reply(const Slot& slot);
+std::vector<Mechanism> mechanisms_of(const MechWire (&mechs)[kMechs]);
+
+namespace {
+
+constexpr Limits kLimits{64, 4, 16, 0, 1 << 16};
+
+// --- the attacks, inside the sandbox ---
+
+// What the outside tells: where the bait lies.
+struct Bait {
+  char mode = 'a';
+  int worker_pid = 0;
+  char secret[256] = {};
+  char socket[64] = {};  // an abstract socket of the worker's
+};
+
+bool cannot_open(const char* path, int flags) {
+  const int fd = open(path, flags | O_CLOEXEC, 0600);
+  if (fd >= 0) close(fd);
+  return fd < 0;
+}
+
+bool fails(long result) { return result < 0; }
+
+// Runs `act` in a child; true where it was killed or reports refusal (exit 0).
+template <class Act>
+bool child_withstands(Act act) {
+  const pid_t pid = fork();
+  if (pid < 0) return false;
+  if (pid == 0) _exit(act() ? 0 : 1);
+  int status = 0;
+  waitpid(pid, &status, 0);
+  return WIFSIGNALED(status) || WEXITSTATUS(status) == 0;
+}
+
+bool read_secret(const Bait& bait) {
+  return cannot_open(bait.secret, O_RDONLY) &&
+         cannot_open("/etc/shadow", O_RDONLY) &&
+         cannot_open("/root", O_RDONLY) && cannot_open("/home", O_RDONLY);
+}
+
+bool write_outside(const Bait&) {
+  for (const char* path : {"/x", "/usr/x", "/etc/x", "/dev/x", "/run/x",
+                           "/proc/x", "/usr/bin/x"}) {
+    if (!cannot_open(path, O_WRONLY | O_CREAT)) return false;
+  }
+  return cannot_open("/etc/passwd", O_WRONLY) &&
+         cannot_open("/proc/sys/kernel/core_pattern", O_WRONLY);
+}
+
+bool new_namespace(const Bait&) {
+  clone_args args{};
+  args.flags = CLONE_NEWUSER;
+  args.exit_signal = SIGCHLD;
+  const long cloned = syscall(SYS_clone3, &args, sizeof(args));
+  if (cloned == 0) _exit(0);
+  if (cloned > 0) return false;
+  const long old = syscall(SYS_clone, CLONE_NEWUSER | SIGCHLD, 0, 0, 0, 0);
+  if (old == 0) _exit(0);
+  return old < 0 && fails(unshare(CLONE_NEWUSER)) &&
+         fails(unshare(CLONE_NEWNS)) && fails(unshare(CLONE_NEWNET));
+}
+
+bool mount_something(const Bait&) {
+  return fails(mount("none", "/work", "tmpfs", 0, nullptr)) &&
+         fails(umount2("/usr", MNT_DETACH)) &&
+         fails(mount(nullptr, "/", nullptr, MS_REMOUNT | MS_BIND, nullptr)) &&
+         fails(syscall(SYS_fsopen, "tmpfs", 0)) && fails(chroot("/work"));
+}
+
+bool reach_network(const Bait& bait) {
+  const int tcp = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+  sockaddr_in to{};
+  to.sin_family = AF_INET;
+  to.sin_port = htons(80);
+  inet_pton(AF_INET, "192.0.2.1", &to.sin_addr);
+  const bool out = tcp >= 0 && (connect(tcp, reinterpret_cast<sockaddr*>(&to),
+                                        sizeof(to)) == 0 ||
+                                errno == EINPROGRESS);
+  if (tcp >= 0) close(tcp);
+  const int local = socket(AF_UNIX, SOCK_STREAM, 0);
+  sockaddr_un name{};
+  name.sun_family = AF_UNIX;
+  std::memcpy(name.sun_path + 1, bait.socket, std::strlen(bait.socket));
+  const auto size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 +
+                                           std::strlen(bait.socket));
+  const bool abstract =
+      local >= 0 &&
+      connect(local, reinterpret_cast<sockaddr*>(&name), size) == 0;
+  if (local >= 0) close(local);
+  return !out && !abstract;
+}
+
+bool foreign_sockets(const Bait&) {
+  for (int family : {AF_VSOCK, AF_ALG, AF_PACKET}) {
+    for (long high : {0L, 1L << 32}) {
+      const long fd = syscall(SYS_socket, family | high, SOCK_DGRAM, 0L);
+      if (fd >= 0) return false;
+    }
+  }
+  return fails(socket(AF_NETLINK, SOCK_RAW, 9)) &&
+         fails(socket(AF_INET, SOCK_RAW, IPPROTO_ICMP));
+}
+
+bool touch_others(const Bait& bait) {
+  char byte;
+  iovec here{&byte, 1}, there{reinterpret_cast<void*>(0x400000), 1};
+  char path[64];
+  std::snprintf(path, sizeof(path), "/proc/%d/environ", bait.worker_pid);
+  kill(1, SIGKILL);  // if that worked we would not see what comes next
+  return fails(kill(bait.worker_pid, 0)) &&
+         fails(ptrace(PTRACE_SEIZE, 1, nullptr, nullptr)) &&
+         fails(process_vm_readv(1, &here, 1, &there, 1, 0)) &&
+         cannot_open(path, O_RDONLY) &&
+         cannot_open("/proc/1/environ", O_RDONLY) &&
+         cannot_open("/proc/1/mem", O_RDWR);
+}
+
+bool seccomp_holds(const Bait&) {
+  return prctl(PR_GET_SECCOMP, 0, 0, 0, 0) == 2 &&
+         syscall(SYS_keyctl, 0, -3, 0, 0, 0) < 0 && errno == EPERM &&
+         syscall(SYS_io_uring_setup, 1, nullptr) < 0 && errno == ENOSYS &&
+         fails(syscall(600)) &&
+         child_withstands([] { return syscall(0x40000000 | 39) < 0; });
+}
+
+// Creating a whiteout (0, 0) needs no right at all: only Landlock says no.
+bool landlock_holds(const Bait&) {
+  return fails(mknod("/tmp/.canary", S_IFCHR | 0600, makedev(0, 0))) &&
+         errno == EACCES;
+}
+
+bool no_rights(const Bait&) {
+  __user_cap_header_struct head{_LINUX_CAPABILITY_VERSION_3, 0};
+  __user_cap_data_struct data[2];
+  if (syscall(SYS_capget, &head, data) < 0) return false;
+  for (const auto& d : data) {
+    if (d.effective || d.permitted || d.inheritable) return false;
+  }
+  const bool root = getuid() == 0;
+  return (root || fails(setuid(0))) && fails(setgroups(0, nullptr)) &&
+         prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) == 1 &&
+         prctl(PR_CAPBSET_READ, CAP_SYS_ADMIN, 0, 0, 0) == 0;
+}
+
+bool only_own_files(const Bait&) {
+  for (int fd = 3; fd < 1024; ++fd) {
+    if (fcntl(fd, F_GETFD) >= 0) return false;
+  }
+  return true;
+}
+
+bool fork_capped(const Bait&) {
+  pid_t children[64];
+  int n = 0;
+  while (n < 64) {
+    const pid_t pid = fork();
+    if (pid < 0) break;
+    if (pid == 0) {
+      pause();
+      _exit(0);
+    }
+    children[n++] = pid;
+  }
+  for (int i = 0; i < n; ++i) kill(children[i], SIGKILL);
+  for (int i = 0; i < n; ++i) waitpid(children[i], nullptr, 0);
+  return n <= static_cast<int>(kLimits.pids);
+}
+
+bool disk_capped(const Bait&) {
+  const int fd = open("/tmp/fill", O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+  static const char block[1 << 16] = {};
+  bool full = false;
+  for (int i = 0; i < 256 && !full; ++i) {
+    full = write(fd, block, sizeof(block)) < 0;
+  }
+  close(fd);
+  unlink("/tmp/fill");
+  return full;
+}
+
+// Not an attack: leaves a process that should not survive this step.
+void leave_daemon() {
+  if (fork() == 0) {
+    setsid();
+    if (fork() == 0) {
+      for (int s = 1; s < 32; ++s) signal(s, SIG_IGN);
+      for (;;) pause();
+    }
+    _exit(0);
+  }
+}
+
+bool alone_now() {
+  if (kill(-1, 0) == 0) return false;
+  DIR* dir = opendir("/proc");
+  if (!dir) return false;
+  int others = 0;
+  const long self = getpid();
+  while (const dirent* entry = readdir(dir)) {
+    const long pid = std::atol(entry->d_name);
+    if (pid > 1 && pid != self) ++others;
+  }
+  closedir(dir);
+  return others == 0;
+}
+
+void fill_memory() {
+  const std::size_t size = (kLimits.memory_mb + kLimits.disk_mb + 64) << 20;
+  auto* memory = static_cast<volatile char*>(
+      mmap(nullptr, size, PROT_READ | PROT_WRITE,
+           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  if (memory == MAP_FAILED) return;
+  for (std::size_t i = 0; i < size; i += 4096) memory[i] = 1;
+  // Held, so that a watchdog that looks now and then sees it too.
+  sleep(2);
+}
+
+struct Attack {
+  const char* name;
+  bool (*act)(const Bait&);
+};
+constexpr Attack kAttacks[] = {
+    {"read_secret", read_secret},     {"write_outside", write_outside},
+    {"new_namespace", new_namespace}, {"mount", mount_something},
+    {"network", reach_network},       {"foreign_sockets", foreign_sockets},
+    {"touch_others", touch_others},   {"syscalls", seccomp_holds},
+    {"landlock", landlock_holds},     {"privilege", no_rights},
+    {"descriptors", only_own_files},  {"fork_cap", fork_capped},
+    {"disk_cap", disk_capped},
+};
+
+// --- outside ---
+
+struct Planted {
+  std::string path;
+  int listener = -1;
+  Bait bait;
+
+  bool plant() {
+    char name[] = "/tmp/machina-canary-XXXXXX";
+    const int fd = mkstemp(name);
+    if (fd < 0) return false;
+    path = name;
+    [[maybe_unused]] const ssize_t n = write(fd, "secret", 6);
+    close(fd);
+    std::snprintf(bait.secret, sizeof(bait.secret), "%s", name);
+    std::snprintf(bait.socket, sizeof(bait.socket), "%s", name);
+    bait.worker_pid = getpid();
+    listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    std::memcpy(address.sun_path + 1, name, sizeof(name) - 1);
+    const auto size =
+        static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + sizeof(name));
+    return listener >= 0 &&
+           bind(listener, reinterpret_cast<sockaddr*>(&address), size) == 0 &&
+           listen(listener, 1) == 0;
+  }
+  ~Planted() {
+    if (!path.empty()) unlink(path.c_str());
+    if (listener >= 0) close(listener);
+  }
+};
+
+StepResult attack(Session& session, Bait bait, char mode, Millis timeout_ms) {
+  bait.mode = mode;
+  Step step;
+  step.builtin = BuiltinId::canary;
+  step.stdin_data.assign(reinterpret_cast<const char*>(&bait), sizeof(bait));
+  step.timeout_ms = timeout_ms;
+  return session.run(step, Watch{});
+}
+
+bool withstood(const Report& report, std::string_view name) {
+  for (const auto& [attack, held] : report.attacks) {
+    if (attack == name) return held;
+  }
+  return false;
+}
+
+// What did not hold takes its mechanism, and with it the level, away.
+Level judge(Report* report, const KeeperReply& reply) {
+  MechWire mechs[kMechs];
+  std::copy(std::begin(reply.mechs), std::end(reply.mechs), mechs);
+  const auto needs = [&](const char* name, Mech mech) {
+    auto& m = mechs[static_cast<std::size_t>(mech)];
+    if (!withstood(*report, name) && m.state == 0) {
+      m = MechWire{static_cast<std::uint8_t>(MechanismState::unavailable), 0};
+    }
+  };
+  needs("read_secret", Mech::mountns);
+  needs("write_outside", Mech::mountns);
+  needs("descriptors", Mech::mountns);
+  needs("touch_others", Mech::pidns);
+  needs("daemon", Mech::pidns);
+  needs("network", Mech::netns);
+  needs("privilege", Mech::caps);
+  needs("mount", Mech::caps);
+  needs("new_namespace", Mech::caps);
+  needs("landlock", Mech::landlock);
+  needs("disk_cap", Mech::rlimits);
+  needs("fork_cap", Mech::cgroup_pids);
+  needs("memory_cap", Mech::cgroup_memory);
+  if (!withstood(*report, "fork_cap")) needs("fork_cap", Mech::rlimits);
+  for (const char* name : {"syscalls", "foreign_sockets"}) {
+    auto& seccomp = mechs[static_cast<std::size_t>(Mech::seccomp)];
+    if (!withstood(*report, name)) {
+      seccomp.state = static_cast<std::uint8_t>(MechanismState::unavailable);
+    }
+  }
+  report->mechanisms = mechanisms_of(mechs);
+  return level_of(mechs);
+}
+
+}  // namespace
+
+int canary_builtin(int in_fd, int out_fd) {
+  Bait bait;
+  if (read(in_fd, &bait, sizeof(bait)) != sizeof(bait)) return 2;
+  bait.secret[sizeof(bait.secret) - 1] = 0;
+  bait.socket[sizeof(bait.socket) - 1] = 0;
+  if (bait.mode == 'm') {
+    fill_memory();
+    return 0;
+  }
+  std::string lines;
+  if (bait.mode == 'a') {
+    for (const auto& attack : kAttacks) {
+      lines += attack.name;
+      lines += attack.act(bait) ? " 1\n" : " 0\n";
+    }
+    leave_daemon();
+  } else {
+    lines = alone_now() ? "daemon 1\n" : "daemon 0\n";
+  }
+  return write(out_fd, lines.data(), lines.size()) ==
+                 static_cast<ssize_t>(lines.size())
+             ? 0
+             : 3;
+}
+
+Result<Report> run_canary(Slot& slot) {
+  Report report;
+  Planted planted;
+  if (!planted.plant()) {
+    return Error{Code::io, std::string("canary: ") + std::strerror(errno)};
+  }
+  SessionSpec spec;
+  spec.limits = kLimits;
+  auto session = slot.open(spec);
+  const KeeperReply& reply = last_reply(slot);
+  if (!session) {
+    if (reply.stage == Stage::none) return session.error();
+    // No sandbox can be made here: that is an answer, not a failure.
+    report.mechanisms = mechanisms_of(reply.mechs);
+    report.attacks.emplace_back("sandbox", false);
+    for (auto& m : report.mechanisms) {
+      if (m.name == "mountns" && m.error == 0) {
+        m.why = session.error().what;
+      }
+    }
+    return report;
+  }
+  report.provider.assign(reply.provider,
+                         strnlen(reply.provider, sizeof(reply.provider)));
+  for (char mode : {'a', 'd'}) {
+    const StepResult result = attack(**session, planted.bait, mode, 10'000);
+    if (result.ended != Ended::exited || result.exit_code != 0) {
+      return Error{Code::unavailable,
+                   "canary: ended early: " + result.detail + " (" +
+                       std::to_string(static_cast<int>(result.ended)) + ", " +
+                       std::to_string(result.exit_code) + ", signal " +
+                       std::to_string(result.signal) + ")"};
+    }
+    std::istringstream lines(result.out);
+    std::string name;
+    for (int held; lines >> name >> held;) {
+      report.attacks.emplace_back(name, held != 0);
+    }
+  }
+  const StepResult memory = attack(**session, planted.bait, 'm', 10'000);
+  report.attacks.emplace_back("memory_cap", memory.ended == Ended::oom);
+  report.level = judge(&report, reply);
+  return report;
+}
+
+}  // namespace machina::sandbox

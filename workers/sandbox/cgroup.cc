@@ -1,0 +1,329 @@
+#include "workers/sandbox/cgroup.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <sstream>
+
+#include "workers/sandbox/wire.h"
+
+namespace machina::sandbox {
+
+namespace {
+
+constexpr char kPrefix[] = "machina.";
+
+int write_file(const std::string& path, const std::string& text) {
+  const int fd = open(path.c_str(), O_WRONLY | O_CLOEXEC);
+  if (fd < 0) return errno;
+  const ssize_t n = write(fd, text.data(), text.size());
+  const int error = n < 0 ? errno : 0;
+  close(fd);
+  return error;
+}
+
+std::string read_all(const std::string& path) {
+  std::ifstream in(path);
+  std::ostringstream out;
+  out << in.rdbuf();
+  return out.str();
+}
+
+bool exists(const std::string& path) { return access(path.c_str(), F_OK) == 0; }
+
+bool make_dir(const std::string& path, int* error) {
+  if (mkdir(path.c_str(), 0755) == 0 || errno == EEXIST) return true;
+  *error = errno;
+  return false;
+}
+
+bool alive(pid_t pid) { return kill(pid, 0) == 0 || errno == EPERM; }
+
+void remove_tree(const std::string& base) {
+  for (int slot = 0; slot < kSlotsMax; ++slot) {
+    rmdir((base + "/slot-" + std::to_string(slot)).c_str());
+  }
+  rmdir(base.c_str());
+}
+
+// G3. A directory whose maker is gone; rmdir spares what still has processes.
+void sweep(const std::string& parent) {
+  DIR* dir = opendir(parent.c_str());
+  if (!dir) return;
+  std::vector<std::string> stale;
+  while (const dirent* entry = readdir(dir)) {
+    if (std::strncmp(entry->d_name, kPrefix, sizeof(kPrefix) - 1) != 0) {
+      continue;
+    }
+    const long pid = std::atol(entry->d_name + sizeof(kPrefix) - 1);
+    if (pid > 0 && !alive(static_cast<pid_t>(pid))) {
+      stale.push_back(parent + "/" + entry->d_name);
+    }
+  }
+  closedir(dir);
+  for (const auto& path : stale) remove_tree(path);
+}
+
+std::uint64_t number_after(const char* text, const char* key) {
+  const std::size_t n = std::strlen(key);
+  for (const char* line = text; line;) {
+    if (std::strncmp(line, key, n) == 0 && line[n] == ' ') {
+      return std::strtoull(line + n + 1, nullptr, 10);
+    }
+    line = std::strchr(line, '\n');
+    if (line) ++line;
+  }
+  return 0;
+}
+
+bool read_at(int fd, char* text, std::size_t size) {
+  if (fd < 0) return false;
+  const ssize_t n = pread(fd, text, size - 1, 0);
+  if (n <= 0) return false;
+  text[n] = 0;
+  return true;
+}
+
+bool has_word(const std::string& list, const std::string& word, char gap) {
+  std::istringstream in(list);
+  for (std::string item; std::getline(in, item, gap);) {
+    if (item == word) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+Counters read_counters(const CounterFds& fds) {
+  Counters c;
+  char text[1024];
+  if (read_at(fds.oom, text, sizeof(text))) {
+    c.oom_kills = number_after(text, "oom_kill");
+  }
+  if (read_at(fds.pids, text, sizeof(text))) {
+    c.pids_hits = number_after(text, "max");
+  }
+  if (read_at(fds.cpu, text, sizeof(text))) {
+    c.cpu_us = std::strchr(text, ' ') ? number_after(text, "usage_usec")
+                                      : std::strtoull(text, nullptr, 10) / 1000;
+  }
+  return c;
+}
+
+std::string Cgroups::slot_dir(const Hierarchy& h, int slot) const {
+  return h.base + "/slot-" + std::to_string(slot);
+}
+
+void Cgroups::find(bool no_memory, bool no_pids) {
+  hierarchies_.clear();
+  // Our own place in each hierarchy: "4:memory:/path", "0::/path".
+  std::map<std::string, std::string> own;
+  std::istringstream self(read_all("/proc/self/cgroup"));
+  for (std::string line; std::getline(self, line);) {
+    const auto a = line.find(':');
+    const auto b = line.find(':', a + 1);
+    if (a == std::string::npos || b == std::string::npos) continue;
+    std::istringstream names(line.substr(a + 1, b - a - 1));
+    const std::string path = line.substr(b + 1);
+    if (b == a + 1) own["2"] = path;
+    for (std::string name; std::getline(names, name, ',');) own[name] = path;
+  }
+  std::string v2_mount;
+  std::map<std::string, std::string> v1;
+  std::istringstream mounts(read_all("/proc/self/mounts"));
+  for (std::string line; std::getline(mounts, line);) {
+    std::istringstream words(line);
+    std::string device, where, type, options;
+    words >> device >> where >> type >> options;
+    if (type == "cgroup2" && v2_mount.empty()) v2_mount = where;
+    if (type != "cgroup") continue;
+    for (const char* name : {"memory", "pids", "cpuacct"}) {
+      if (has_word(options, name, ',') && !v1.count(name)) v1[name] = where;
+    }
+  }
+  if (v1.count("memory") && !no_memory) {
+    add_v1(v1["memory"], own["memory"], "memory");
+  }
+  if (v1.count("pids") && !no_pids) add_v1(v1["pids"], own["pids"], "pids");
+  if (v1.count("cpuacct")) add_v1(v1["cpuacct"], own["cpuacct"], "cpuacct");
+  if (!v2_mount.empty()) add_v2(v2_mount, own["2"], no_memory, no_pids);
+  if (memory_error_ && memory_why_.empty()) {
+    memory_why_ = "no memory controller that this process may use";
+  }
+}
+
+void Cgroups::add_v1(const std::string& mount, const std::string& own,
+                     const std::string& controller) {
+  std::string parent = mount + (own == "/" ? "" : own);
+  // Inside a container the path may be the host's: then the mount is ours.
+  if (!exists(parent + "/cgroup.procs")) parent = mount;
+  sweep(parent);
+  Hierarchy h;
+  h.base = parent + "/" + kPrefix + std::to_string(getpid());
+  h.has_memory = controller == "memory";
+  h.has_pids = controller == "pids";
+  h.has_cpu = controller == "cpuacct";
+  for (const auto& other : hierarchies_) {
+    if (other.base == h.base) return;  // co-mounted, as cpu,cpuacct are
+  }
+  int error = 0;
+  const bool made = make_dir(h.base, &error);
+  if (h.has_memory) {
+    memory_error_ = error;
+    if (error) memory_why_ = "cannot make " + h.base;
+  }
+  if (h.has_pids) pids_error_ = error;
+  if (made) hierarchies_.push_back(h);
+}
+
+void Cgroups::add_v2(const std::string& mount, const std::string& own,
+                     bool no_memory, bool no_pids) {
+  std::vector<std::string> parents;
+  if (geteuid() != 0 || own.empty()) {
+    parents = {mount + (own == "/" ? "" : own)};
+  } else {
+    // The root of the hierarchy may hold processes beside groups with
+    // controllers; other groups may not.
+    parents = {mount, mount + own};
+  }
+  for (const auto& parent : parents) {
+    if (!exists(parent + "/cgroup.procs")) continue;
+    sweep(parent);
+    Hierarchy h;
+    h.v2 = true;
+    h.base = parent + "/" + kPrefix + std::to_string(getpid());
+    int error = 0;
+    if (!make_dir(h.base, &error)) {
+      if (memory_error_) memory_error_ = error;
+      if (pids_error_) pids_error_ = error;
+      continue;
+    }
+    // "+memory +pids" must be given by the parent to the base, and by the base
+    // to its slots.
+    for (const char* name : {"memory", "pids"}) {
+      const bool wanted = name[0] == 'm' ? !no_memory && memory_error_ != 0
+                                         : !no_pids && pids_error_ != 0;
+      std::string list = read_all(parent + "/cgroup.controllers");
+      if (!list.empty() && list.back() == '\n') list.pop_back();
+      if (!wanted || !has_word(list, name, ' ')) continue;
+      const std::string enable = std::string("+") + name;
+      int failed = write_file(parent + "/cgroup.subtree_control", enable);
+      if (!failed)
+        failed = write_file(h.base + "/cgroup.subtree_control", enable);
+      if (name[0] == 'm') {
+        memory_error_ = failed;
+        h.has_memory = !failed;
+        if (failed) memory_why_ = "cannot enable memory in " + parent;
+      } else {
+        pids_error_ = failed;
+        h.has_pids = !failed;
+      }
+    }
+    h.has_cpu = true;  // cpu.stat has usage_usec without any controller
+    hierarchies_.push_back(h);
+    return;
+  }
+}
+
+int Cgroups::make_slot(int slot) const {
+  for (const auto& h : hierarchies_) {
+    int error = 0;
+    if (!make_dir(slot_dir(h, slot), &error)) return error;
+  }
+  return 0;
+}
+
+int Cgroups::join(int slot) const {
+  for (const auto& h : hierarchies_) {
+    const int error = write_file(slot_dir(h, slot) + "/cgroup.procs", "0");
+    // A group of no limit is a convenience; one that limits is not.
+    if (error && (h.has_memory || h.has_pids)) return error;
+  }
+  return 0;
+}
+
+int Cgroups::limit(int slot, std::uint64_t memory_bytes,
+                   std::uint64_t pids) const {
+  for (const auto& h : hierarchies_) {
+    const std::string dir = slot_dir(h, slot);
+    int error = 0;
+    if (h.has_memory && h.v2) {
+      error = write_file(dir + "/memory.max", std::to_string(memory_bytes));
+      if (!error && exists(dir + "/memory.swap.max")) {
+        error = write_file(dir + "/memory.swap.max", "0");
+      }
+    } else if (h.has_memory) {
+      // memsw must never be below the plain limit: raise it first.
+      const std::string swap = dir + "/memory.memsw.limit_in_bytes";
+      const bool has_swap = exists(swap);
+      if (has_swap) write_file(swap, "-1");
+      error = write_file(dir + "/memory.limit_in_bytes",
+                         std::to_string(memory_bytes));
+      if (!error && has_swap) {
+        error = write_file(swap, std::to_string(memory_bytes));
+      }
+    }
+    if (!error && h.has_pids) {
+      error = write_file(dir + "/pids.max", std::to_string(pids));
+    }
+    if (error) return error;
+  }
+  return 0;
+}
+
+CounterFds Cgroups::open_counters(int slot) const {
+  CounterFds fds;
+  for (const auto& h : hierarchies_) {
+    const std::string dir = slot_dir(h, slot);
+    const auto get = [&](const char* name) {
+      return open((dir + name).c_str(), O_RDONLY | O_CLOEXEC);
+    };
+    if (h.has_memory && fds.oom < 0) {
+      fds.oom = get(h.v2 ? "/memory.events" : "/memory.oom_control");
+    }
+    if (h.has_pids && fds.pids < 0) fds.pids = get("/pids.events");
+    if (h.has_cpu && fds.cpu < 0) {
+      fds.cpu = get(h.v2 ? "/cpu.stat" : "/cpuacct.usage");
+    }
+  }
+  return fds;
+}
+
+bool Cgroups::kill_all(int slot) const {
+  bool empty = true;
+  for (const auto& h : hierarchies_) {
+    const std::string dir = slot_dir(h, slot);
+    std::istringstream procs(read_all(dir + "/cgroup.procs"));
+    bool any = false;
+    for (long pid; procs >> pid;) {
+      any = true;
+      if (pid > 1) kill(static_cast<pid_t>(pid), SIGKILL);
+    }
+    if (any && h.v2) write_file(dir + "/cgroup.kill", "1");
+    if (any) empty = false;
+  }
+  return empty;
+}
+
+void Cgroups::remove() const {
+  // A group of a process that was just reaped can be busy for a moment.
+  for (int round = 0; round < 20; ++round) {
+    bool left = false;
+    for (const auto& h : hierarchies_) {
+      remove_tree(h.base);
+      left = left || exists(h.base);
+    }
+    if (!left) return;
+    usleep(10'000);
+  }
+}
+
+}  // namespace machina::sandbox

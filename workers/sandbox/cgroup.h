@@ -1,0 +1,77 @@
+// workers/sandbox/cgroup.h
+//
+// The control groups of the slots. One directory machina.<pid>/slot-<n> below
+// each hierarchy that serves: v1 memory, pids and cpuacct where those are
+// mounted, v2 where its controllers are (and, without any controller, for
+// cgroup.kill alone). A slot's keeper joins its groups once; every sandbox it
+// clones is born inside, so no process of a job ever runs outside them.
+//
+//   G1  Limits are set while the slot is empty, before the sandbox is cloned.
+//   G2  The memory limit has no swap beside it.
+//   G3  What a spawner made it removes; what a dead one left is removed at the
+//       next start, by rmdir alone, which the kernel refuses for a living
+//       group.
+
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace machina::sandbox {
+
+// Descriptors on a slot's counters, -1 where there is none. init inherits
+// them and reads with pread().
+struct CounterFds {
+  int oom = -1;   // memory.oom_control (v1) or memory.events (v2)
+  int pids = -1;  // pids.events
+  int cpu = -1;   // cpuacct.usage (v1) or cpu.stat (v2)
+};
+struct Counters {
+  std::uint64_t oom_kills = 0, pids_hits = 0, cpu_us = 0;
+};
+Counters read_counters(const CounterFds& fds);
+
+class Cgroups {
+ public:
+  // Finds what may be used and makes machina.<pid> there. `no_memory` and
+  // `no_pids` act as if the controller were not there (tests).
+  void find(bool no_memory, bool no_pids);
+
+  bool memory() const { return memory_error_ == 0; }
+  bool pids() const { return pids_error_ == 0; }
+  int memory_error() const { return memory_error_; }
+  int pids_error() const { return pids_error_; }
+  const std::string& memory_why() const { return memory_why_; }
+
+  // Makes the slot's directories; 0 or errno.
+  int make_slot(int slot) const;
+  // The caller joins them.
+  int join(int slot) const;
+  // Limits of the next sandbox; `slack` is what keeper and init need.
+  int limit(int slot, std::uint64_t memory_bytes, std::uint64_t pids) const;
+  CounterFds open_counters(int slot) const;
+  // Kills what is in the slot's groups. True when they are empty.
+  bool kill_all(int slot) const;
+  // Removes slots and bases (not from the keepers).
+  void remove() const;
+
+ private:
+  struct Hierarchy {
+    std::string base;  // .../machina.<pid>
+    bool v2 = false, has_memory = false, has_pids = false, has_cpu = false;
+  };
+  std::string slot_dir(const Hierarchy& h, int slot) const;
+  void add_v1(const std::string& mount, const std::string& own,
+              const std::string& controller);
+  void add_v2(const std::string& mount, const std::string& own, bool no_memory,
+              bool no_pids);
+
+  std::vector<Hierarchy> hierarchies_;
+  int memory_error_ = 2, pids_error_ = 2;  // ENOENT
+  std::string memory_why_;
+};
+
+}  // namespace machina::sandbox

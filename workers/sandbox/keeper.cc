@@ -1,0 +1,344 @@
+// The keeper of one slot: forked by the spawner, a member of the slot's control
+// groups from its first breath, so that every sandbox it clones is born inside
+// them. It answers the slot's worker, holds the privilege the worker must not
+// have, and reads nothing but our own structs.
+
+#include <fcntl.h>
+#include <linux/sched.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <string>
+
+#include "workers/sandbox/launch.h"
+
+namespace machina::sandbox {
+
+namespace {
+
+constexpr int kBuildMs = 10'000;
+// What keeper and init themselves need beside the job.
+constexpr std::uint64_t kSlackBytes = 16 << 20;
+constexpr std::uint64_t kSlackPids = 2;
+
+bool hex_name(const std::string& name) {
+  return name.size() == kMirrorName &&
+         name.find_first_not_of("0123456789abcdef") == std::string::npos;
+}
+
+std::string text_of(const char* data, std::size_t size) {
+  return std::string(data, strnlen(data, size));
+}
+
+class Keeper {
+ public:
+  Keeper(const Host& host, int slot, int channel, pid_t* shared)
+      : host_(host), slot_(slot), channel_(channel), shared_(shared) {}
+
+  [[noreturn]] void run() {
+    for (;;) {
+      pollfd items[2] = {{channel_, POLLIN, 0}, {pidfd_, POLLIN, 0}};
+      poll(items, pidfd_ >= 0 ? 2 : 1, -1);
+      if (pidfd_ >= 0 && items[1].revents) bury();
+      if (!items[0].revents) continue;
+      KeeperRequest request;
+      int passed[1] = {-1};
+      std::size_t count = 0;
+      const ssize_t n =
+          recv_message(channel_, std::as_writable_bytes(std::span(&request, 1)),
+                       passed, &count, true);
+      if (n <= 0) {  // B4: the worker has gone
+        end_session();
+        _exit(0);
+      }
+      KeeperReply reply = blank_reply();
+      int answer = -1;
+      if (n != sizeof(request)) {
+        reply.stage = Stage::request;
+        reply.error = EINVAL;
+      } else {
+        serve(request, count ? passed[0] : -1, &reply, &answer);
+      }
+      if (count) close(passed[0]);
+      if (answer >= 0) {
+        send_struct(channel_, reply, std::span(&answer, 1));
+        close(answer);
+      } else {
+        send_struct(channel_, reply);
+      }
+    }
+  }
+
+ private:
+  KeeperReply blank_reply() const {
+    KeeperReply reply;
+    reply.level = host_.level;
+    std::copy(std::begin(host_.mechs), std::end(host_.mechs), reply.mechs);
+    std::memcpy(reply.provider, "native", 7);
+    return reply;
+  }
+
+  void serve(const KeeperRequest& request, int passed, KeeperReply* reply,
+             int* answer) {
+    Failure failure;
+    switch (request.op) {
+      case KeeperOp::connect_server:
+        *answer = connect_server();
+        if (*answer < 0) failure = {Stage::request, -*answer};
+        break;
+      case KeeperOp::close:
+        end_session();
+        break;
+      case KeeperOp::open:
+        end_session();
+        if (host_.level < request.min_level) {
+          reply->too_weak = 1;
+          break;
+        }
+        failure = open_session(request, passed, reply);
+        if (!failure.ok()) end_session();
+        break;
+      default:
+        failure = {Stage::request, EINVAL};
+    }
+    reply->stage = failure.stage;
+    reply->error = failure.error;
+  }
+
+  int connect_server() const {
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    const std::string& path = host_.options.socket_path;
+    if (path.empty()) return -ENOENT;
+    if (path.size() >= sizeof(address.sun_path)) return -ENAMETOOLONG;
+    std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
+    const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0) return -errno;
+    // A full backlog would hold us for ever.
+    timeval wait{2, 0};
+    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &wait, sizeof(wait));
+    if (connect(fd, reinterpret_cast<const sockaddr*>(&address),
+                sizeof(address)) < 0) {
+      const int error = errno;
+      close(fd);
+      return -error;
+    }
+    wait = {};
+    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &wait, sizeof(wait));
+    return fd;
+  }
+
+  Failure open_session(const KeeperRequest& request, int control,
+                       KeeperReply* reply) {
+    ground_ = Ground{};
+    ground_.slot = slot_;
+    ground_.role = request.role ? Role::prepare : Role::job;
+    ground_.limits = Limits{request.memory_mb, request.disk_mb, request.pids,
+                            request.cpu_ms};
+    ground_.repo = text_of(request.repo, sizeof(request.repo));
+    ground_.mirror = text_of(request.mirror, sizeof(request.mirror));
+    if (control < 0) return {Stage::request, EBADF};
+    const Limits& l = ground_.limits;
+    constexpr std::uint64_t kMegabytesMax = 1 << 24;
+    if (l.memory_mb == 0 || l.memory_mb > kMegabytesMax || l.disk_mb == 0 ||
+        l.disk_mb > kMegabytesMax || l.pids == 0 || l.pids > 1 << 22) {
+      return {Stage::request, ERANGE};
+    }
+    if (!ground_.mirror.empty() && !hex_name(ground_.mirror)) {
+      return {Stage::request, EINVAL};
+    }
+    if (const int error = choose_identity()) return {Stage::paths, error};
+    if (const int error = host_.cgroups.limit(
+            slot_, ((l.memory_mb + l.disk_mb) << 20) + kSlackBytes,
+            l.pids + kSlackPids)) {
+      return {Stage::cgroup, error};
+    }
+    return clone_init(control, reply);
+  }
+
+  // Whose uid the steps have; for prepare also makes the mirror's directory.
+  int choose_identity() {
+    ground_.uid = host_.root
+                      ? host_.options.slot_uid_base + static_cast<uid_t>(slot_)
+                      : kInnerUid;
+    ground_.gid = static_cast<gid_t>(ground_.uid);
+    if (ground_.role == Role::job) {
+      return ground_.repo.empty() ? 0 : EINVAL;
+    }
+    if (ground_.repo.empty()) return EINVAL;
+    const int repo = open_repo(host_, ground_.repo);
+    if (repo < 0) return -repo;
+    struct stat st {};
+    const int error = fstat(repo, &st) < 0 ? errno : 0;
+    close(repo);
+    if (error) return error;
+    if (host_.root) {
+      ground_.uid = st.st_uid;
+      ground_.gid = st.st_gid;
+    }
+    return ground_.mirror.empty() ? 0 : make_mirror(st.st_uid, st.st_gid);
+  }
+
+  int make_mirror(uid_t uid, gid_t gid) const {
+    const std::string parent = host_.options.root + "/mirrors";
+    mkdir(parent.c_str(), 0755);
+    const int dir =
+        open(parent.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (dir < 0) return errno;
+    int error = 0;
+    if (mkdirat(dir, ground_.mirror.c_str(), 0755) == 0) {
+      const int made = openat(dir, ground_.mirror.c_str(),
+                              O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+      if (made < 0 || (host_.root && fchown(made, uid, gid) < 0)) error = errno;
+      if (made >= 0) close(made);
+    } else if (errno != EEXIST) {
+      error = errno;
+    }
+    close(dir);
+    return error;
+  }
+
+  std::uint64_t clone_flags() const {
+    std::uint64_t flags = CLONE_PIDFD | CLONE_CLEAR_SIGHAND | CLONE_NEWNS |
+                          CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWCGROUP;
+    if (host_.active(Mech::ipcns)) flags |= CLONE_NEWIPC;
+    if (host_.active(Mech::utsns)) flags |= CLONE_NEWUTS;
+    if (!host_.root) flags |= CLONE_NEWUSER;
+    return flags;
+  }
+
+  // A mechanism without which no sandbox can be made was taken away (tests).
+  bool clone_forbidden(KeeperReply* reply) const {
+    for (Mech m : {Mech::userns, Mech::mountns, Mech::pidns, Mech::netns}) {
+      const bool needed = m != Mech::userns || !host_.root;
+      if (needed && !host_.active(m)) {
+        reply->level = 0;
+        return true;
+      }
+    }
+    return false;
+  }
+
+  Failure clone_init(int control, KeeperReply* reply) {
+    if (clone_forbidden(reply)) return {Stage::clone, EPERM};
+    int release[2], report[2];
+    if (pipe2(release, O_CLOEXEC) < 0) return {Stage::clone, errno};
+    if (pipe2(report, O_CLOEXEC) < 0) {
+      const int error = errno;
+      close(release[0]);
+      close(release[1]);
+      return {Stage::clone, error};
+    }
+    InitFds fds{control, report[1], release[0],
+                host_.cgroups.open_counters(slot_)};
+    clone_args args{};
+    int pidfd = -1;
+    args.flags = clone_flags();
+    args.pidfd = reinterpret_cast<std::uint64_t>(&pidfd);
+    args.exit_signal = SIGCHLD;
+    // Its files in /proc are ours to write only while it is dumpable.
+    if (!host_.root) prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
+    const long pid = syscall(SYS_clone3, &args, sizeof(args));
+    const int clone_error = errno;
+    if (pid == 0) {
+      close_all_but({fds.control, fds.report, fds.release, fds.counters.oom,
+                     fds.counters.pids, fds.counters.cpu});
+      init_main(host_, ground_, fds);
+    }
+    for (int fd : {release[0], report[1], fds.counters.oom, fds.counters.pids,
+                   fds.counters.cpu}) {
+      if (fd >= 0) close(fd);
+    }
+    Failure failure;
+    if (pid < 0) {
+      failure = {Stage::clone, clone_error};
+      if (!host_.root) reply->mechs[0] = MechWire{3, clone_error};
+      reply->level = 0;
+    } else {
+      pidfd_ = pidfd;
+      *shared_ = static_cast<pid_t>(pid);
+      if (const int error = host_.root ? 0 : map_identity(pid)) {
+        failure = {Stage::idmap, error};
+        reply->mechs[0] = MechWire{3, error};
+        reply->level = 0;
+      }
+      if (failure.ok()) {
+        const bool released = write(release[1], "g", 1) == 1;
+        failure = {Stage::lost, EPIPE};
+        // On end-of-file before a report the failure above stands.
+        if (released && readable_within(report[0], kBuildMs)) {
+          Failure got;
+          if (read(report[0], &got, sizeof(got)) == sizeof(got)) failure = got;
+        }
+      }
+    }
+    if (!host_.root) prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+    close(release[1]);
+    close(report[0]);
+    return failure;
+  }
+
+  int map_identity(long pid) const {
+    // The pid cannot be another's: it is our child and not yet waited for.
+    char line[64], path[64];
+    const auto put = [&](const char* name, const char* text) {
+      std::snprintf(path, sizeof(path), "/proc/%ld/%s", pid, name);
+      const int fd = open(path, O_WRONLY | O_CLOEXEC);
+      if (fd < 0) return errno;
+      const int error = write(fd, text, std::strlen(text)) < 0 ? errno : 0;
+      close(fd);
+      return error;
+    };
+    int error = put("setgroups", "deny");
+    std::snprintf(line, sizeof(line), "%u %u 1", kInnerUid, host_.gid);
+    if (!error) error = put("gid_map", line);
+    std::snprintf(line, sizeof(line), "%u %u 1", kInnerUid, host_.uid);
+    if (!error) error = put("uid_map", line);
+    return error;
+  }
+
+  // Returns once the kernel has reaped the whole pid namespace: init can be
+  // waited for only then.
+  void end_session() {
+    if (pidfd_ < 0) return;
+    syscall(SYS_pidfd_send_signal, pidfd_, SIGKILL, nullptr, 0);
+    bury();
+  }
+
+  void bury() {
+    while (waitpid(*shared_, nullptr, __WALL) < 0 && errno == EINTR) {
+    }
+    *shared_ = 0;
+    close(pidfd_);
+    pidfd_ = -1;
+  }
+
+  const Host& host_;
+  const int slot_;
+  const int channel_;
+  pid_t* const shared_;  // init's pid, for the spawner to bury if we cannot
+  int pidfd_ = -1;
+  Ground ground_;
+};
+
+}  // namespace
+
+void keeper_main(const Host& host, int slot, int channel, pid_t* init_pid) {
+  if (host.cgroups.join(slot)) _exit(2);
+  Keeper(host, slot, channel, init_pid).run();
+}
+
+}  // namespace machina::sandbox

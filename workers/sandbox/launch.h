@@ -1,0 +1,110 @@
+// workers/sandbox/launch.h
+//
+// Inside the sandbox library only: what the spawner found out about the host,
+// what one sandbox is made of, and the stages that make it.
+//
+//   spawner  find_host(), one keeper per slot           spawner.cc
+//   keeper   joins the slot's cgroups, clones init       keeper.cc
+//   stage 1  own root, proc, dev, scratch, pivot         stage1.cc
+//   init     PID 1 of ours: steps, reaping, counters     init.cc
+//   stage 2  between fork and exec; system calls only    stage2.cc
+
+#pragma once
+
+#include <sys/types.h>
+
+#include <string>
+
+#include "workers/sandbox/cgroup.h"
+#include "workers/sandbox/sandbox.h"
+#include "workers/sandbox/seccomp.h"
+#include "workers/sandbox/wire.h"
+
+namespace machina::sandbox {
+
+struct Host {
+  SpawnerOptions options;
+  bool root = false;  // real root: no user namespace, a uid per slot
+  uid_t uid = 0;
+  gid_t gid = 0;
+  int landlock_abi = 0;
+  Bpf allow, deny;  // empty: not to be installed
+  Cgroups cgroups;
+  MechWire mechs[kMechs];
+  Level level = 0;  // of the mechanisms alone; the canary has the last word
+
+  MechWire& mech(Mech m) { return mechs[static_cast<std::size_t>(m)]; }
+  const MechWire& mech(Mech m) const {
+    return mechs[static_cast<std::size_t>(m)];
+  }
+  bool active(Mech m) const { return mech(m).state == 0; }
+  bool forced_off(const char* name) const;
+};
+
+// Asks the kernel; runs before any slot exists.
+Host find_host(const SpawnerOptions& options);
+Level level_of(const MechWire (&mechs)[kMechs]);
+
+struct Failure {
+  Stage stage = Stage::none;
+  std::int32_t error = 0;
+  bool ok() const { return stage == Stage::none; }
+};
+
+// One sandbox.
+struct Ground {
+  int slot = 0;
+  Role role = Role::job;
+  Limits limits;
+  std::string repo, mirror;
+  uid_t uid = 0;  // of the job, as seen inside
+  gid_t gid = 0;
+};
+
+constexpr uid_t kInnerUid = 1000;  // inside a user namespace
+
+// What stage 1 leaves for the steps.
+struct Inside {
+  int proc = -1;     // a writable /proc nobody else sees
+  int scratch = -1;  // /work, to ask how full it is
+  int landlock = -1;
+};
+
+Failure build_root(const Host& host, const Ground& ground, Inside* inside);
+
+// A directory below one of the repo roots, reached without any symbolic link;
+// a descriptor (O_PATH) or -errno.
+int open_repo(const Host& host, const std::string& path);
+// <root>/mirrors/<name>, likewise.
+int open_mirror(const Host& host, const std::string& name);
+
+struct InitFds {
+  int control = -1, report = -1, release = -1;
+  CounterFds counters;
+};
+[[noreturn]] void init_main(const Host& host, const Ground& ground,
+                            const InitFds& fds);
+
+// The keeper of a slot; `init_pid` lies in memory shared with the spawner.
+[[noreturn]] void keeper_main(const Host& host, int slot, int channel,
+                              pid_t* init_pid);
+
+struct StepPlan {
+  const Host* host = nullptr;
+  const Ground* ground = nullptr;
+  const Inside* inside = nullptr;
+  int spec = -1, in = -1, out = -1, err = -1, fail = -1;
+  Builtin builtin = nullptr;
+};
+// Between fork and exec. Never returns.
+[[noreturn]] void enter_step(const StepPlan& plan);
+
+Builtin find_builtin(BuiltinId id);
+int collect_builtin(int in_fd, int out_fd);
+int canary_builtin(int in_fd, int out_fd);
+
+// Capabilities of the caller become exactly `mask` (permitted, effective);
+// inheritable and ambient none. 0 or errno.
+int set_capabilities(std::uint64_t mask);
+
+}  // namespace machina::sandbox

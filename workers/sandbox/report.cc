@@ -1,0 +1,89 @@
+// The words for what was found: levels, mechanisms, the job's `isolation`.
+
+#include <cstring>
+
+#include "workers/sandbox/launch.h"
+
+namespace machina::sandbox {
+
+namespace {
+
+const char* const kNames[kMechs] = {
+    "userns", "mountns", "pidns",    "netns",         "ipcns",
+    "utsns",  "seccomp", "landlock", "cgroup_memory", "cgroup_pids",
+    "uid",    "caps",    "rlimits"};
+
+const char* word(MechanismState state) {
+  switch (state) {
+    case MechanismState::active:
+      return "active";
+    case MechanismState::degraded:
+      return "degraded";
+    case MechanismState::disabled:
+      return "disabled";
+    case MechanismState::unavailable:
+      break;
+  }
+  return "unavailable";
+}
+
+std::string errno_name(int error) {
+  const char* name = strerrorname_np(error);
+  return name ? name : std::to_string(error);
+}
+
+}  // namespace
+
+// Without a root, process and network namespace there is no sandbox of this
+// provider's at all: L0. The rest takes from L3 downwards.
+Level level_of(const MechWire (&mechs)[kMechs]) {
+  const auto state = [&](Mech m) {
+    return static_cast<MechanismState>(
+        mechs[static_cast<std::size_t>(m)].state);
+  };
+  const auto active = [&](Mech m) {
+    return state(m) == MechanismState::active;
+  };
+  for (Mech m : {Mech::mountns, Mech::pidns, Mech::netns, Mech::caps}) {
+    if (!active(m)) return 0;
+  }
+  if (state(Mech::userns) == MechanismState::unavailable) return 0;
+  if (state(Mech::seccomp) == MechanismState::unavailable) return 0;
+  if (!active(Mech::landlock) || !active(Mech::rlimits)) return 1;
+  for (Mech m : {Mech::seccomp, Mech::cgroup_memory, Mech::cgroup_pids,
+                 Mech::ipcns, Mech::utsns}) {
+    if (!active(m)) return 2;
+  }
+  return 3;
+}
+
+std::vector<Mechanism> mechanisms_of(const MechWire (&mechs)[kMechs]) {
+  std::vector<Mechanism> all;
+  for (std::size_t i = 0; i < kMechs; ++i) {
+    Mechanism m;
+    m.name = kNames[i];
+    m.state = static_cast<MechanismState>(mechs[i].state);
+    m.error = mechs[i].error;
+    if (m.error) m.why = std::strerror(m.error);
+    all.push_back(std::move(m));
+  }
+  return all;
+}
+
+std::string isolation_json(const Report& report, Level requested) {
+  std::string out = "{\"level\":\"L" + std::to_string(report.level) +
+                    "\",\"requested\":\"L" + std::to_string(requested) +
+                    "\",\"provider\":\"" + report.provider +
+                    "\",\"mechanisms\":{";
+  bool first = true;
+  for (const auto& m : report.mechanisms) {
+    if (!first) out += ',';
+    first = false;
+    out += '"' + m.name + "\":{\"state\":\"" + word(m.state) + '"';
+    if (m.error) out += ",\"errno\":\"" + errno_name(m.error) + '"';
+    out += '}';
+  }
+  return out + "},\"denied\":\"unavailable\"}";
+}
+
+}  // namespace machina::sandbox

@@ -1,0 +1,343 @@
+// The spawner: forked by the pool before any thread exists, and the only part
+// that keeps its privilege. It forks a keeper per slot, and when a keeper ends
+// it proves the slot empty before it tells the pool.
+
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstring>
+
+#include "workers/sandbox/landlock.h"
+#include "workers/sandbox/launch.h"
+
+extern char** environ;
+
+namespace machina::sandbox {
+
+namespace {
+
+std::array<Builtin, static_cast<std::size_t>(BuiltinId::count)>& builtins() {
+  static std::array<Builtin, static_cast<std::size_t>(BuiltinId::count)> all{};
+  return all;
+}
+
+// --- the spawner's own process ---
+
+class SpawnerProcess {
+ public:
+  SpawnerProcess(const SpawnerOptions& options, int control, int events)
+      : options_(options), control_(control), events_(events) {}
+
+  [[noreturn]] void run() {
+    host_ = find_host(options_);
+    // Orphans of a keeper that died come to us, to be waited for.
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
+    void* page =
+        mmap(nullptr, sizeof(pid_t) * kSlotsMax, PROT_READ | PROT_WRITE,
+             MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (page == MAP_FAILED) _exit(1);
+    init_pids_ = static_cast<pid_t*>(page);
+    if (send_struct(control_, Status{})) leave();
+    sigset_t chld;
+    sigemptyset(&chld);
+    sigaddset(&chld, SIGCHLD);
+    sigprocmask(SIG_BLOCK, &chld, nullptr);
+    for (;;) {
+      pollfd item{control_, POLLIN, 0};
+      timespec tick{1, 0};
+      sigset_t none;
+      sigemptyset(&none);
+      const int n = ppoll(&item, 1, &tick, &none);
+      reap();
+      if (n > 0 && item.revents && !serve()) leave();
+    }
+  }
+
+ private:
+  bool serve() {
+    OpenSlot request;
+    int channel[1] = {-1};
+    std::size_t count = 0;
+    if (!recv_struct(control_, request, channel, &count)) return false;
+    Status status;
+    if (count != 1 || request.slot < 0 || request.slot >= kSlotsMax) {
+      status.error = EINVAL;
+    } else if (keepers_[static_cast<std::size_t>(request.slot)]) {
+      status.error = EBUSY;
+    } else {
+      status.error = start_keeper(request.slot, channel[0]);
+    }
+    if (count) close(channel[0]);
+    return send_struct(control_, status) == 0;
+  }
+
+  int start_keeper(int slot, int channel) {
+    if (const int error = host_.cgroups.make_slot(slot)) return error;
+    const pid_t parent = getpid();
+    const pid_t pid = fork();
+    if (pid < 0) return errno;
+    if (pid == 0) {
+      prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+      if (getppid() != parent) _exit(1);
+      signal(SIGCHLD, SIG_DFL);
+      sigset_t none;
+      sigemptyset(&none);
+      sigprocmask(SIG_SETMASK, &none, nullptr);
+      close_all_but({channel});
+      keeper_main(host_, slot, channel, &init_pids_[slot]);
+    }
+    keepers_[static_cast<std::size_t>(slot)] = pid;
+    return 0;
+  }
+
+  void reap() {
+    for (;;) {
+      const pid_t pid = waitpid(-1, nullptr, WNOHANG | __WALL);
+      if (pid <= 0) return;
+      for (int slot = 0; slot < kSlotsMax; ++slot) {
+        auto& keeper = keepers_[static_cast<std::size_t>(slot)];
+        // An orphaned init that was reaped here must not be waited for again.
+        if (init_pids_[slot] == pid) init_pids_[slot] = 0;
+        if (keeper != pid) continue;
+        keeper = 0;
+        empty(slot);
+        send_struct(events_, SlotEmpty{slot});
+      }
+    }
+  }
+
+  // B4. A keeper that ended by itself left nothing; one that was killed left
+  // an init, now our child, dying of its parent's death. Being able to wait
+  // for it proves that its namespace is empty.
+  void empty(int slot) {
+    if (const pid_t init = init_pids_[slot]) {
+      kill(init, SIGKILL);
+      while (waitpid(init, nullptr, __WALL) < 0 && errno == EINTR) {
+      }
+      init_pids_[slot] = 0;
+    }
+    for (int round = 0; round < 200 && !host_.cgroups.kill_all(slot); ++round) {
+      while (waitpid(-1, nullptr, WNOHANG | __WALL) > 0) {
+      }
+      usleep(5000);
+    }
+  }
+
+  [[noreturn]] void leave() {
+    for (int slot = 0; slot < kSlotsMax; ++slot) {
+      auto& keeper = keepers_[static_cast<std::size_t>(slot)];
+      if (!keeper) continue;
+      kill(keeper, SIGKILL);
+      while (waitpid(keeper, nullptr, __WALL) < 0 && errno == EINTR) {
+      }
+      keeper = 0;
+      empty(slot);
+    }
+    host_.cgroups.remove();
+    _exit(0);
+  }
+
+  const SpawnerOptions options_;
+  const int control_, events_;
+  Host host_;
+  std::array<pid_t, kSlotsMax> keepers_{};
+  pid_t* init_pids_ = nullptr;
+};
+
+[[noreturn]] void spawner_process(const SpawnerOptions& options, int control,
+                                  int events) {
+  close_all_but({control, events});
+  const int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+  if (null >= 0) {
+    dup2(null, 0);
+    dup2(null, 1);
+    close(null);
+  }
+  prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+  prctl(PR_SET_NAME, "machina-spawner", 0, 0, 0);
+  // Steps that run without exec inherit our memory: no token may lie in it.
+  for (char** variable = environ; variable && *variable; ++variable) {
+    std::memset(*variable, 0, std::strlen(*variable));
+  }
+  environ = nullptr;
+  for (int s : {SIGINT, SIGTERM, SIGHUP, SIGPIPE}) signal(s, SIG_IGN);
+  SpawnerProcess(options, control, events).run();
+}
+
+// --- the pool's end ---
+
+class SpawnerHandle : public Spawner {
+ public:
+  SpawnerHandle(pid_t pid, int control, int events)
+      : pid_(pid), control_(control), events_(events) {}
+
+  ~SpawnerHandle() override {
+    close(control_);  // its end-of-file: kill everything and leave
+    close(events_);
+    for (int round = 0; round < 500; ++round) {
+      if (waitpid(pid_, nullptr, WNOHANG) != 0) return;
+      usleep(10'000);
+    }
+    kill(pid_, SIGKILL);
+    waitpid(pid_, nullptr, 0);
+  }
+
+  int pid() const override { return pid_; }
+
+  Result<int> open_slot(int n) override {
+    if (n < 0 || n >= kSlotsMax) {
+      return Error{Code::invalid, "slot: outside 0..63"};
+    }
+    int pair[2];
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0) {
+      return Error{Code::io, std::string("slot: ") + std::strerror(errno)};
+    }
+    const OpenSlot request{n};
+    Status status;
+    const int error = send_struct(control_, request, std::span(&pair[1], 1));
+    close(pair[1]);
+    if (error || !readable_within(control_, 10'000) ||
+        !recv_struct(control_, status)) {
+      close(pair[0]);
+      return Error{Code::unavailable, "slot: the spawner does not answer"};
+    }
+    if (status.error) {
+      close(pair[0]);
+      return Error{
+          status.error == EBUSY ? Code::conflict : Code::io,
+          "slot " + std::to_string(n) + ": " + std::strerror(status.error)};
+    }
+    return pair[0];
+  }
+
+  int events_fd() const override { return events_; }
+
+  std::vector<int> take_empty() override {
+    std::vector<int> slots;
+    SlotEmpty event;
+    while (recv_message(events_, std::as_writable_bytes(std::span(&event, 1)),
+                        {}, nullptr, false) == sizeof(event)) {
+      slots.push_back(event.slot);
+    }
+    return slots;
+  }
+
+ private:
+  const pid_t pid_;
+  const int control_, events_;
+};
+
+}  // namespace
+
+void register_builtin(BuiltinId id, Builtin run) {
+  const auto index = static_cast<std::size_t>(id);
+  if (index < builtins().size()) builtins()[index] = run;
+}
+
+Builtin find_builtin(BuiltinId id) {
+  const auto index = static_cast<std::size_t>(id);
+  return index < builtins().size() ? builtins()[index] : nullptr;
+}
+
+bool Host::forced_off(const char* name) const {
+  const auto& off = options.force_off;
+  return std::find(off.begin(), off.end(), name) != off.end();
+}
+
+Host find_host(const SpawnerOptions& options) {
+  Host host;
+  host.options = options;
+  host.uid = geteuid();
+  host.gid = getegid();
+  host.root = host.uid == 0;
+  const auto set = [&](Mech m, MechanismState state, int error = 0) {
+    host.mech(m) = MechWire{static_cast<std::uint8_t>(state), error};
+  };
+  using enum MechanismState;
+  constexpr std::pair<Mech, const char*> kNamespaces[] = {
+      {Mech::userns, "userns"}, {Mech::mountns, "mountns"},
+      {Mech::pidns, "pidns"},   {Mech::netns, "netns"},
+      {Mech::ipcns, "ipcns"},   {Mech::utsns, "utsns"}};
+  for (const auto& [mech, name] : kNamespaces) {
+    if (host.forced_off(name)) {
+      set(mech, unavailable, EPERM);
+    } else {
+      set(mech, active);
+    }
+  }
+  if (host.root) set(Mech::userns, disabled);
+
+  int error = 0;
+  host.landlock_abi = landlock_abi(&error);
+  if (host.forced_off("landlock")) host.landlock_abi = 0, error = EOPNOTSUPP;
+  set(Mech::landlock, host.landlock_abi ? active : unavailable, error);
+
+  auto deny = compile_deny_filter();
+  auto allow = compile_allow_filter();
+  if (host.forced_off("seccomp") || !deny || !allow) {
+    set(Mech::seccomp, unavailable, EINVAL);
+  } else {
+    host.deny = std::move(*deny);
+    if (options.seccomp_enable) host.allow = std::move(*allow);
+    set(Mech::seccomp, options.seccomp_enable ? active : degraded);
+  }
+  host.cgroups.find(host.forced_off("cgroup_memory"),
+                    host.forced_off("cgroup_pids"));
+  set(Mech::cgroup_memory, host.cgroups.memory() ? active : unavailable,
+      host.cgroups.memory_error());
+  set(Mech::cgroup_pids, host.cgroups.pids() ? active : unavailable,
+      host.cgroups.pids_error());
+  // Not as root all slots share one uid, parted by their user namespaces.
+  set(Mech::uid, host.root ? active : degraded);
+  set(Mech::caps, active);
+  set(Mech::rlimits, active);
+  host.level = level_of(host.mechs);
+  return host;
+}
+
+Result<std::unique_ptr<Spawner>> Spawner::start(const SpawnerOptions& options) {
+  if (!find_builtin(BuiltinId::collect)) {
+    register_builtin(BuiltinId::collect, collect_builtin);
+  }
+  if (!find_builtin(BuiltinId::canary)) {
+    register_builtin(BuiltinId::canary, canary_builtin);
+  }
+  int control[2], events[2];
+  if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, control) < 0) {
+    return Error{Code::io, std::string("spawner: ") + std::strerror(errno)};
+  }
+  if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, events) < 0) {
+    const int error = errno;
+    close(control[0]);
+    close(control[1]);
+    return Error{Code::io, std::string("spawner: ") + std::strerror(error)};
+  }
+  const pid_t pid = fork();
+  if (pid == 0) spawner_process(options, control[1], events[1]);
+  const int error = errno;
+  close(control[1]);
+  close(events[1]);
+  if (pid < 0) {
+    close(control[0]);
+    close(events[0]);
+    return Error{Code::io, std::string("spawner: ") + std::strerror(error)};
+  }
+  auto handle = std::make_unique<SpawnerHandle>(pid, control[0], events[0]);
+  Status status;
+  if (!readable_within(control[0], 10'000) ||
+      !recv_struct(control[0], status) || status.error) {
+    return Error{Code::unavailable, "spawner: did not start"};
+  }
+  return std::unique_ptr<Spawner>(std::move(handle));
+}
+
+}  // namespace machina::sandbox

@@ -1,0 +1,131 @@
+#include "workers/sandbox/wire.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+namespace machina::sandbox {
+
+namespace {
+constexpr std::size_t kFdsMax = 8;
+
+std::int64_t now_ms() {
+  timespec t{};
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1000 + t.tv_nsec / 1'000'000;
+}
+}  // namespace
+
+const char* stage_name(Stage stage) {
+  static const char* const kNames[] = {
+      "none",       "request", "paths",         "cgroup",
+      "clone",      "idmap",   "root_fs",       "binds",
+      "etc",        "dev",     "proc",          "scratch",
+      "repo",       "pivot",   "loopback",      "landlock_rules",
+      "init_caps",  "lost",    "spec",          "fork",
+      "session_id", "rlimits", "userns",        "groups",
+      "caps",       "uid",     "caps_readback", "no_new_privs",
+      "cwd",        "stdio",   "landlock",      "seccomp",
+      "exec",       "builtin"};
+  static_assert(std::size(kNames) == static_cast<std::size_t>(Stage::count));
+  const auto index = static_cast<std::size_t>(stage);
+  return index < std::size(kNames) ? kNames[index] : "unknown";
+}
+
+int send_message(int socket, std::span<const std::byte> bytes,
+                 std::span<const int> fds) {
+  iovec piece{const_cast<std::byte*>(bytes.data()), bytes.size()};
+  msghdr message{};
+  message.msg_iov = &piece;
+  message.msg_iovlen = 1;
+  alignas(cmsghdr) char control[CMSG_SPACE(kFdsMax * sizeof(int))] = {};
+  if (!fds.empty()) {
+    if (fds.size() > kFdsMax) return EINVAL;
+    message.msg_control = control;
+    message.msg_controllen = CMSG_SPACE(fds.size_bytes());
+    cmsghdr* head = CMSG_FIRSTHDR(&message);
+    head->cmsg_level = SOL_SOCKET;
+    head->cmsg_type = SCM_RIGHTS;
+    head->cmsg_len = CMSG_LEN(fds.size_bytes());
+    std::memcpy(CMSG_DATA(head), fds.data(), fds.size_bytes());
+  }
+  ssize_t sent;
+  do {
+    sent = sendmsg(socket, &message, MSG_NOSIGNAL);
+  } while (sent < 0 && errno == EINTR);
+  return sent < 0 ? errno : 0;
+}
+
+ssize_t recv_message(int socket, std::span<std::byte> bytes, std::span<int> fds,
+                     std::size_t* fd_count, bool wait) {
+  if (fd_count) *fd_count = 0;
+  iovec piece{bytes.data(), bytes.size()};
+  alignas(cmsghdr) char control[CMSG_SPACE(kFdsMax * sizeof(int))] = {};
+  msghdr message{};
+  message.msg_iov = &piece;
+  message.msg_iovlen = 1;
+  message.msg_control = control;
+  message.msg_controllen = sizeof(control);
+  ssize_t got;
+  do {
+    got =
+        recvmsg(socket, &message, MSG_CMSG_CLOEXEC | (wait ? 0 : MSG_DONTWAIT));
+  } while (got < 0 && errno == EINTR);
+  if (got < 0) return -errno;
+  std::size_t count = 0;
+  const bool bad = message.msg_flags & (MSG_TRUNC | MSG_CTRUNC);
+  for (cmsghdr* head = CMSG_FIRSTHDR(&message); head;
+       head = CMSG_NXTHDR(&message, head)) {
+    if (head->cmsg_level != SOL_SOCKET || head->cmsg_type != SCM_RIGHTS) {
+      continue;
+    }
+    const std::size_t n = (head->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    for (std::size_t i = 0; i < n; ++i) {
+      int fd;
+      std::memcpy(&fd, CMSG_DATA(head) + i * sizeof(int), sizeof(int));
+      if (bad || count == fds.size()) {
+        close(fd);
+      } else {
+        fds[count++] = fd;
+      }
+    }
+  }
+  if (fd_count) *fd_count = count;
+  return bad ? -EMSGSIZE : got;
+}
+
+void close_all_but(std::initializer_list<int> keep) {
+  int sorted[32];
+  std::size_t n = 0;
+  for (int fd : keep) {
+    if (fd > 2 && n < std::size(sorted)) sorted[n++] = fd;
+  }
+  std::sort(sorted, sorted + n);
+  unsigned from = 3;
+  for (std::size_t i = 0; i < n; ++i) {
+    const auto fd = static_cast<unsigned>(sorted[i]);
+    if (fd > from) syscall(SYS_close_range, from, fd - 1, 0);
+    from = std::max(from, fd + 1);
+  }
+  syscall(SYS_close_range, from, ~0U, 0);
+}
+
+bool readable_within(int fd, int milliseconds) {
+  const std::int64_t until = now_ms() + milliseconds;
+  for (;;) {
+    pollfd item{fd, POLLIN, 0};
+    const auto left = static_cast<int>(until - now_ms());
+    const int n = poll(&item, 1, std::max(left, 0));
+    if (n > 0) return true;
+    if (n == 0 || errno != EINTR) return false;
+  }
+}
+
+}  // namespace machina::sandbox
