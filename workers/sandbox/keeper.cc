@@ -9,11 +9,8 @@
 #include <sched.h>
 #include <signal.h>
 #include <sys/prctl.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
-#include <sys/time.h>
-#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -96,7 +93,7 @@ class Keeper {
     Failure failure;
     switch (request.op) {
       case KeeperOp::connect_server:
-        *answer = connect_server();
+        *answer = connect_unix(host_.options.socket_path);
         if (*answer < 0) failure = {Stage::request, -*answer};
         break;
       case KeeperOp::close:
@@ -116,29 +113,6 @@ class Keeper {
     }
     reply->stage = failure.stage;
     reply->error = failure.error;
-  }
-
-  int connect_server() const {
-    sockaddr_un address{};
-    address.sun_family = AF_UNIX;
-    const std::string& path = host_.options.socket_path;
-    if (path.empty()) return -ENOENT;
-    if (path.size() >= sizeof(address.sun_path)) return -ENAMETOOLONG;
-    std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
-    const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (fd < 0) return -errno;
-    // A full backlog would hold us for ever.
-    timeval wait{2, 0};
-    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &wait, sizeof(wait));
-    if (connect(fd, reinterpret_cast<const sockaddr*>(&address),
-                sizeof(address)) < 0) {
-      const int error = errno;
-      close(fd);
-      return -error;
-    }
-    wait = {};
-    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &wait, sizeof(wait));
-    return fd;
   }
 
   Failure open_session(const KeeperRequest& request, int control,

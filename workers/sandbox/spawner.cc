@@ -69,6 +69,16 @@ class SpawnerProcess {
     std::size_t count = 0;
     if (!recv_struct(control_, request, channel, &count)) return false;
     Status status;
+    if (request.slot == kConnectServer && count == 0) {
+      const int fd = connect_unix(options_.socket_path);
+      if (fd < 0) {
+        status.error = -fd;
+        return send_struct(control_, status) == 0;
+      }
+      const int error = send_struct(control_, status, std::span(&fd, 1));
+      close(fd);
+      return error == 0;
+    }
     if (count != 1 || request.slot < 0 || request.slot >= kSlotsMax) {
       status.error = EINVAL;
     } else if (keepers_[static_cast<std::size_t>(request.slot)]) {
@@ -217,6 +227,22 @@ class SpawnerHandle : public Spawner {
           "slot " + std::to_string(n) + ": " + std::strerror(status.error)};
     }
     return pair[0];
+  }
+
+  Result<int> connect_server() override {
+    Status status;
+    int fd[1] = {-1};
+    std::size_t count = 0;
+    if (send_struct(control_, OpenSlot{kConnectServer}) ||
+        !readable_within(control_, 10'000) ||
+        !recv_struct(control_, status, fd, &count)) {
+      return Error{Code::unavailable, "the spawner does not answer"};
+    }
+    if (status.error || count != 1) {
+      return Error{Code::unavailable, std::string("connect to the server: ") +
+                                          std::strerror(status.error)};
+    }
+    return fd[0];
   }
 
   int events_fd() const override { return events_; }

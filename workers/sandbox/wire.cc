@@ -4,6 +4,8 @@
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/time.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -126,6 +128,28 @@ bool readable_within(int fd, int milliseconds) {
     if (n > 0) return true;
     if (n == 0 || errno != EINTR) return false;
   }
+}
+
+int connect_unix(const std::string& path) {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  if (path.empty()) return -ENOENT;
+  if (path.size() >= sizeof(address.sun_path)) return -ENAMETOOLONG;
+  std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
+  const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (fd < 0) return -errno;
+  // A full backlog would hold us for ever.
+  timeval wait{2, 0};
+  setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &wait, sizeof(wait));
+  if (connect(fd, reinterpret_cast<const sockaddr*>(&address),
+              sizeof(address)) < 0) {
+    const int error = errno;
+    close(fd);
+    return -error;
+  }
+  wait = {};
+  setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &wait, sizeof(wait));
+  return fd;
 }
 
 }  // namespace machina::sandbox

@@ -6,6 +6,7 @@
 // one build, so there is no version and no byte order.
 //
 //   pool -> spawner    OpenSlot + the keeper's end of a channel -> Status
+//                      OpenSlot{kConnectServer} -> Status + a connection
 //   spawner -> pool    SlotEmpty                       (the events socket)
 //   worker -> keeper   KeeperRequest [+ descriptors] -> KeeperReply
 //   worker -> init     StepRequest + descriptors -> StepDone
@@ -22,6 +23,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <span>
+#include <string>
 
 namespace machina::sandbox {
 
@@ -94,6 +96,7 @@ enum class Stage : std::int32_t {
 };
 const char* stage_name(Stage stage);
 
+constexpr std::int32_t kConnectServer = -1;  // instead of a slot
 struct OpenSlot {
   std::int32_t slot = 0;
 };
@@ -186,5 +189,9 @@ bool recv_struct(int socket, T& value, std::span<int> fds = {},
 void close_all_but(std::initializer_list<int> keep);
 // Waits until `fd` is readable (or at end-of-file); false after the time.
 bool readable_within(int fd, int milliseconds);
+
+// A blocking connection to a Unix socket, or -errno; waits at most 2 s for
+// room in its backlog.
+int connect_unix(const std::string& path);
 
 }  // namespace machina::sandbox
