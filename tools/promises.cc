@@ -2,7 +2,7 @@
 
 namespace machina {
 
-bool is_loopback(const std::string& host) {
+bool names_loopback(const std::string& host) {
   return host.starts_with("127.") || host == "::1" || host == "[::1]" ||
          host == "localhost";
 }
@@ -23,7 +23,7 @@ std::vector<std::string> start_refusals(const Config& config) {
     lines.push_back(
         "the prod profile needs authentication: set MACHINA_API_TOKEN or "
         "MACHINA_API_TOKEN_FILE");
-  } else if (!token && !is_loopback(config.text("MACHINA_HOST"))) {
+  } else if (!token && !names_loopback(config.text("MACHINA_HOST"))) {
     lines.push_back("MACHINA_HOST: \"" + config.text("MACHINA_HOST") +
                     "\" can be reached from outside and there is no "
                     "MACHINA_API_TOKEN: set one, or use 127.0.0.1");

@@ -19,6 +19,6 @@ std::vector<std::string> start_refusals(const Config& config);
 std::string not_promised(const Config& config);
 
 // 127.0.0.0/8, ::1 or localhost.
-bool is_loopback(const std::string& host);
+bool names_loopback(const std::string& host);
 
 }  // namespace machina

@@ -15,6 +15,7 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", "machina " MACHINA_VERSION);
   int exit = kOk;
 
+  add_doctor(app, &exit);
   add_job_verbs(app, &exit);
   add_operator_verbs(app, &exit);
   add_version(app, &exit);

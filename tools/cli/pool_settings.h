@@ -1,0 +1,24 @@
+// tools/cli/pool_settings.h
+//
+// What serve, pool, worker and doctor derive from configuration in the same
+// way: the settings of kinds, and what a pool and its workers are given of our
+// environment. Never a secret: they need none on the Unix socket.
+
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "tools/config.h"
+#include "workers/kinds/kinds.h"
+
+namespace machina::cli {
+
+KindSettings kind_settings(const Config& config, const std::string& root);
+// Absolute, <root>/repos first.
+std::vector<std::string> repo_roots(const Config& config,
+                                    const std::string& root);
+// The whole environment of a pool, and of a worker.
+std::vector<std::string> pool_environment(const Config& config);
+
+}  // namespace machina::cli
