@@ -12,7 +12,7 @@
 #include <mutex>
 #include <utility>
 
-#include "queue/check.h"
+#include "queue/storage.h"
 #include "queue/view.h"
 
 namespace machina {
@@ -268,6 +268,7 @@ class SqliteHistory final : public History {
                         std::uint64_t examine, Page* page, bool* more);
 
   const std::string dir_;
+  std::unique_ptr<Storage::Lock> lock_;
   std::atomic<Lsn> applied_ = 0;
 
   // The writing thread's.
@@ -294,6 +295,11 @@ Result<void> SqliteHistory::start() {
   if (error) {
     return Error{Code::io, "history: create " + dir_ + ": " + error.message()};
   }
+  auto storage = open_posix_storage(dir_);
+  if (!storage) return storage.error();
+  auto lock = (*storage)->lock("LOCK");
+  if (!lock) return lock.error();
+  lock_ = std::move(*lock);
   auto opened = open_main();
   if (!opened && opened.error().code == Code::corrupt) {
     if (auto r = put_aside(dir_ + "/history.db"); !r) return r;

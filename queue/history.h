@@ -19,6 +19,7 @@
 //   Y4  A day's file that is missing or unreadable at open() resets applied()
 //       to 0, so that the caller replays what the log still has; an unreadable
 //       one is put aside under "<name>.damaged", never deleted.
+//   Y5  <dir>/LOCK is held from open() on: Code::conflict where it is taken.
 //
 // Not for the loop thread: every call blocks. One thread calls apply(),
 // rewind() and expire(); the other calls may come from any thread and take

@@ -47,6 +47,7 @@ constexpr std::size_t kCallsMax = 65'536;  // parked or with unsent grants
 // "A reply is at most 4 MiB": bodies and what surrounds each, with room for
 // the frame.
 constexpr std::size_t kLeaseReplyBytesMax = (4u << 20) - (64u << 10);
+constexpr std::uint64_t kStagedBytesMax = 64u << 20;  // then enqueue waits
 constexpr std::size_t kLeaseOverheadBytes = 2048;
 constexpr std::uint64_t kLiveExamineMax = 2000;  // of a list, on the loop
 constexpr std::uint64_t kExamineMax = 10'000;    // of a list, in all
@@ -95,6 +96,7 @@ struct Need {
   } what = What::body;
   std::size_t index = 0;
   bool of_lease = false;  // index counts leases, not views
+  bool light = false;     // payload and result are not wanted
   JobId id;
   Fence fence = 0;
   Place place = 0;
@@ -123,6 +125,7 @@ struct Call {
   Address from;
   Response response;
   bool with_payload = true;
+  bool light = false;  // of many jobs: views carry id and state only
   Purpose purpose = Purpose::view;
   std::vector<Need> needs;
   std::vector<Fence> grants;  // decided for it and not yet sent

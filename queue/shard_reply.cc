@@ -71,7 +71,7 @@ void ShardImpl::fill_live(const Core::Look& look, Call* call, std::size_t index,
 
 void ShardImpl::add_ended_view(Call* call, std::size_t index,
                                const EndedPtr& ended) {
-  if (ended->body == nullptr || ended->end == nullptr) {
+  if (!call->light && (ended->body == nullptr || ended->end == nullptr)) {
     Need missing;
     missing.what = Need::What::ended;
     missing.index = index;
@@ -80,6 +80,11 @@ void ShardImpl::add_ended_view(Call* call, std::size_t index,
     return need(call, std::move(missing));
   }
   JobView& view = call->response.views[index];
+  if (call->light) {
+    view.id = ended->id;
+    view.state = ended->state;
+    return settle_item(call, index, ended->state);
+  }
   fill_from_body(*ended->body, call->with_payload, &view);
   fill_from_end(*ended->end, ended->finished_ms, &view);
   view.fsync = options_.core.fsync;
@@ -112,6 +117,7 @@ Body ShardImpl::body_of(const JobId& id) {
 
 void ShardImpl::need(Call* call, Need need) {
   pin(need, +1);
+  need.light = call->light;
   call->needs.push_back(std::move(need));
 }
 
@@ -175,6 +181,10 @@ void fetch_need(const Log& log, History& history, Millis at, Need* need) {
         need->finished = std::move(*found);
       } else {
         need->error = found.error().what;
+      }
+      if (need->light && need->finished) {
+        need->finished->body.job.payload = {};
+        need->finished->end.outcome.result = {};
       }
       return;
     }

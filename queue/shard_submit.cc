@@ -66,6 +66,11 @@ void ShardImpl::enqueue(const CallPtr& call, EnqueueCommand command,
                       " bytes behind, more than " +
                       std::to_string(options_.history_lag_max_bytes));
   }
+  if (log_->staged_bytes() > kStagedBytesMax) {
+    return refuse(call, Response::Status::lagging,
+                  "the disk is " + std::to_string(log_->staged_bytes()) +
+                      " bytes behind");
+  }
   if (disk_low(options_.disk_soft_bytes != 0
                    ? options_.disk_soft_bytes
                    : 4 * options_.log.segment_bytes)) {
@@ -118,6 +123,7 @@ void ShardImpl::enqueue(const CallPtr& call, EnqueueCommand command,
   auto& items = call->response.items;
   call->response.views.resize(items.size());
   const bool one = items.size() == 1;
+  call->light = !one;
   const bool plain = one && decision->records.size() == 1;
   for (std::size_t i = 0; i < items.size(); ++i) {
     ItemAnswer& item = items[i];
