@@ -4,14 +4,28 @@
 // It holds no privilege; connections to the server and sandboxes come from the
 // spawner through one inherited channel. Heartbeats are its own, never the
 // job's.
+//
+//   lease one of any kind --> warmed?    run it, then complete and lease up to
+//                         |              64 warmed ones in one trip, for a
+//                         while
+//                         +> sandboxed?  run it, complete it, ask again
+//
+//   K1  One sandboxed job at a time; warmed ones in turn.
+//   K2  An end is reported until the server answers: 200, or that the lease is
+//       another's. A server that is away delays it and loses nothing.
+//   K3  A cancelled attempt is over within 2 s and a little; a lost one too,
+//       and its end is told to nobody.
+//   K4  A job above this worker's level is refused before it starts.
 
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "queue/job.h"
+#include "workers/sandbox/sandbox.h"
 
 namespace machina {
 
@@ -31,6 +45,24 @@ struct WorkerOptions {
   std::uint64_t shell_stderr_max = 131'072;
 };
 
+// Attaches to the slot, runs the canary, serves until it is told to leave.
+// SIGTERM: takes nothing new, finishes what it has; again: gives it back.
 int run_worker(const WorkerOptions& options);
+
+// The same without process-wide effects, for run_worker and tests.
+class Worker {
+ public:
+  Worker(const WorkerOptions& options, sandbox::Slot& slot,
+         sandbox::Report report);
+  ~Worker();
+  void run();
+  // From any thread.
+  void stop();         // finish what is held, then return from run()
+  void release_now();  // stop(), and give back what is held
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
 
 }  // namespace machina

@@ -197,6 +197,12 @@ Product::~Product() {
     }
     sleep_ms(20);
   }
+  for (const std::string& group : control_groups()) {
+    for (int slot = 0; slot < 64; ++slot) {
+      rmdir((group + "/slot-" + std::to_string(slot)).c_str());
+    }
+    rmdir(group.c_str());
+  }
   std::error_code ignored;
   fs::remove_all(dir_, ignored);
 }
@@ -294,6 +300,7 @@ void Product::kill_server() {
 }
 
 int Product::stop_server(int timeout_ms) {
+  processes();  // to know later whose control groups are ours
   kill(server_, SIGTERM);
   int code = reap(server_, timeout_ms);
   if (code == -1) {
@@ -352,6 +359,7 @@ std::vector<pid_t> Product::processes() const {
   for (pid_t pid : all_pids()) {
     if (owns(pid)) mine.push_back(pid);
   }
+  seen_.insert(mine.begin(), mine.end());
   return mine;
 }
 
@@ -381,6 +389,22 @@ std::vector<pid_t> Product::worker_pids() {
   return pids;
 }
 
+// A spawner's groups are named machina.<its pid>.
+std::vector<std::string> Product::control_groups() const {
+  std::vector<std::string> found;
+  std::error_code error;
+  fs::recursive_directory_iterator at(
+      "/sys/fs/cgroup", fs::directory_options::skip_permission_denied, error);
+  for (; !error && at != fs::end(at); at.increment(error)) {
+    std::string name = at->path().filename();
+    if (name.rfind("machina.", 0) == 0 &&
+        seen_.count(std::atoi(name.c_str() + 8)) > 0) {
+      found.push_back(at->path());
+    }
+  }
+  return found;
+}
+
 std::vector<std::string> Product::leftovers(int within_ms) const {
   std::vector<std::string> left;
   auto look = [&] {
@@ -395,6 +419,9 @@ std::vector<std::string> Product::leftovers(int within_ms) const {
     std::istringstream mounts(read_file("/proc/self/mountinfo"));
     for (std::string line; std::getline(mounts, line);) {
       if (line.find(dir_) != std::string::npos) left.push_back("mount " + line);
+    }
+    for (const std::string& group : control_groups()) {
+      left.push_back("control group " + group);
     }
     return left.empty();
   };

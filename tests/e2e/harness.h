@@ -20,6 +20,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <ostream>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -121,7 +122,10 @@ class Product {
   bool owns(pid_t pid) const;
   int reap(pid_t pid, int timeout_ms);  // exit code, or -1 in time
 
+  std::vector<std::string> control_groups() const;  // of processes seen
+
   Who who_;
+  mutable std::set<pid_t> seen_;  // all that processes() ever found
   std::string dir_, root_, binary_;
   uid_t uid_ = 0;
   unsigned slot_uid_base_ = 0;

@@ -11,7 +11,7 @@ namespace {
 Kind noop() {
   Kind kind;
   kind.warmed = true;
-  kind.limits = {256, 0, 4, 0, 1 << 20};
+  kind.limits = {256, 1, 4, 0, 1 << 20};  // a sandbox has a MiB at least
   kind.check = [](const std::string& payload) -> Result<void> {
     if (auto good = kinds::parse_noop(payload); !good) return good.error();
     return {};

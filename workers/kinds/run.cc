@@ -130,7 +130,7 @@ Result<void> apply_sandbox(const std::string& text, sandbox::Limits& limits,
   const bool good = json::members(text, [&](auto key, auto value) {
     if (key == "memory_mb")
       return limit(key, value, 1, limits.memory_mb, problem);
-    if (key == "disk_mb") return limit(key, value, 0, limits.disk_mb, problem);
+    if (key == "disk_mb") return limit(key, value, 1, limits.disk_mb, problem);
     if (key == "pids") return limit(key, value, 1, limits.pids, problem);
     if (key == "cpu_ms") return limit(key, value, 0, limits.cpu_ms, problem);
     if (key == "output_bytes") {

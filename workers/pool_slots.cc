@@ -1,0 +1,188 @@
+#include "workers/pool_slots.h"
+
+#include <time.h>
+
+#include <algorithm>
+#include <cstdio>
+
+#include "queue/check.h"
+#include "workers/json_view.h"
+
+namespace machina {
+namespace {
+
+std::string rfc3339(Millis wall_ms) {
+  const time_t seconds = static_cast<time_t>(wall_ms / 1000);
+  struct tm parts {};
+  gmtime_r(&seconds, &parts);
+  char text[40];
+  const std::size_t n =
+      strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%S", &parts);
+  std::snprintf(text + n, sizeof text - n, ".%03dZ",
+                static_cast<int>(wall_ms % 1000));
+  return text;
+}
+
+}  // namespace
+
+int PoolSlots::alive() const {
+  return static_cast<int>(
+      std::count_if(slots_.begin(), slots_.end(), [](const Slot& s) {
+        return s.phase == Phase::running || s.phase == Phase::leaving;
+      }));
+}
+
+int PoolSlots::pending() const {
+  return static_cast<int>(
+      std::count_if(slots_.begin(), slots_.end(),
+                    [](const Slot& s) { return s.phase != Phase::empty; }));
+}
+
+int PoolSlots::staying() const {
+  return static_cast<int>(
+      std::count_if(slots_.begin(), slots_.end(),
+                    [](const Slot& s) { return s.phase == Phase::running; }));
+}
+
+std::vector<int> PoolSlots::to_start(int target, Millis now_ms) const {
+  std::vector<int> out;
+  int missing = target - staying();
+  for (int i = 0; i < kSlotsMax && missing > 0; ++i) {
+    const Slot& slot = slots_[static_cast<std::size_t>(i)];
+    // A dying slot will be empty in a moment; it is waited for, so that a
+    // replacement takes the place of what it replaces.
+    if (slot.phase == Phase::dying) --missing;
+    if (slot.phase != Phase::empty || missing <= 0) continue;
+    --missing;
+    if (now_ms >= slot.not_before_ms) out.push_back(i);
+  }
+  return out;
+}
+
+Millis PoolSlots::next_start_ms(int target, Millis now_ms) const {
+  if (staying() >= target) return -1;
+  Millis first = -1;
+  for (const Slot& slot : slots_) {
+    if (slot.phase != Phase::empty || slot.not_before_ms <= now_ms) continue;
+    if (first < 0 || slot.not_before_ms < first) first = slot.not_before_ms;
+  }
+  return first;
+}
+
+std::vector<int> PoolSlots::to_stop(int target) const {
+  std::vector<int> out;
+  int extra = staying() - target;
+  for (const bool busy : {false, true}) {
+    for (int i = kSlotsMax - 1; i >= 0 && extra > 0; --i) {
+      const Slot& slot = slots_[static_cast<std::size_t>(i)];
+      if (slot.phase != Phase::running || slot.job.empty() == busy) continue;
+      out.push_back(i);
+      --extra;
+    }
+  }
+  return out;
+}
+
+void PoolSlots::started(int slot, const std::string& name, int pid,
+                        Millis now_ms, Millis wall_ms) {
+  Slot& s = at(slot);
+  CHECK(s.phase == Phase::empty);
+  s.phase = Phase::running;
+  s.name = name;
+  s.pid = pid;
+  s.started_ms = now_ms;
+  s.started_wall_ms = wall_ms;
+  s.isolation.clear();
+  s.job.clear();
+}
+
+void PoolSlots::leaving(int slot) {
+  CHECK(at(slot).phase == Phase::running);
+  at(slot).phase = Phase::leaving;
+}
+
+void PoolSlots::pause(Slot& slot, Millis now_ms) {
+  ++slot.early_deaths;
+  // The first replacement is at once: a worker that was killed is missed.
+  if (slot.early_deaths == 1) return;
+  Millis pause = kBackoffMinMs;
+  for (int i = 2; i < slot.early_deaths && pause < kBackoffMaxMs; ++i) {
+    pause *= 2;
+  }
+  slot.not_before_ms = now_ms + std::min(pause, kBackoffMaxMs);
+}
+
+void PoolSlots::not_started(int slot, Millis now_ms) {
+  pause(at(slot), now_ms);
+}
+
+int PoolSlots::exited(int pid, Millis now_ms) {
+  for (int i = 0; i < kSlotsMax; ++i) {
+    Slot& slot = at(i);
+    if (slot.pid != pid) continue;
+    if (slot.phase == Phase::leaving || now_ms - slot.started_ms >= kLivedMs) {
+      slot.early_deaths = 0;
+    }
+    if (slot.phase == Phase::running && now_ms - slot.started_ms < kLivedMs) {
+      pause(slot, now_ms);
+    }
+    slot.phase = Phase::dying;
+    slot.pid = -1;
+    slot.job.clear();
+    return i;
+  }
+  return -1;
+}
+
+void PoolSlots::emptied(int slot) {
+  if (slot < 0 || slot >= kSlotsMax) return;
+  Slot& s = at(slot);
+  if (s.phase != Phase::dying) return;
+  s.phase = Phase::empty;
+  gone_.push_back(s.name);
+}
+
+void PoolSlots::reported(const std::vector<std::string>& names) {
+  std::erase_if(gone_, [&](const std::string& name) {
+    return std::find(names.begin(), names.end(), name) != names.end();
+  });
+}
+
+std::string PoolSlots::sync_body(const std::string& host,
+                                 Millis wait_ms) const {
+  std::string out = "{\"host\":" + json::quoted(host) + ",\"workers\":[";
+  bool first = true;
+  for (int i = 0; i < kSlotsMax; ++i) {
+    const Slot& slot = slots_[static_cast<std::size_t>(i)];
+    if (slot.phase == Phase::empty) continue;
+    const char* state = slot.phase == Phase::dying     ? "dying"
+                        : slot.phase == Phase::leaving ? "leaving"
+                        : slot.isolation.empty()       ? "starting"
+                        : slot.job.empty()             ? "idle"
+                                                       : "busy";
+    if (!first) out += ',';
+    first = false;
+    out += "{\"name\":" + json::quoted(slot.name) +
+           ",\"slot\":" + std::to_string(i) +
+           ",\"pid\":" + std::to_string(slot.pid) + ",\"state\":\"" + state +
+           "\",\"started_at\":\"" + rfc3339(slot.started_wall_ms) + "\"";
+    if (!slot.job.empty()) out += ",\"job\":" + json::quoted(slot.job);
+    if (!slot.isolation.empty()) {
+      // The level beside the whole, for those who look for nothing else.
+      json::members(slot.isolation, [&](auto key, auto value) {
+        if (key == "level") out += ",\"level\":" + std::string(value);
+        return true;
+      });
+      out += ",\"isolation\":" + slot.isolation;
+    }
+    out += '}';
+  }
+  out += "],\"gone\":[";
+  for (std::size_t i = 0; i < gone_.size(); ++i) {
+    if (i > 0) out += ',';
+    json::quote(out, gone_[i]);
+  }
+  return out + "],\"wait_ms\":" + std::to_string(wait_ms) + "}";
+}
+
+}  // namespace machina

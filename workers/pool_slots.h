@@ -1,0 +1,80 @@
+// workers/pool_slots.h
+//
+// What the pool knows of its 64 slots, and what is to be done next. No process,
+// clock or socket inside: times come in, actions come out.
+//
+//            start()              exited()            emptied()
+//   empty ------------> running ------------> dying ------------> empty
+//                          |  stop             (its tree is being killed; its
+//                          v                    name is reported `gone` only
+//                       leaving --exited()-->   after emptied())
+//
+//   Invariants: a slot in `running` or `leaving` has a pid; a name is in
+//   gone() from emptied() until it was reported.
+
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "queue/job.h"
+
+namespace machina {
+
+constexpr int kSlotsMax = 64;
+constexpr Millis kBackoffMinMs = 100, kBackoffMaxMs = 10'000;
+constexpr Millis kLivedMs = 5000;  // an earlier death is followed by a pause
+
+class PoolSlots {
+ public:
+  enum class Phase : std::uint8_t { empty, running, leaving, dying };
+  struct Slot {
+    Phase phase = Phase::empty;
+    std::string name;
+    int pid = -1;
+    Millis started_ms = 0;  // monotonic
+    Millis started_wall_ms = 0;
+    std::string isolation;  // raw JSON, once its canary has passed
+    std::string job;        // its busy job's id, or empty
+    int early_deaths = 0;
+    Millis not_before_ms = 0;
+  };
+
+  // Slots to start a worker in now, for `target` workers in all.
+  std::vector<int> to_start(int target, Millis now_ms) const;
+  // Workers to ask to leave: idle ones first, higher slots first.
+  std::vector<int> to_stop(int target) const;
+  // When to_start() may say more, or -1.
+  Millis next_start_ms(int target, Millis now_ms) const;
+
+  void started(int slot, const std::string& name, int pid, Millis now_ms,
+               Millis wall_ms);
+  void leaving(int slot);
+  // A start that failed before there was a process.
+  void not_started(int slot, Millis now_ms);
+  // By pid; -1 where it is none of ours.
+  int exited(int pid, Millis now_ms);
+  void emptied(int slot);
+
+  Slot& at(int slot) { return slots_[static_cast<std::size_t>(slot)]; }
+  const std::array<Slot, kSlotsMax>& all() const { return slots_; }
+  int alive() const;    // processes
+  int pending() const;  // not empty: alive or dying
+
+  const std::vector<std::string>& gone() const { return gone_; }
+  void reported(const std::vector<std::string>& names);
+
+  // The body of a sync.
+  std::string sync_body(const std::string& host, Millis wait_ms) const;
+
+ private:
+  int staying() const;
+  void pause(Slot& slot, Millis now_ms);
+
+  std::array<Slot, kSlotsMax> slots_;
+  std::vector<std::string> gone_;
+};
+
+}  // namespace machina

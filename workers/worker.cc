@@ -1,0 +1,470 @@
+#include "workers/worker.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cstdio>
+#include <mutex>
+#include <thread>
+
+#include "workers/heartbeat.h"
+#include "workers/http_client.h"
+#include "workers/job_log.h"
+#include "workers/json_view.h"
+#include "workers/kinds/run.h"
+#include "workers/protocol.h"
+#include "workers/warmed.h"
+
+namespace machina {
+namespace {
+
+using kinds::End;
+using std::chrono::milliseconds;
+using Steady = std::chrono::steady_clock;
+
+constexpr Millis kParkMs = 10'000;  // a lease call that finds nothing
+constexpr Millis kBackoffMinMs = 20, kBackoffMaxMs = 1000;
+constexpr Millis kWarmedRunMs = 50;  // then other kinds get a look-in
+constexpr Millis kLogPatienceMs = 5000;
+
+KindSettings settings_of(const WorkerOptions& options) {
+  KindSettings settings;
+  settings.prod = options.prod;
+  settings.repo_roots = options.repo_roots;
+  settings.shell_allowed_exe = options.shell_allowed_exe;
+  settings.shell_timeout_ms = options.shell_timeout_ms;
+  settings.shell_stdout_max = options.shell_stdout_max;
+  settings.shell_stderr_max = options.shell_stderr_max;
+  return settings;
+}
+
+bool refused(int status) {
+  return status / 100 == 4 && status != 408 && status != 429;
+}
+
+}  // namespace
+
+class Worker::Impl : public kinds::Host {
+ public:
+  Impl(const WorkerOptions& options, sandbox::Slot& slot,
+       sandbox::Report report)
+      : options_(options),
+        slot_(slot),
+        report_(std::move(report)),
+        settings_(settings_of(options)),
+        kinds_(built_in_kinds(settings_)),
+        client_(connect()),
+        heartbeat_(connect(), [this](const auto& id) { tell_busy(id); }),
+        log_(connect()),
+        warmed_(slot, kinds_.at("noop"), report_.level, options.min_level,
+                heartbeat_) {
+    for (const auto& [name, kind] : kinds_) {
+      const bool wanted =
+          options.kinds.empty() ||
+          std::any_of(options.kinds.begin(), options.kinds.end(),
+                      [&](const auto& p) { return kind_matches(p, name); });
+      if (!wanted) continue;
+      leased_.push_back(name);
+      if (kind.warmed) warmed_kinds_.push_back(name);
+    }
+    for (Level level = 0; level <= kLevelMax; ++level) {
+      isolation_[level] = sandbox::isolation_json(report_, level);
+    }
+  }
+
+  void run() {
+    tell("{\"state\":\"idle\",\"isolation\":" + isolation_[report_.level] +
+         "}");
+    std::vector<Lease> leases;
+    while (!stopping_) {
+      if (leases.empty()) leases = lease(leased_, 1, kParkMs);
+      if (leases.empty()) continue;
+      const auto kind = kinds_.find(leases.front().kind);
+      if (kind != kinds_.end() && kind->second.warmed) {
+        leases = run_warmed(std::move(leases));
+      } else {
+        leases = run_sandboxed(leases.front());
+      }
+    }
+    give_back(leases);
+    forget_stray_grants();
+    warmed_.close();
+  }
+
+  void stop() {
+    std::lock_guard lock(park_mutex_);
+    stopping_ = true;
+    if (parked_) client_.interrupt();
+  }
+
+  void release_now() {
+    releasing_ = true;
+    stop();
+    heartbeat_.release_all();
+  }
+
+  // --- kinds::Host ---
+
+  Result<std::unique_ptr<sandbox::Session>> open(
+      const sandbox::SessionSpec& spec) override {
+    return slot_.open(spec);
+  }
+
+  sandbox::Watch watch() override {
+    sandbox::Watch watch;
+    watch.cancel = heartbeat_.alarm();
+    watch.wake_fd = heartbeat_.wake_fd();
+    watch.on_output = [this](int, std::span<const std::byte> bytes) {
+      log_.append({reinterpret_cast<const char*>(bytes.data()), bytes.size()});
+    };
+    return watch;
+  }
+
+  bool cancelled() const override { return *heartbeat_.alarm(); }
+
+  void progress(int percent, const std::string& message) override {
+    heartbeat_.progress(current_, percent, message);
+  }
+
+  void log(std::string_view bytes) override { log_.append(bytes); }
+
+  Result<void> artifact(const std::string& name,
+                        std::string_view bytes) override {
+    const std::string path = "/v1/leases/" + current_ + "/artifacts/" + name;
+    for (Millis pause = kBackoffMinMs; !cancelled();) {
+      const auto reply =
+          client_.send("PUT", path, bytes, "application/octet-stream", 30'000);
+      if (reply && reply->status / 100 == 2) return {};
+      if (reply && refused(reply->status)) {
+        return Error{Code::invalid, name + ": the server answered " +
+                                        std::to_string(reply->status)};
+      }
+      rest(pause);
+    }
+    return Error{Code::unavailable, "cancelled"};
+  }
+
+  const KindSettings& settings() const override { return settings_; }
+
+ private:
+  HttpClient::Connect connect() {
+    return [this] { return slot_.connect_server(); };
+  }
+
+  static void rest(Millis& pause) {
+    std::this_thread::sleep_for(milliseconds(pause));
+    pause = std::min(pause * 2, kBackoffMaxMs);
+  }
+
+  void say(const std::string& line) const {
+    std::fprintf(stderr, "worker %s: %s\n", options_.name.c_str(),
+                 line.c_str());
+  }
+
+  // --- facts for the pool ---
+
+  void tell(const std::string& json_line) const {
+    if (options_.facts_fd < 0) return;
+    const std::string line = json_line + "\n";
+    (void)!::write(options_.facts_fd, line.data(), line.size());
+  }
+
+  void tell_busy(const std::string& job_id) const {
+    tell(job_id.empty()
+             ? std::string("{\"state\":\"idle\"}")
+             : "{\"state\":\"busy\",\"job\":" + json::quoted(job_id) + "}");
+  }
+
+  // --- leasing ---
+
+  LeaseRequest lease_request(const std::vector<std::string>& kinds, int max,
+                             Millis wait_ms) const {
+    LeaseRequest request;
+    request.worker = options_.name;
+    request.kinds = kinds;
+    request.max = max;
+    request.wait_ms = wait_ms;
+    request.level = report_.level;
+    request.forget_others = strays_;
+    return request;
+  }
+
+  // Empty: none, or not now (then it has paused).
+  std::vector<Lease> lease(const std::vector<std::string>& kinds, int max,
+                           Millis wait_ms) {
+    {
+      std::lock_guard lock(park_mutex_);
+      if (stopping_) return {};
+      parked_ = true;
+    }
+    const auto reply = client_.post(
+        "/v1/leases", write_lease_request(lease_request(kinds, max, wait_ms)),
+        wait_ms + 5000);
+    {
+      std::lock_guard lock(park_mutex_);
+      parked_ = false;
+      client_.resume();  // later calls are not to be interrupted
+    }
+    if (!reply) {
+      strays_ = true;  // it may have been granted and the answer lost
+      if (!stopping_) rest(lease_pause_);
+      return {};
+    }
+    if (reply->status != 200 && reply->status != 204) {
+      say("lease: the server answered " + std::to_string(reply->status) + " " +
+          reply->body.substr(0, 300));
+      rest(lease_pause_);
+      return {};
+    }
+    strays_ = false;
+    lease_pause_ = kBackoffMinMs;
+    return take_leases(*reply);
+  }
+
+  std::vector<Lease> take_leases(const HttpClient::Reply& reply) {
+    if (reply.status != 200) return {};
+    auto leases = parse_leases(reply.body);
+    if (leases) return std::move(*leases);
+    say(leases.error().what);
+    strays_ = true;
+    return {};
+  }
+
+  void give_back(const std::vector<Lease>& leases) {
+    for (const Lease& lease : leases) release(lease.token);
+  }
+
+  void release(const std::string& token) {
+    heartbeat_.drop(token);
+    // Where this fails the lease runs out, or the pool reports us gone.
+    (void)client_.post("/v1/leases/" + token + "/release", "{}");
+  }
+
+  // A grant that crossed with our leaving goes back without costing its job an
+  // attempt: a lease call that wants nothing and holds nothing.
+  void forget_stray_grants() {
+    if (!strays_) return;
+    LeaseRequest request = lease_request({"machina.none"}, 1, 0);
+    (void)client_.post("/v1/leases", write_lease_request(request), 2000);
+  }
+
+  // --- warmed kinds ---
+
+  std::vector<Lease> run_warmed(std::vector<Lease> leases) {
+    const auto until = Steady::now() + milliseconds(kWarmedRunMs);
+    while (!leases.empty()) {
+      heartbeat_.hold(leases);
+      std::vector<bool> told(leases.size(), false);
+      auto ends = warmed_.run(leases, [&](std::size_t at, const auto& so_far) {
+        report_batch(leases, so_far, told, at, false);
+        for (std::size_t i = at + 1; i < leases.size(); ++i) {
+          release(leases[i].token);
+          told[i] = true;
+        }
+      });
+      const bool more = !stopping_ && Steady::now() < until;
+      auto next = report_batch(leases, ends, told, leases.size(), more);
+      for (std::size_t i = 0; i < leases.size(); ++i) {
+        if (told[i]) continue;
+        // Not started, or the lease is another's by now.
+        if (heartbeat_.stop_of(leases[i].token) != Stop::lost) {
+          release(leases[i].token);
+        }
+      }
+      heartbeat_.drop_all();
+      leases = std::move(next);
+      if (stopping_ && releasing_) break;
+    }
+    return leases;
+  }
+
+  // Reports the ends of [0, to) that are there and were not told yet, and
+  // leases again in the same trip where `more`.
+  std::vector<Lease> report_batch(const std::vector<Lease>& leases,
+                                  const Warmed::Ends& ends,
+                                  std::vector<bool>& told, std::size_t to,
+                                  bool more) {
+    std::string items;
+    for (std::size_t i = 0; i < to; ++i) {
+      if (told[i] || !ends[i]) continue;
+      told[i] = true;
+      const Lease& lease = leases[i];
+      if (heartbeat_.alarm()->load() &&
+          heartbeat_.stop_of(lease.token) == Stop::lost) {
+        continue;
+      }
+      const std::string& isolation = isolation_of(lease);
+      if (ends[i]->code == EndCode::none || ends[i]->code == EndCode::verdict) {
+        if (!items.empty()) items += ',';
+        append_completion(items, lease.token, *ends[i], isolation);
+      } else {
+        fail(lease.token, *ends[i], isolation);
+      }
+    }
+    return complete(items, more, warmed_kinds_, Warmed::kBatchMax);
+  }
+
+  const std::string& isolation_of(const Lease& lease) const {
+    sandbox::Limits ignored;
+    Level required = options_.min_level;
+    if (!lease.sandbox.empty()) {
+      (void)kinds::apply_sandbox(lease.sandbox, ignored, required).has_value();
+    }
+    return isolation_[std::min(required, kLevelMax)];
+  }
+
+  // Completes `items` (may be empty) and leases again where `more`. Retried
+  // until the server has answered.
+  std::vector<Lease> complete(const std::string& items, bool more,
+                              const std::vector<std::string>& kinds, int max) {
+    if (items.empty())
+      return more ? lease(kinds, max, 0) : std::vector<Lease>();
+    for (Millis pause = kBackoffMinMs;;) {
+      std::string body = "{\"items\":[" + items + "]";
+      if (more) {
+        body +=
+            ",\"lease\":" + write_lease_request(lease_request(kinds, max, 0));
+      }
+      body += '}';
+      const auto reply = client_.post("/v1/leases/complete", body, 15'000);
+      if (reply && reply->status == 200) {
+        strays_ = false;
+        note_refusals(reply->body);
+        return more ? take_leases(*reply) : std::vector<Lease>();
+      }
+      if (reply && refused(reply->status)) {
+        say("complete: the server answered " + std::to_string(reply->status) +
+            " " + reply->body.substr(0, 300));
+        return {};
+      }
+      strays_ = strays_ || more;
+      rest(pause);
+    }
+  }
+
+  void note_refusals(const std::string& body) const {
+    if (body.find("\"problem\"") == std::string::npos) return;
+    const auto answers = parse_items(body);
+    if (!answers) return;
+    for (const ItemAnswer& answer : *answers) {
+      if (answer.problem.empty()) continue;
+      say("complete " + answer.token.substr(0, 16) + ": " + answer.problem);
+    }
+  }
+
+  void fail(const std::string& token, const End& end,
+            const std::string& isolation) {
+    const std::string body = write_failure(end, isolation);
+    for (Millis pause = kBackoffMinMs;;) {
+      const auto reply = client_.post("/v1/leases/" + token + "/fail", body);
+      if (reply && (reply->status == 200 || refused(reply->status))) {
+        if (reply->status != 200) {
+          say("fail " + token.substr(0, 16) + ": the server answered " +
+              std::to_string(reply->status));
+        }
+        return;
+      }
+      rest(pause);
+    }
+  }
+
+  // --- sandboxed kinds ---
+
+  std::vector<Lease> run_sandboxed(const Lease& lease) {
+    warmed_.close();  // the slot is this job's alone
+    current_ = lease.token;
+    heartbeat_.hold({lease});
+    End end = attempt(lease);
+    const Stop stop = heartbeat_.stop_of(lease.token);
+    if (stop == Stop::lost) {
+      heartbeat_.drop_all();
+      say("lease " + lease.token.substr(0, 16) + " was lost");
+      return {};
+    }
+    if (end.code == EndCode::cancelled && stop == Stop::released) {
+      release(lease.token);
+      heartbeat_.drop_all();
+      return {};
+    }
+    log_.finish(client_, kLogPatienceMs);
+    std::vector<Lease> next;
+    const std::string& isolation = isolation_of(lease);
+    if (end.code == EndCode::none || end.code == EndCode::verdict) {
+      std::string item;
+      append_completion(item, lease.token, end, isolation);
+      next = complete(item, !stopping_, leased_, 1);
+    } else {
+      fail(lease.token, end, isolation);
+    }
+    heartbeat_.drop_all();
+    return next;
+  }
+
+  End attempt(const Lease& lease) {
+    const auto kind = kinds_.find(lease.kind);
+    if (kind == kinds_.end()) {
+      return kinds::failed(EndCode::sandbox,
+                           "kind " + lease.kind + " is not served here");
+    }
+    kinds::Attempt attempt;
+    attempt.job_id = lease.job_id;
+    attempt.kind = lease.kind;
+    attempt.payload = lease.payload;
+    attempt.traceparent = lease.traceparent;
+    attempt.number = lease.attempt;
+    attempt.timeout_ms =
+        lease.timeout_ms > 0 ? lease.timeout_ms : kind->second.timeout_ms;
+    attempt.required = options_.min_level;
+    attempt.limits = kind->second.limits;
+    if (auto fits = kinds::apply_sandbox(lease.sandbox, attempt.limits,
+                                         attempt.required);
+        !fits) {
+      const bool invalid = fits.error().code == Code::invalid;
+      End end = kinds::failed(
+          invalid ? EndCode::invalid_payload : EndCode::isolation_unavailable,
+          fits.error().what);
+      end.retry = false;
+      return end;
+    }
+    if (attempt.required > report_.level) {
+      return kinds::failed(EndCode::isolation_unavailable,
+                           "needs " + kinds::level_name(attempt.required) +
+                               ", this worker gives " +
+                               kinds::level_name(report_.level));
+    }
+    log_.begin(lease.token, 2 * attempt.limits.output_bytes);
+    return lease.kind == "test.run" ? kinds::run_tests(attempt, *this)
+                                    : kinds::run_shell(attempt, *this);
+  }
+
+  const WorkerOptions options_;
+  sandbox::Slot& slot_;
+  const sandbox::Report report_;
+  const KindSettings settings_;
+  const std::map<std::string, Kind> kinds_;
+  std::vector<std::string> leased_, warmed_kinds_;
+  std::array<std::string, kLevelMax + 1> isolation_;  // by requested level
+
+  HttpClient client_;
+  Heartbeat heartbeat_;
+  JobLog log_;
+  Warmed warmed_;
+  std::string current_;  // the sandboxed job's token
+  bool strays_ = false;  // a grant may have been lost on the way
+  Millis lease_pause_ = kBackoffMinMs;
+  std::atomic<bool> stopping_{false}, releasing_{false};
+  std::mutex park_mutex_;
+  bool parked_ = false;  // in a lease call, the one call that stop() ends
+};
+
+Worker::Worker(const WorkerOptions& options, sandbox::Slot& slot,
+               sandbox::Report report)
+    : impl_(std::make_unique<Impl>(options, slot, std::move(report))) {}
+Worker::~Worker() = default;
+void Worker::run() { impl_->run(); }
+void Worker::stop() { impl_->stop(); }
+void Worker::release_now() { impl_->release_now(); }
+
+}  // namespace machina
