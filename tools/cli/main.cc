@@ -15,6 +15,8 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", "machina " MACHINA_VERSION);
   int exit = kOk;
 
+  add_pool(app, &exit);
+  add_worker(app, &exit);
   add_doctor(app, &exit);
   add_job_verbs(app, &exit);
   add_operator_verbs(app, &exit);
