@@ -35,7 +35,7 @@ struct KindFacts {
 };
 
 struct ServerOptions {
-  std::string root;         // absolute; exists, ours, 0700
+  std::string root;  // absolute; exists, ours, 0700
   std::string host = "127.0.0.1";
   int port = 8080;          // 0: any free one
   std::string port_file;    // where the bound port is written, or empty (tests)
@@ -43,7 +43,7 @@ struct ServerOptions {
   bool prod = false;
   std::string version = MACHINA_VERSION;
 
-  std::string api_token;    // empty: none. With none, host must be loopback.
+  std::string api_token;  // empty: none. With none, host must be loopback.
   std::uint64_t max_body_bytes = 2u << 20;
   int connections_max = 4096;
 
@@ -54,7 +54,7 @@ struct ServerOptions {
   Millis dedup_ttl_ms = 300'000;
   Millis drain_ms = 30'000;
   Millis scan_ms = 150;
-  Level min_level = 0;      // of built-in kinds
+  Level min_level = 0;  // of built-in kinds
   // Ceilings of a job's `sandbox` member; 0: none.
   std::uint64_t max_memory_mb = 0, max_cpu_ms = 0, max_pids = 0,
                 max_disk_mb = 0, max_output_bytes = 0;
@@ -71,5 +71,14 @@ struct ServerOptions {
 // drain, 2 configuration, 65 damage, 74 poisoned, 75 locked; says why on
 // stderr. Prints "ready" lines to stderr as it goes.
 int run_server(const ServerOptions& options);
+
+// The same with its shard given: what tests use, and what opens <root>/queue
+// in run_server(options). Errors of `open_shard` become exit codes as above.
+struct ServerHooks {
+  std::function<Result<std::unique_ptr<Shard>>(RecoveryReport*)> open_shard;
+  std::function<void(int port)> listening;  // once, on the server's thread
+  bool signals = true;                      // take SIGTERM, SIGINT, SIGUSR2
+};
+int run_server(const ServerOptions& options, const ServerHooks& hooks);
 
 }  // namespace machina

@@ -1,0 +1,163 @@
+// server/connection.h
+//
+// One HTTP/1.1 connection, sans I/O: bytes in, requests out; replies in, bytes
+// out. Requests may be pipelined and answered in any order; replies leave in
+// the order of the requests.
+//
+//     head ----> body ----> head ...        a request at a time
+//      |          |
+//      +-- malformed, too large, `close` --> lingering --> closed
+//
+// lingering: the last reply is out, our side ends, and what still comes is read
+// and dropped (kLingerBytes, kLingerMs), so that the peer sees that reply.
+//
+//   N1  Replies leave in request order, each exactly once, none after `close`.
+//   N2  A body over its plan's maximum is answered 413 before it is all here.
+//   N3  At most kPipelineMax requests are open; then reading stops.
+//   N4  A head must be whole kHeadMs after its first byte; a body may not pause
+//       for kBodyPauseMs; nothing at all for kIdleMs ends an idle connection.
+
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "queue/clock.h"
+#include "server/http_parser.h"
+
+namespace machina {
+
+constexpr int kPipelineMax = 64;
+constexpr Millis kHeadMs = 10'000;
+constexpr Millis kBodyPauseMs = 30'000;
+constexpr Millis kIdleMs = 75'000;
+constexpr Millis kLingerMs = 5'000;
+constexpr std::uint64_t kLingerBytes = 16u << 20;
+constexpr std::size_t kRequestIdBytesMax = 64;
+
+// What the owner keeps with a request until its reply is written.
+struct PendingExtra {
+  virtual ~PendingExtra() = default;
+};
+struct Pending {
+  std::uint8_t op = 0;
+  std::uint8_t stage = 0;
+  bool holds_lease_call = false;  // of no use to a peer that has hung up
+  bool plain_errors = false;      // /enqueue's error form
+  Millis begun_ms = 0;
+  std::uint64_t begun_us = 0;
+  std::uint8_t request_id_bytes = 0;
+  char request_id[kRequestIdBytesMax];
+  std::unique_ptr<PendingExtra> extra;
+};
+
+struct BodyPlan {
+  enum Kind : std::uint8_t {
+    buffer,   // hand it over whole
+    stream,   // hand over pieces as they come
+    discard,  // nobody wants it; still read, so that the next request is found
+  } kind = buffer;
+  std::uint64_t max = 0;  // over it: 413
+};
+
+class ConnectionSink {
+ public:
+  virtual ~ConnectionSink() = default;
+  virtual BodyPlan on_head(std::uint64_t sequence, const Head& head) = 0;
+  virtual void on_piece(std::uint64_t sequence, std::string_view piece) = 0;
+  virtual void on_request(std::uint64_t sequence, const Head& head,
+                          std::string_view body) = 0;
+  // Must reply at once; the connection lingers after it. `head` is empty where
+  // it could not be read.
+  virtual void on_error(std::uint64_t sequence, const Head& head,
+                        const HttpError& error) = 0;
+};
+
+class Connection {
+ public:
+  Connection(ConnectionSink& sink, std::string& out, Millis now);
+
+  void feed(std::string_view bytes, Millis now);
+  // The peer will send no more. True where the connection is of no more use.
+  bool end();
+  // Goes on where kPipelineMax or hold() stopped it. Not from within a sink
+  // call.
+  void resume(Millis now);
+  // Stops handing over pieces until resume().
+  void hold() { held_ = true; }
+  bool wants_pause() const { return held_ || blocked_; }
+
+  // A reply is written by appending to reply(sequence), then finish(). `close`
+  // makes it the last. Both ignore sequences that are not open.
+  bool open(std::uint64_t sequence) const { return slot(sequence) != nullptr; }
+  Pending* pending(std::uint64_t sequence);
+  std::string& reply(std::uint64_t sequence);
+  // Whether reply() of this one goes straight out.
+  bool at_front(std::uint64_t sequence) const { return sequence == base_; }
+  void finish(std::uint64_t sequence, bool close = false);
+  // Whether the reply must say `Connection: close` (true) for this request.
+  bool closes(std::uint64_t sequence) const;
+  bool is_http11(std::uint64_t sequence) const;
+
+  bool lingering() const { return state_ == State::lingering; }
+  bool idle() const { return base_ == next_ && state_ == State::head; }
+  std::uint64_t first_open() const { return base_; }
+  std::uint64_t next() const { return next_; }
+
+  enum class Due { nothing, close };
+  // At least every second: what a deadline (N4) asks for. May reply 408.
+  Due check_deadline(Millis now);
+
+ private:
+  enum class State : std::uint8_t { head, body, stopped, lingering };
+  struct Slot {
+    bool done = false, close = false, http11 = true, closes = false;
+    std::string bytes;
+    Pending pending;
+  };
+
+  const Slot* slot(std::uint64_t sequence) const;
+  Slot* slot(std::uint64_t sequence) {
+    return const_cast<Slot*>(std::as_const(*this).slot(sequence));
+  }
+  std::size_t process(std::string_view bytes);
+  bool take_head(std::string_view* bytes);
+  bool take_body(std::string_view* bytes);
+  bool body_piece(std::string_view piece);
+  void request_complete(std::string_view body);
+  void refuse(const HttpError& error);
+  void begin_slot();
+  void keep_head();
+  void advance();
+  void linger();
+
+  ConnectionSink& sink_;
+  std::string& out_;
+  HeadParser parser_;
+  std::string in_;  // what was read and not yet used
+  std::size_t scanned_ = 0;
+  std::string head_text_;  // of the request whose body is still coming
+  Head head_;
+  bool head_kept_ = false;
+  BodyPlan plan_;
+  ChunkedBody chunked_;
+  std::uint64_t body_left_ = 0, body_seen_ = 0;
+  std::string body_;
+  std::vector<Slot> slots_;  // of base_ - sent_ ... next_ - 1
+  std::uint64_t base_ = 0;   // the first one not wholly answered
+  std::uint64_t next_ = 0;
+  std::size_t sent_ = 0;  // slots at the front that are done with
+  State state_ = State::head;
+  bool held_ = false, blocked_ = false;
+  Millis now_ = 0;
+  Millis since_ = 0;  // what N4 counts from; < 0: from the next check on
+  bool head_begun_ = false;
+  std::uint64_t lingered_ = 0;
+};
+
+}  // namespace machina

@@ -1,0 +1,250 @@
+#include "server/metrics.h"
+
+#include <cstdio>
+
+namespace machina {
+namespace {
+
+std::string real(double v) {
+  char text[40];
+  std::snprintf(text, sizeof text, "%.9g", v);
+  return text;
+}
+
+class Lines {
+ public:
+  explicit Lines(std::string* out) : out_(*out) {}
+  void head(std::string_view name, std::string_view type,
+            std::string_view help) {
+    out_.append("# HELP ").append(name).append(" ").append(help).append("\n");
+    out_.append("# TYPE ").append(name).append(" ").append(type).append("\n");
+  }
+  void value(std::string_view name, std::string_view labels,
+             std::uint64_t value) {
+    line(name, labels, std::to_string(value));
+  }
+  void value(std::string_view name, std::string_view labels, double value) {
+    line(name, labels, real(value));
+  }
+  void counter(std::string_view name, std::string_view help, std::uint64_t v) {
+    head(name, "counter", help);
+    value(name, "", v);
+  }
+  void gauge(std::string_view name, std::string_view help, std::uint64_t v) {
+    head(name, "gauge", help);
+    value(name, "", v);
+  }
+
+ private:
+  void line(std::string_view name, std::string_view labels,
+            const std::string& value) {
+    out_ += name;
+    if (!labels.empty()) out_.append("{").append(labels).append("}");
+    out_.append(" ").append(value).append("\n");
+  }
+  std::string& out_;
+};
+
+Histogram& bounded(std::map<std::string, Histogram>* map,
+                   const std::string& kind) {
+  auto found = map->find(kind);
+  if (found != map->end()) return found->second;
+  return (*map)[map->size() < kLabelSetsMax ? kind : "other"];
+}
+
+}  // namespace
+
+std::string label_value(std::string_view value) {
+  std::string out = "\"";
+  for (char c : value) {
+    if (c == '\\' || c == '"') out += '\\';
+    if (c == '\n') {
+      out += "\\n";
+    } else {
+      out += c;
+    }
+  }
+  return out + "\"";
+}
+
+void Histogram::observe(double seconds) {
+  std::size_t i = 0;
+  while (i < kBuckets && seconds > kBounds[i]) ++i;
+  ++buckets_[i];
+  ++count_;
+  sum_ += seconds;
+}
+
+void Histogram::append(std::string* out, std::string_view name,
+                       std::string_view labels) const {
+  Lines lines(out);
+  std::string prefix(labels);
+  if (!prefix.empty()) prefix += ",";
+  std::string bucket = std::string(name) + "_bucket";
+  std::uint64_t total = 0;
+  for (std::size_t i = 0; i < kBuckets; ++i) {
+    total += buckets_[i];
+    lines.value(bucket, prefix + "le=\"" + real(kBounds[i]) + "\"", total);
+  }
+  lines.value(bucket, prefix + "le=\"+Inf\"", count_);
+  lines.value(std::string(name) + "_sum", labels, sum_);
+  lines.value(std::string(name) + "_count", labels, count_);
+}
+
+void Metrics::enqueued(const std::string& kind, const std::string& queue) {
+  // Mostly the same kind and queue as before.
+  if (last_ == nullptr || last_key_.first != kind ||
+      last_key_.second != queue) {
+    last_key_ = {kind, queue};
+    auto found = enqueued_.find(last_key_);
+    if (found == enqueued_.end()) {
+      bool room = enqueued_.size() < kLabelSetsMax;
+      last_ = &enqueued_[room ? last_key_
+                              : std::pair<std::string, std::string>("other",
+                                                                    "other")];
+    } else {
+      last_ = &found->second;
+    }
+  }
+  ++*last_;
+}
+
+void Metrics::absorb(const ShardStats& stats) {
+  for (std::uint64_t us : stats.log.sync_us) {
+    sync_.observe(static_cast<double>(us) / 1e6);
+  }
+  for (const auto& [kind, seconds] : stats.wait_seconds) {
+    bounded(&wait_, kind).observe(seconds);
+  }
+  for (const auto& [kind, seconds] : stats.run_seconds) {
+    bounded(&run_, kind).observe(seconds);
+  }
+}
+
+std::string Metrics::text(const ShardStats& stats, const WorkerNumbers& workers,
+                          int connections, Millis now_ms,
+                          const std::string& version) const {
+  std::string out;
+  Lines lines(&out);
+
+  lines.head("machina_jobs_enqueued_total", "counter", "Jobs accepted.");
+  for (const auto& [key, count] : enqueued_) {
+    lines.value(
+        "machina_jobs_enqueued_total",
+        "kind=" + label_value(key.first) + ",queue=" + label_value(key.second),
+        count);
+  }
+  const CoreTotals& totals = stats.totals;
+  lines.counter("machina_jobs_duplicate_total",
+                "Submissions that met a live dedup key.", totals.duplicates);
+  std::uint64_t processed = 0;
+  for (std::uint64_t n : totals.ended_by_code) processed += n;
+  lines.counter("machina_jobs_processed_total", "Jobs that ended.", processed);
+  lines.counter("machina_jobs_ok_total", "Jobs that succeeded.",
+                totals.ended_by_code[0]);
+  lines.head("machina_jobs_fail_total", "counter",
+             "Jobs that ended otherwise, by code.");
+  for (int i = 1; i < kEndCodes; ++i) {
+    lines.value("machina_jobs_fail_total",
+                "code=" + label_value(name(static_cast<EndCode>(i))),
+                totals.ended_by_code[i]);
+  }
+  lines.counter("machina_jobs_retried_total",
+                "Attempts that failed and were put back.", totals.retried);
+  std::uint64_t dead = 0;
+  for (const QueueCounts& queue : stats.queues) {
+    dead += queue.by_state[static_cast<int>(State::dead)];
+  }
+  lines.counter("machina_jobs_dead_total", "Jobs out of attempts.", dead);
+
+  const struct {
+    const char* name;
+    State state;
+  } sizes[] = {{"inbox", State::ready},     {"processing", State::running},
+               {"retry", State::scheduled}, {"failed", State::failed},
+               {"dlq", State::dead},        {"blocked", State::blocked},
+               {"waiting", State::waiting}};
+  for (const auto& size : sizes) {
+    std::string metric = std::string("machina_queue_") + size.name + "_size";
+    lines.head(metric, "gauge", "Jobs in this state.");
+    for (const QueueCounts& queue : stats.queues) {
+      lines.value(metric, "queue=" + label_value(queue.queue),
+                  queue.by_state[static_cast<int>(size.state)]);
+    }
+  }
+  lines.head("machina_queue_oldest_ready_seconds", "gauge",
+             "Age of the job that is ready longest.");
+  for (const QueueCounts& queue : stats.queues) {
+    double age =
+        queue.oldest_ready_ms == 0
+            ? 0
+            : static_cast<double>(now_ms - queue.oldest_ready_ms) / 1000;
+    lines.value("machina_queue_oldest_ready_seconds",
+                "queue=" + label_value(queue.queue), age < 0 ? 0 : age);
+  }
+
+  lines.gauge("machina_workers_configured", "Workers asked for.",
+              static_cast<std::uint64_t>(workers.configured));
+  lines.gauge("machina_workers_busy", "Workers that run a job.",
+              static_cast<std::uint64_t>(workers.busy));
+  if (workers.level >= 0) {
+    lines.gauge("machina_isolation_level",
+                "The least level that a worker reported.",
+                static_cast<std::uint64_t>(workers.level));
+  }
+
+  const struct {
+    const char* name;
+    const char* help;
+    const Histogram& histogram;
+  } plain[] = {
+      {"machina_enqueue_seconds", "From a request's last byte to its reply.",
+       enqueue_},
+      {"machina_wal_sync_seconds", "One write and sync of a batch.", sync_}};
+  for (const auto& h : plain) {
+    lines.head(h.name, "histogram", h.help);
+    h.histogram.append(&out, h.name, "");
+  }
+  const struct {
+    const char* name;
+    const char* help;
+    const std::map<std::string, Histogram>& by_kind;
+  } kinds[] = {{"machina_job_wait_seconds", "From ready to leased.", wait_},
+               {"machina_job_run_seconds", "From leased to ended.", run_}};
+  for (const auto& k : kinds) {
+    lines.head(k.name, "histogram", k.help);
+    for (const auto& [kind, histogram] : k.by_kind) {
+      histogram.append(&out, k.name, "kind=" + label_value(kind));
+    }
+  }
+
+  lines.gauge("machina_wal_durable_lsn", "The last record known synced.",
+              stats.durable);
+  lines.gauge("machina_wal_batch_records", "Records in the last batch.",
+              stats.log.last_batch_records);
+  lines.gauge("machina_wal_segments", "Segments kept.", stats.log.segments);
+  lines.counter("machina_wal_batches_total", "Batches written.",
+                stats.log.batches);
+  lines.counter("machina_wal_records_total", "Records written.",
+                stats.log.records);
+  lines.counter("machina_wal_bytes_total", "Bytes written.", stats.log.bytes);
+  lines.gauge("machina_history_lag_bytes", "Log bytes not yet in history.",
+              stats.history_lag_bytes);
+  lines.gauge("machina_disk_free_bytes", "Room on the root's file system.",
+              stats.disk_free_bytes);
+  lines.gauge("machina_live_jobs", "Jobs that have not ended.",
+              stats.live_jobs);
+  lines.gauge("machina_connections", "Open connections.",
+              static_cast<std::uint64_t>(connections));
+  lines.head("machina_http_replies_total", "counter", "Replies by class.");
+  for (int i = 1; i < 6; ++i) {
+    lines.value("machina_http_replies_total",
+                "class=\"" + std::to_string(i) + "xx\"", by_status_[i]);
+  }
+  lines.head("machina_build_info", "gauge", "This program.");
+  lines.value("machina_build_info", "version=" + label_value(version),
+              std::uint64_t{1});
+  return out;
+}
+
+}  // namespace machina

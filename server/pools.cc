@@ -1,0 +1,339 @@
+// Pools of workers: what they report, how they are scaled, and how one is
+// started where none is there.
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "server/service.h"
+
+namespace machina {
+namespace {
+
+constexpr int kPoolLocked = 75;
+constexpr Millis kBackoffMinMs = 250, kBackoffMaxMs = 30'000;
+constexpr Millis kLockedRetryMs = 5'000, kRanWellMs = 10'000;
+
+// False where `path` is locked by another process: a pool is there.
+bool lock_is_free(const std::string& path) {
+  int fd = open(path.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+  if (fd < 0) return true;
+  bool is_free = flock(fd, LOCK_EX | LOCK_NB) == 0;
+  close(fd);  // lets go of it
+  return is_free;
+}
+
+}  // namespace
+
+// --- What pools say --------------------------------------------------------
+
+bool Service::read_sync(const Call& call, const JsonValue& json, Pool* pool,
+                        std::vector<std::string>* gone, Millis* wait_ms) {
+  auto fail = [&](const Problem& p) {
+    refuse(call.peer, call.sequence, p);
+    return false;
+  };
+  for (JsonValue m = json.first(); m; m = m.next()) {
+    MaybeProblem p;
+    if (m.key() == "host") {
+      p = read_string(m, "host", 256, &pool->host);
+    } else if (m.key() == "wait_ms") {
+      p = read_integer(m, "wait_ms", 0, kWaitMsMax, wait_ms);
+    } else if (m.key() == "workers" || m.key() == "gone") {
+      if (!m.is_array()) {
+        return fail(bad_field(m.key(), "an array is needed"));
+      }
+      std::size_t count = 0;
+      for (JsonValue v = m.first(); v; v = v.next()) {
+        // More may be gone than can run: those replaced since the last sync.
+        std::size_t max = m.key() == "gone" ? 1024 : kWorkersMax;
+        if (++count > max) {
+          return fail(bad_field(m.key(), "more than " + std::to_string(max)));
+        }
+        if (m.key() == "gone") {
+          gone->emplace_back();
+          p = read_string(v, "gone", kWorkerBytesMax, &gone->back());
+          if (p) return fail(*p);
+          continue;
+        }
+        if (!v.is_object() || v.raw().size() > kFactsBytesMax) {
+          return fail(bad_field("workers", "each is an object of at most " +
+                                               std::to_string(kFactsBytesMax) +
+                                               " bytes"));
+        }
+        Pool::Worker worker;
+        worker.facts = v.raw();
+        for (JsonValue f = v.first(); f; f = f.next()) {
+          if ((f.key() == "worker" || f.key() == "name") && f.is_string()) {
+            worker.name = f.as_string();
+          } else if ((f.key() == "isolation_level" || f.key() == "level") &&
+                     f.is_string()) {
+            if (auto level = parse_level(f.as_string())) worker.level = *level;
+          } else if (f.key() == "state" && f.is_string()) {
+            worker.busy = f.as_string() == "busy";
+          } else if (f.key() == "pool" || f.key() == "host" ||
+                     f.key() == "seen_at") {
+            return fail(bad_field(
+                "workers", std::string(f.key()) + " is the server's to say"));
+          }
+        }
+        pool->workers.push_back(std::move(worker));
+      }
+    } else {
+      p = unknown_field(m.key());
+    }
+    if (p) return fail(*p);
+  }
+  return true;
+}
+
+void Service::post_sync(const Call& call) {
+  if (!valid_name(call.args[0]) || call.args[0].size() > kWorkerBytesMax) {
+    Problem p;
+    p.status = 404;
+    p.code = "not-found";
+    p.detail = "pool: " + shown(call.args[0]) + " is no pool's id";
+    return refuse(call.peer, call.sequence, p);
+  }
+  JsonValue json;
+  if (!parse_body(call, true, &json)) return;
+  Pool said;
+  std::vector<std::string> gone;
+  Millis wait_ms = 0;
+  if (!read_sync(call, json, &said, &gone, &wait_ms)) return;
+  std::string id(call.args[0]);
+  if (pools_.count(id) == 0 && pools_.size() >= kPoolsMax) {
+    return refuse(
+        call.peer, call.sequence,
+        bad_field("pool", "more than " + std::to_string(kPoolsMax) + " pools"));
+  }
+  if (!gone.empty()) {
+    Request request;
+    request.what.emplace<Command>(GoneCommand{std::move(gone)});
+    ask(std::move(request), [](const Response&) {});
+  }
+  Pool& pool = pools_[id];
+  // A pool has one open sync: an older one was left behind.
+  Where old = pool.parked;
+  said.seen_mono = clock_.mono_ms();
+  said.seen_wall = clock_.wall_ms();
+  pool = std::move(said);
+  if (Peer* p = peer(old.peer)) answer_sync(*p, old.sequence);
+
+  Pending* pending = call.peer.connection.pending(call.sequence);
+  pending->op = static_cast<std::uint8_t>(Op::sync);
+  pending->holds_lease_call = true;
+  check_levels();
+  // What this connection was told before need not be told again; a new one may
+  // be there because the last answer was lost.
+  bool news = call.peer.told_pool != id || call.peer.told_target != target_ ||
+              call.peer.told_drain != (draining_ && !handover_);
+  call.peer.told_pool = id;
+  if (news || wait_ms == 0 || (draining_ && handover_)) {
+    return answer_sync(call.peer, call.sequence);
+  }
+  pool.parked = {call.peer.id, call.sequence};
+  pool.answer_at = pool.seen_mono + wait_ms;
+}
+
+void Service::answer_sync(Peer& peer, std::uint64_t sequence) {
+  bool drain = draining_ && !handover_;
+  peer.told_target = target_;
+  peer.told_drain = drain;
+  reply(peer, sequence, 200,
+        "{\"target\":" + std::to_string(target_) +
+            ",\"drain\":" + (drain ? "true" : "false") + "}");
+}
+
+// Answers the waiting syncs: all, or those whose time has come.
+void Service::answer_parked(bool all) {
+  Millis now = clock_.mono_ms();
+  for (auto it = pools_.begin(); it != pools_.end();) {
+    Pool& pool = it->second;
+    Peer* p = peer(pool.parked.peer);
+    if (p != nullptr && (all || now >= pool.answer_at)) {
+      Where where = pool.parked;
+      pool.parked = {};
+      pool.seen_mono = now;
+      answer_sync(*p, where.sequence);
+      after(*p);
+    }
+    bool silent = now - pool.seen_mono > kPoolSilentMs;
+    it = silent ? pools_.erase(it) : std::next(it);
+  }
+}
+
+// --- What is shown of them -------------------------------------------------
+
+WorkerNumbers Service::worker_numbers() const {
+  WorkerNumbers numbers;
+  numbers.configured = target_;
+  for (const auto& [_, pool] : pools_) {
+    for (const Pool::Worker& worker : pool.workers) {
+      ++numbers.reported;
+      if (worker.busy) ++numbers.busy;
+      if (worker.level >= 0 &&
+          (numbers.level < 0 || worker.level < numbers.level)) {
+        numbers.level = worker.level;
+      }
+    }
+  }
+  return numbers;
+}
+
+void Service::get_workers(const Call& call) {
+  WorkerNumbers numbers = worker_numbers();
+  std::string body;
+  JsonWriter json(body);
+  json.begin_object();
+  json.key("workers").begin_array();
+  for (const auto& [id, pool] : pools_) {
+    for (const Pool::Worker& worker : pool.workers) {
+      json.begin_object();
+      json.key("pool").string(id);
+      json.key("host").string(pool.host);
+      json.key("seen_at").time(pool.seen_wall);
+      // The facts are an object that was parsed: what is between its braces.
+      std::string_view facts = worker.facts;
+      facts = facts.substr(1, facts.size() - 2);
+      if (facts.find_first_not_of(" \t\r\n") != facts.npos) {
+        json.raw(facts);
+      }
+      json.end_object();
+    }
+  }
+  json.end_array();
+  json.key("configured").number(numbers.configured);
+  json.key("reported").number(numbers.reported);
+  json.key("busy").number(numbers.busy);
+  json.key("pools").begin_array();
+  for (const auto& [id, pool] : pools_) {
+    json.begin_object();
+    json.key("pool").string(id);
+    json.key("host").string(pool.host);
+    json.key("seen_at").time(pool.seen_wall);
+    json.key("workers").number(static_cast<std::uint64_t>(pool.workers.size()));
+    json.end_object();
+  }
+  json.end_array().end_object();
+  reply(call.peer, call.sequence, 200, body);
+}
+
+void Service::put_scale(const Call& call) {
+  JsonValue json;
+  if (!parse_body(call, true, &json)) return;
+  std::int64_t count = -1;
+  for (JsonValue m = json.first(); m; m = m.next()) {
+    MaybeProblem p;
+    if (m.key() == "count") {
+      p = read_integer(m, "count", 0, kWorkersMax, &count);
+    } else if (m.key() == "min" || m.key() == "max") {
+      p = not_implemented(std::string(m.key()),
+                          "min and max: this version scales by count only");
+    } else {
+      p = unknown_field(m.key());
+    }
+    if (p) return refuse(call.peer, call.sequence, *p);
+  }
+  if (count < 0) {
+    return refuse(call.peer, call.sequence,
+                  bad_field("count", "it is missing"));
+  }
+  target_ = static_cast<int>(count);
+  reply(call.peer, call.sequence, 200,
+        "{\"configured\":" + std::to_string(target_) + "}");
+  pool_start_at_ = 0;
+  answer_parked(true);
+  supervise_pool();
+}
+
+// --- Starting one ----------------------------------------------------------
+
+bool Service::pool_heard() const {
+  Millis now = clock_.mono_ms();
+  for (const auto& [_, pool] : pools_) {
+    if (now - pool.seen_mono < kPoolSilentMs) return true;
+  }
+  return false;
+}
+
+void Service::supervise_pool() {
+  if (draining_ || poisoned_ || pool_running_ || target_ == 0 ||
+      options_.pool_argv.empty()) {
+    return;
+  }
+  Millis now = clock_.mono_ms();
+  if (now < pool_start_at_ || pool_heard()) return;
+  // One that outlived the last server has the lock and will call soon.
+  if (now - started_mono_ < kPoolGraceMs &&
+      !lock_is_free(options_.root + "/pool.lock")) {
+    pool_start_at_ = now + 250;
+    return;
+  }
+  Loop::Child child;
+  child.argv = options_.pool_argv;
+  child.env = options_.pool_env;
+  child.output = options_.root + "/logs/pool.log";
+  pool_started_ = now;
+  auto started = loop_->start(child, [this](int code) {
+    pool_running_ = false;
+    Millis ended = clock_.mono_ms();
+    if (code == kPoolLocked) {
+      pool_start_at_ = ended + kLockedRetryMs;
+      return;
+    }
+    if (ended - pool_started_ > kRanWellMs) pool_backoff_ = 0;
+    pool_backoff_ = std::clamp(pool_backoff_ * 2, kBackoffMinMs, kBackoffMaxMs);
+    pool_start_at_ = ended + pool_backoff_;
+    // Whatever it reported is no longer so.
+    pools_.clear();
+    if (draining_) {
+      loop_->wake();
+      return;
+    }
+    say("the pool ended with code " + std::to_string(code) + "; see " +
+        options_.root + "/logs/pool.log; starting another in " +
+        std::to_string(pool_backoff_) + " ms");
+  });
+  if (!started) {
+    pool_backoff_ = std::clamp(pool_backoff_ * 2, kBackoffMinMs, kBackoffMaxMs);
+    pool_start_at_ = now + pool_backoff_;
+    say(started.error().what);
+    return;
+  }
+  pool_running_ = true;
+}
+
+// What the workers' canaries found, against what is required.
+void Service::check_levels() {
+  if (level_passed_ && warned_level_) return;
+  int reported = 0, best = -1;
+  for (const auto& [_, pool] : pools_) {
+    for (const Pool::Worker& worker : pool.workers) {
+      if (worker.level < 0) continue;
+      ++reported;
+      best = std::max(best, worker.level);
+    }
+  }
+  if (reported == 0) return;
+  if (best >= options_.min_level) level_passed_ = true;
+  if (!options_.prod) {
+    if (best < 2 && !warned_level_) {
+      say("warning: the sandbox reaches only " +
+          level_name(static_cast<Level>(best)) +
+          " here; run `machina doctor` to see why");
+    }
+    warned_level_ = true;
+    return;
+  }
+  if (level_passed_ || draining_ || target_ == 0 || reported < target_) return;
+  say("no worker reaches isolation level " + level_name(options_.min_level) +
+      " (the best is " + level_name(static_cast<Level>(best)) +
+      "); run `machina doctor`, or set MACHINA_SANDBOX_MIN_LEVEL");
+  exit_code_ = 2;
+  begin_drain(false);
+}
+
+}  // namespace machina

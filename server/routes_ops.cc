@@ -1,0 +1,151 @@
+// Health, readiness, numbers and the end.
+
+#include "server/service.h"
+
+namespace machina {
+
+void Service::get_health(const Call& call) {
+  reply(call.peer, call.sequence, 200, R"({"status":"ok","ok":true})");
+}
+
+std::string Service::unready() const {
+  if (poisoned_) return "poisoned";
+  if (draining_) return "draining";
+  if (options_.prod && target_ > 0 && options_.min_level > 0 &&
+      !level_passed_) {
+    return "no worker has proven isolation level " +
+           level_name(options_.min_level) + " yet";
+  }
+  return "";
+}
+
+void Service::get_ready(const Call& call) {
+  std::string why = unready();
+  if (why.empty()) {
+    reply(call.peer, call.sequence, 200, R"({"ready":true})");
+    return;
+  }
+  Problem p;
+  p.status = 503;
+  p.code = "not-ready";
+  p.detail = why;
+  p.retry_after = 1;
+  refuse(call.peer, call.sequence, p);
+}
+
+void Service::get_root(const Call& call) {
+  std::string body;
+  JsonWriter json(body);
+  json.begin_object();
+  json.key("name").string("machina");
+  json.key("version").string(options_.version);
+  json.end_object();
+  reply(call.peer, call.sequence, 200, body);
+}
+
+void Service::get_stats(const Call& call) {
+  ShardStats stats = shard_->stats();
+  metrics_.absorb(stats);
+  WorkerNumbers workers = worker_numbers();
+  std::string body;
+  JsonWriter json(body);
+  json.begin_object();
+  json.key("version").string(options_.version);
+  json.key("profile").string(options_.prod ? "prod" : "dev");
+  json.key("durability").string(options_.shard.log.fsync ? "fsync" : "os");
+  json.key("uptime_ms").number(clock_.mono_ms() - started_mono_);
+  json.key("time").time(clock_.wall_ms());
+  std::string why = unready();
+  json.key("ready").boolean(why.empty());
+  json.key("recovery")
+      .string(stats.recovery.empty() ? recovery_ : stats.recovery);
+  json.key("live_jobs").number(stats.live_jobs);
+  json.key("queues").begin_object();
+  for (const QueueCounts& queue : stats.queues) {
+    json.key_escaped(queue.queue).begin_object();
+    for (int s = 0; s < kStates; ++s) {
+      json.key(name(static_cast<State>(s))).number(queue.by_state[s]);
+    }
+    json.key("oldest_ready_at").time(queue.oldest_ready_ms);
+    json.end_object();
+  }
+  json.end_object();
+  json.key("totals").begin_object();
+  json.key("enqueued").number(stats.totals.enqueued);
+  json.key("duplicates").number(stats.totals.duplicates);
+  json.key("leases").number(stats.totals.grants);
+  json.key("retried").number(stats.totals.retried);
+  json.key("succeeded").number(stats.totals.ended_by_code[0]);
+  json.key("ended_by_code").begin_object();
+  for (int i = 1; i < kEndCodes; ++i) {
+    json.key(name(static_cast<EndCode>(i)))
+        .number(stats.totals.ended_by_code[i]);
+  }
+  json.end_object().end_object();
+  json.key("workers").begin_object();
+  json.key("configured").number(workers.configured);
+  json.key("reported").number(workers.reported);
+  json.key("busy").number(workers.busy);
+  json.key("isolation_level");
+  if (workers.level < 0) {
+    json.null();
+  } else {
+    json.string(level_name(static_cast<Level>(workers.level)));
+  }
+  json.end_object();
+  json.key("log").begin_object();
+  json.key("applied_lsn").number(stats.applied);
+  json.key("durable_lsn").number(stats.durable);
+  json.key("segments").number(stats.log.segments);
+  json.key("batches").number(stats.log.batches);
+  json.key("records").number(stats.log.records);
+  json.key("bytes").number(stats.log.bytes);
+  json.end_object();
+  json.key("history").begin_object();
+  json.key("applied_lsn").number(stats.history_applied);
+  json.key("lag_bytes").number(stats.history_lag_bytes);
+  json.end_object();
+  json.key("disk_free_bytes").number(stats.disk_free_bytes);
+  json.key("reserved_bytes").number(stats.reserved_bytes);
+  json.key("connections").number(connections_);
+  json.end_object();
+  reply(call.peer, call.sequence, 200, body);
+}
+
+void Service::get_metrics(const Call& call) {
+  ShardStats stats = shard_->stats();
+  metrics_.absorb(stats);
+  Extras extras;
+  extras.content_type = "text/plain; version=0.0.4; charset=utf-8";
+  reply(call.peer, call.sequence, 200,
+        metrics_.text(stats, worker_numbers(), connections_, clock_.wall_ms(),
+                      options_.version),
+        extras);
+}
+
+void Service::post_shutdown(const Call& call) {
+  JsonValue json;
+  if (!parse_body(call, true, &json)) return;
+  std::string mode = "drain";
+  for (JsonValue m = json.first(); m; m = m.next()) {
+    MaybeProblem p = m.key() == "mode" ? read_string(m, "mode", 16, &mode)
+                                       : unknown_field(m.key());
+    if (!p && mode != "drain" && mode != "handover") {
+      p = bad_field("mode",
+                    shown(mode) + " is neither \"drain\" nor \"handover\"");
+    }
+    if (p) return refuse(call.peer, call.sequence, *p);
+  }
+  reply(call.peer, call.sequence, 200,
+        "{\"ok\":true,\"mode\":\"" + mode + "\"}");
+  begin_drain(mode == "handover");
+}
+
+void Service::not_built(const Call& call) {
+  refuse(call.peer, call.sequence,
+         not_implemented("", std::string(name(call.head.method)) + " " +
+                                 std::string(call.peer.route->pattern) +
+                                 ": this version does not have it"));
+}
+
+}  // namespace machina

@@ -1,0 +1,487 @@
+// The workers' verbs: lease, heartbeat, complete, fail, block, release.
+
+#include "queue/check.h"
+#include "server/service.h"
+
+namespace machina {
+namespace {
+
+// Which items of a batch went to the shard; the others have their problem.
+struct Batch final : PendingExtra {
+  struct Item {
+    std::string token;
+    MaybeProblem problem;
+  };
+  std::vector<Item> items;
+};
+
+Problem stale() {
+  Problem p;
+  p.status = 409;
+  p.code = "stale-lease";
+  p.detail = "token: the lease is no longer current; nothing was changed";
+  return p;
+}
+
+Problem no_such_token() {
+  Problem p;
+  p.status = 404;
+  p.code = "not-found";
+  p.detail = "token: not of the form of a lease's token";
+  return p;
+}
+
+}  // namespace
+
+// Ill-formed: 404; not one of ours: 409, as one that is no longer current.
+MaybeProblem Service::check_token(std::string_view text, Fence* fence) {
+  Tokens::Checked checked = tokens_->check(text);
+  if (!checked.formed) return no_such_token();
+  if (!checked.ours) return stale();
+  *fence = checked.fence;
+  return std::nullopt;
+}
+
+std::optional<Fence> Service::lease_of(const Call& call) {
+  Fence fence = 0;
+  if (auto p = check_token(call.args[0], &fence)) {
+    refuse(call.peer, call.sequence, *p);
+    return std::nullopt;
+  }
+  return fence;
+}
+
+// --- Leasing ---------------------------------------------------------------
+
+MaybeProblem Service::finish_lease(LeaseRequest* lease) {
+  if (!lease->holding) return std::nullopt;
+  lease->command.holding.emplace();
+  for (const std::string& token : *lease->holding) {
+    Tokens::Checked checked = tokens_->check(token);
+    if (!checked.formed) {
+      return bad_field("holding", "not of the form of a lease's token");
+    }
+    if (checked.ours) lease->command.holding->push_back(checked.fence);
+  }
+  return std::nullopt;
+}
+
+void Service::post_leases(const Call& call) {
+  JsonValue json;
+  if (!parse_body(call, true, &json)) return;
+  LeaseRequest lease;
+  MaybeProblem p = read_lease(json, &lease);
+  if (!p) p = finish_lease(&lease);
+  if (p) return refuse(call.peer, call.sequence, *p);
+  Pending* pending = call.peer.connection.pending(call.sequence);
+  pending->op = static_cast<std::uint8_t>(Op::lease);
+  pending->holds_lease_call = true;
+  Request request = request_of(call);
+  request.what.emplace<Command>(std::move(lease.command));
+  request.wait_ms = lease.wait_ms;
+  submit(std::move(request));
+}
+
+// Writes "leases":[...]; those that would make the reply too long go back.
+void Service::append_leases(JsonWriter& json, std::vector<LeaseView>& leases) {
+  std::vector<Fence> over;
+  json.key("leases").begin_array();
+  for (LeaseView& lease : leases) {
+    // The escaping of names and labels at most sextuples them; what matters
+    // here, payload and input, is raw.
+    std::size_t about = lease.job.payload.size() + lease.job.input.size() +
+                        lease.job.blocked_data.size() + 16 * 1024;
+    if (json.out().size() + about > kLeaseReplyBytesMax &&
+        &lease != &leases.front()) {
+      over.push_back(lease.fence);
+      continue;
+    }
+    json.begin_object();
+    json.key("token").string(tokens_->make(lease.fence));
+    json.key("fence").string(fence_hex(lease.fence));
+    json.key("expires_at").time(lease.expires_at_ms);
+    json.key("lease_ms").number(options_.shard.core.lease_ms);
+    json.key("job");
+    append_job(json, lease.job, Show::all);
+    json.end_object();
+    if (attempts_.size() >= kAttemptsKeptMax) attempts_.clear();
+    attempts_[lease.fence] = {lease.job.id, lease.job.attempt};
+  }
+  json.end_array();
+  give_back(std::move(over));
+}
+
+void Service::leased(Peer& peer, std::uint64_t sequence, Pending&,
+                     Response& response) {
+  if (response.leases.empty()) return reply(peer, sequence, 204, "");
+  std::string body;
+  JsonWriter json(body);
+  json.begin_object();
+  append_leases(json, response.leases);
+  json.end_object();
+  reply(peer, sequence, 200, body);
+}
+
+void Service::post_heartbeat(const Call& call) {
+  JsonValue json;
+  if (!parse_body(call, true, &json)) return;
+  HeartbeatRequest heartbeat;
+  if (auto p = read_heartbeat(json, &heartbeat)) {
+    return refuse(call.peer, call.sequence, *p);
+  }
+  auto batch = std::make_unique<Batch>();
+  HeartbeatCommand command;
+  bool all_good = true;
+  for (auto& item : heartbeat.items) {
+    Fence fence = 0;
+    MaybeProblem problem = check_token(item.token, &fence);
+    if (!problem) {
+      command.items.push_back({fence, item.percent, std::move(item.message)});
+    } else {
+      all_good = false;
+    }
+    batch->items.push_back({std::move(item.token), std::move(problem)});
+  }
+  Pending* pending = call.peer.connection.pending(call.sequence);
+  pending->op = static_cast<std::uint8_t>(Op::heartbeat);
+  pending->holds_lease_call = true;
+  pending->extra = std::move(batch);
+  if (command.items.empty()) {
+    Response none;
+    return heartbeaten(call.peer, call.sequence, *pending, none);
+  }
+  Request request = request_of(call);
+  request.what.emplace<Command>(std::move(command));
+  request.wait_ms = all_good ? heartbeat.wait_ms : 0;
+  submit(std::move(request));
+}
+
+void Service::heartbeaten(Peer& peer, std::uint64_t sequence, Pending& pending,
+                          Response& response) {
+  auto& batch = static_cast<Batch&>(*pending.extra);
+  Millis expires = clock_.wall_ms() + options_.shard.core.lease_ms;
+  std::string body;
+  JsonWriter json(body);
+  json.begin_object();
+  json.key("items").begin_array();
+  std::size_t next = 0;
+  for (Batch::Item& item : batch.items) {
+    MaybeProblem problem = std::move(item.problem);
+    bool cancel = false;
+    if (!problem) {
+      const ItemAnswer answer =
+          next < response.items.size()
+              ? response.items[next]
+              : ItemAnswer{Answer::stale_lease, {}, {}, {}, {}};
+      ++next;
+      problem = problem_of(answer, "lease");
+      cancel = answer.cancel;
+    }
+    json.begin_object();
+    json.key("token").string(item.token);
+    if (problem) {
+      std::string text;
+      append_problem(&text, *problem);
+      json.key("expires_at").null();
+      json.key("cancel").boolean(false);
+      json.key("problem").raw(text);
+    } else {
+      json.key("expires_at").time(expires);
+      json.key("cancel").boolean(cancel);
+      json.key("problem").null();
+    }
+    json.end_object();
+  }
+  json.end_array().end_object();
+  reply(peer, sequence, 200, body);
+}
+
+// --- Completing ------------------------------------------------------------
+
+void Service::check_artifacts(
+    const Where& where,
+    std::vector<std::pair<Fence, std::vector<std::string>>> claims,
+    std::function<void(std::vector<MaybeProblem>)> then) {
+  Store* store = store_.get();
+  auto work = [store, claims = std::move(claims)] {
+    std::vector<MaybeProblem> problems;
+    for (const auto& [fence, names] : claims) {
+      MaybeProblem& problem = problems.emplace_back();
+      if (names.empty()) continue;
+      auto staged = store->artifacts(fence);
+      if (!staged) {
+        problem.emplace();
+        problem->status = 500;
+        problem->code = "io";
+        problem->detail = staged.error().what;
+        continue;
+      }
+      for (const std::string& name : names) {
+        bool there = false;
+        for (const Artifact& artifact : *staged) {
+          there = there || artifact.name == name;
+        }
+        if (!there) {
+          problem = bad_field("artifacts", shown(name) +
+                                               " was not uploaded by this "
+                                               "attempt");
+          break;
+        }
+      }
+    }
+    return problems;
+  };
+  on_store<std::vector<MaybeProblem>>(where, std::move(work), std::move(then));
+}
+
+void Service::post_complete(const Call& call) {
+  auto fence = lease_of(call);
+  JsonValue json;
+  if (!fence || !parse_body(call, true, &json)) return;
+  auto item = std::make_shared<CompleteCommand::Item>();
+  item->fence = *fence;
+  if (auto p = read_completion(json, context_of(call), item.get(), nullptr)) {
+    return refuse(call.peer, call.sequence, *p);
+  }
+  call.peer.connection.pending(call.sequence)->op =
+      static_cast<std::uint8_t>(Op::complete);
+  Request request = request_of(call);
+  request.with_payload = false;
+  if (item->outcome.artifacts.empty()) {
+    CompleteCommand command;
+    command.items.push_back(std::move(*item));
+    request.what.emplace<Command>(std::move(command));
+    return submit(std::move(request));
+  }
+  Where where{call.peer.id, call.sequence};
+  check_artifacts(where, {{*fence, item->outcome.artifacts}},
+                  [this, where, item](std::vector<MaybeProblem> problems) {
+                    if (problems[0]) return refuse(where, *problems[0]);
+                    Request later;
+                    later.from = Address{0, where.peer, where.sequence};
+                    later.with_payload = false;
+                    CompleteCommand command;
+                    command.items.push_back(std::move(*item));
+                    later.what.emplace<Command>(std::move(command));
+                    submit(std::move(later));
+                  });
+}
+
+void Service::completed(Peer& peer, std::uint64_t sequence, Pending&,
+                        Response& response) {
+  if (response.items.empty()) return refuse(peer, sequence, stale());
+  const ItemAnswer& answer = response.items.front();
+  if (auto p = problem_of(answer, "lease")) return refuse(peer, sequence, *p);
+  if (!response.views.empty() && !response.views.front().id.is_nil()) {
+    return reply_job(peer, sequence, 200, response.views.front(),
+                     Show::no_payload);
+  }
+  reply_with_job(peer, sequence, answer.id, false);
+}
+
+void Service::post_complete_many(const Call& call) {
+  JsonValue json;
+  if (!parse_body(call, true, &json)) return;
+  auto fail = [&](const Problem& p) { refuse(call.peer, call.sequence, p); };
+  JsonValue items;
+  LeaseRequest lease;
+  bool with_lease = false;
+  for (JsonValue m = json.first(); m; m = m.next()) {
+    if (m.key() == "items") {
+      items = m;
+    } else if (m.key() == "lease") {
+      with_lease = !m.is_null();
+      if (!with_lease) continue;
+      MaybeProblem p = read_lease(m, &lease);
+      if (!p) p = finish_lease(&lease);
+      if (p) {
+        p->field = "lease." + p->field;
+        p->detail = "lease." + p->detail;
+        return fail(*p);
+      }
+    } else {
+      return fail(unknown_field(m.key()));
+    }
+  }
+  if (!items || !items.is_array()) {
+    return fail(bad_field("items", "an array of completions is needed"));
+  }
+  auto batch = std::make_unique<Batch>();
+  auto command = std::make_shared<CompleteCommand>();
+  JobContext context = context_of(call);
+  bool artifacts = false;
+  int index = 0;
+  for (JsonValue v = items.first(); v; v = v.next(), ++index) {
+    if (index >= kLeasesPerCallMax) {
+      return fail(
+          bad_field("items", "more than " + std::to_string(kLeasesPerCallMax)));
+    }
+    CompleteCommand::Item item;
+    Batch::Item entry;
+    entry.problem = read_completion(v, context, &item, &entry.token);
+    if (!entry.problem) entry.problem = check_token(entry.token, &item.fence);
+    if (!entry.problem) {
+      artifacts = artifacts || !item.outcome.artifacts.empty();
+      command->items.push_back(std::move(item));
+    } else {
+      entry.problem->index = index;
+    }
+    batch->items.push_back(std::move(entry));
+  }
+  if (with_lease) command->lease = std::move(lease.command);
+  Pending* pending = call.peer.connection.pending(call.sequence);
+  pending->op = static_cast<std::uint8_t>(Op::complete_many);
+  // A peer that hangs up loses nothing but the leases, which abandon() takes
+  // back; its completions count all the same.
+  pending->holds_lease_call = false;
+  pending->extra = std::move(batch);
+  Where where{call.peer.id, call.sequence};
+  Millis wait = with_lease ? lease.wait_ms : 0;
+  auto go = [this, where, wait, command] {
+    Peer* p = peer(where.peer);
+    if (command->items.empty() && !command->lease) {
+      Response none;
+      Pending* waiting =
+          p == nullptr ? nullptr : p->connection.pending(where.sequence);
+      if (waiting != nullptr) {
+        completed_many(*p, where.sequence, *waiting, none);
+      }
+      return;
+    }
+    Request request;
+    request.from = Address{0, where.peer, where.sequence};
+    request.wait_ms = wait;
+    request.with_payload = command->lease.has_value();  // of the leases' jobs
+    request.what.emplace<Command>(std::move(*command));
+    submit(std::move(request));
+  };
+  if (!artifacts) return go();
+  std::vector<std::pair<Fence, std::vector<std::string>>> claims;
+  for (const auto& item : command->items) {
+    claims.emplace_back(item.fence, item.outcome.artifacts);
+  }
+  check_artifacts(
+      where, std::move(claims),
+      [this, where, command, go](std::vector<MaybeProblem> problems) {
+        // What claims an artifact that is not there is not submitted.
+        Peer* p = peer(where.peer);
+        Pending* waiting =
+            p == nullptr ? nullptr : p->connection.pending(where.sequence);
+        if (waiting == nullptr) return;
+        auto& entries = static_cast<Batch&>(*waiting->extra).items;
+        std::vector<CompleteCommand::Item> kept;
+        std::size_t at = 0;
+        for (Batch::Item& entry : entries) {
+          if (entry.problem) continue;
+          if (problems[at]) {
+            entry.problem = std::move(problems[at]);
+          } else {
+            kept.push_back(std::move(command->items[at]));
+          }
+          ++at;
+        }
+        command->items = std::move(kept);
+        go();
+      });
+}
+
+void Service::completed_many(Peer& peer, std::uint64_t sequence,
+                             Pending& pending, Response& response) {
+  auto& batch = static_cast<Batch&>(*pending.extra);
+  std::string body;
+  JsonWriter json(body);
+  json.begin_object();
+  json.key("items").begin_array();
+  std::size_t next = 0;
+  for (Batch::Item& item : batch.items) {
+    MaybeProblem problem = std::move(item.problem);
+    json.begin_object();
+    json.key("token").string(item.token);
+    if (!problem) {
+      std::size_t at = next++;
+      const ItemAnswer answer =
+          at < response.items.size()
+              ? response.items[at]
+              : ItemAnswer{Answer::stale_lease, {}, {}, {}, {}};
+      problem = problem_of(answer, "lease");
+      if (!problem) {
+        State state =
+            at < response.views.size() && !response.views[at].id.is_nil()
+                ? response.views[at].state
+                : answer.state;
+        json.key("state").string(name(state));
+      }
+    }
+    if (problem) {
+      std::string text;
+      append_problem(&text, *problem);
+      json.key("problem").raw(text);
+    }
+    json.end_object();
+  }
+  json.end_array();
+  append_leases(json, response.leases);
+  json.end_object();
+  reply(peer, sequence, 200, body);
+}
+
+// --- Other ends of an attempt ----------------------------------------------
+
+void Service::post_fail(const Call& call) {
+  auto fence = lease_of(call);
+  JsonValue json;
+  if (!fence || !parse_body(call, true, &json)) return;
+  auto command = std::make_shared<FailCommand>();
+  command->fence = *fence;
+  if (auto p = read_failure(json, &command->outcome)) {
+    return refuse(call.peer, call.sequence, *p);
+  }
+  call.peer.connection.pending(call.sequence)->op =
+      static_cast<std::uint8_t>(Op::lease_act);
+  Where where{call.peer.id, call.sequence};
+  auto go = [this, where, command] {
+    Request request;
+    request.from = Address{0, where.peer, where.sequence};
+    request.with_payload = false;
+    request.what.emplace<Command>(std::move(*command));
+    submit(std::move(request));
+  };
+  if (command->outcome.artifacts.empty()) return go();
+  check_artifacts(where, {{*fence, command->outcome.artifacts}},
+                  [this, where, go](std::vector<MaybeProblem> problems) {
+                    if (problems[0]) return refuse(where, *problems[0]);
+                    go();
+                  });
+}
+
+void Service::post_block(const Call& call) {
+  auto fence = lease_of(call);
+  JsonValue json;
+  if (!fence || !parse_body(call, true, &json)) return;
+  BlockCommand command;
+  command.fence = *fence;
+  if (auto p = read_block(json, &command)) {
+    return refuse(call.peer, call.sequence, *p);
+  }
+  call.peer.connection.pending(call.sequence)->op =
+      static_cast<std::uint8_t>(Op::lease_act);
+  Request request = request_of(call);
+  request.with_payload = false;
+  request.what.emplace<Command>(std::move(command));
+  submit(std::move(request));
+}
+
+void Service::post_release(const Call& call) {
+  auto fence = lease_of(call);
+  if (!fence || !no_members(call)) return;
+  call.peer.connection.pending(call.sequence)->op =
+      static_cast<std::uint8_t>(Op::lease_act);
+  ReleaseCommand command;
+  command.fences.push_back(*fence);
+  Request request = request_of(call);
+  request.with_payload = false;
+  request.what.emplace<Command>(std::move(command));
+  submit(std::move(request));
+}
+
+}  // namespace machina

@@ -1,0 +1,36 @@
+// run_server() with the real shard: the directory, the storage and the log of
+// <root>/queue.
+
+#include <sys/stat.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "queue/storage.h"
+#include "server/server.h"
+
+namespace machina {
+
+int run_server(const ServerOptions& options) {
+  std::unique_ptr<Storage> storage;  // outlives the shard
+  ServerHooks hooks;
+  hooks.open_shard =
+      [&](RecoveryReport* report) -> Result<std::unique_ptr<Shard>> {
+    std::string dir = options.root + "/queue";
+    if (mkdir(dir.c_str(), 0700) != 0 && errno != EEXIST) {
+      return Error{Code::io, "mkdir " + dir + ": " + std::strerror(errno)};
+    }
+    auto opened = open_posix_storage(dir);
+    if (!opened) return opened.error();
+    storage = std::move(*opened);
+    ShardOptions shard = options.shard;
+    if (shard.history_dir.empty()) {
+      shard.history_dir = options.root + "/history";
+    }
+    return Shard::open(*storage, system_clock(), system_random(), shard,
+                       report);
+  };
+  return run_server(options, hooks);
+}
+
+}  // namespace machina

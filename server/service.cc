@@ -1,0 +1,796 @@
+#include "server/service.h"
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <csignal>
+#include <cstdio>
+#include <cstring>
+
+#include "queue/check.h"
+
+namespace machina {
+namespace {
+
+constexpr int kExitConfiguration = 2;
+constexpr int kExitDamage = 65;
+constexpr int kExitPoisoned = 74;
+constexpr int kExitLocked = 75;
+constexpr int kStoreThreads = 2;
+constexpr Millis kSweepMs = 500;
+
+int exit_code_of(const Error& error) {
+  switch (error.code) {
+    case Code::conflict:
+      return kExitLocked;
+    case Code::corrupt:
+      return kExitDamage;
+    case Code::io:
+    case Code::full:
+      return kExitPoisoned;
+    default:
+      return kExitConfiguration;
+  }
+}
+
+bool write_file(const std::string& path, const std::string& text) {
+  std::string temporary = path + ".tmp";
+  int fd =
+      open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+  if (fd < 0) return false;
+  bool ok =
+      write(fd, text.data(), text.size()) == static_cast<ssize_t>(text.size());
+  ok = close(fd) == 0 && ok;
+  return ok && rename(temporary.c_str(), path.c_str()) == 0;
+}
+
+}  // namespace
+
+int run_server(const ServerOptions& options, const ServerHooks& hooks) {
+  Service service(options, hooks);
+  return service.run();
+}
+
+Service::Service(const ServerOptions& options, const ServerHooks& hooks)
+    : options_(options),
+      hooks_(hooks),
+      clock_(system_clock()),
+      target_(options.workers) {}
+
+Service::~Service() = default;
+
+void Service::say(const std::string& line) {
+  std::fprintf(stderr, "machina: %s\n", line.c_str());
+}
+
+// --- Life ------------------------------------------------------------------
+
+int Service::run() {
+  started_mono_ = clock_.mono_ms();
+  if (int code = open(); code != 0) {
+    // The log may be open by now: leave it clean.
+    if (shard_ != nullptr && !shard_->poisoned()) (void)shard_->close();
+    threads_.reset();
+    return code;
+  }
+  loop_->run();
+  return finish();
+}
+
+int Service::open() {
+  if (options_.api_token.empty() && !is_loopback(options_.host)) {
+    say("host: " + options_.host +
+        " is not a loopback address; without MACHINA_API_TOKEN only loopback "
+        "is served");
+    return kExitConfiguration;
+  }
+  auto loop = Loop::make();
+  if (!loop) {
+    say(loop.error().what);
+    return kExitPoisoned;
+  }
+  loop_ = std::move(*loop);
+  if (int code = recover(); code != 0) return code;
+  return listen();
+}
+
+int Service::recover() {
+  RecoveryReport report;
+  auto shard = hooks_.open_shard(&report);
+  if (!shard) {
+    say(shard.error().what);
+    return exit_code_of(shard.error());
+  }
+  shard_ = std::move(*shard);
+  recovery_ = report.text;
+  if (!recovery_.empty()) say("recovery: " + recovery_);
+
+  auto tokens = Tokens::open(options_.root + "/queue/token.key");
+  if (!tokens) {
+    say(tokens.error().what);
+    return exit_code_of(tokens.error());
+  }
+  tokens_ = std::move(*tokens);
+  auto store = Store::open(options_.root);
+  if (!store) {
+    say(store.error().what);
+    return exit_code_of(store.error());
+  }
+  store_ = std::move(*store);
+  threads_ = std::make_unique<StoreThreads>(kStoreThreads);
+  shard_->on_send([this](Response r) { on_response(std::move(r)); });
+  Loop* loop = loop_.get();
+  shard_->on_wake([loop] { loop->wake(); });
+  return 0;
+}
+
+int Service::listen() {
+  loop_->on_accept([this](Socket& s, bool local) { return accept(s, local); });
+  loop_->on_turn([this] { turn(); });
+  // The lock is ours by now: a socket that is there is stale.
+  if (!options_.socket_path.empty()) {
+    if (auto ok = loop_->listen_unix(options_.socket_path); !ok) {
+      say(ok.error().what);
+      return kExitConfiguration;
+    }
+  }
+  auto port = loop_->listen_tcp(options_.host, options_.port);
+  if (!port) {
+    say(port.error().what);
+    return kExitConfiguration;
+  }
+  port_ = *port;
+  if (hooks_.signals) {
+    auto drain = [this] {
+      if (draining_) _exit(128 + SIGTERM);  // asked twice: at once
+      begin_drain(false);
+    };
+    loop_->on_signal(SIGTERM, drain);
+    loop_->on_signal(SIGINT, drain);
+    loop_->on_signal(SIGUSR2, [this] { begin_drain(true); });
+  }
+  loop_->every(std::max<Millis>(10, options_.scan_ms),
+               [this] { housekeeping(); });
+  write_file(options_.root + "/machina.pid", std::to_string(getpid()) + "\n");
+  if (!options_.port_file.empty() &&
+      !write_file(options_.port_file, std::to_string(port_) + "\n")) {
+    say("port file: cannot write " + options_.port_file + ": " +
+        std::strerror(errno));
+    return kExitConfiguration;
+  }
+  say("listening on http://" + options_.host + ":" + std::to_string(port_) +
+      ", profile " + (options_.prod ? "prod" : "dev") + ", durability " +
+      (options_.shard.log.fsync ? "fsync" : "os") + ", root " + options_.root);
+  if (!options_.not_promised.empty()) {
+    say("not promised: " + options_.not_promised);
+  }
+  supervise_pool();
+  arm_timer();
+  if (hooks_.listening) hooks_.listening(port_);
+  return 0;
+}
+
+// What happens once per iteration, after all that came in was submitted: the
+// shard decides, logs and sends; then the loop writes every socket once.
+void Service::turn() {
+  if (finishing_ && leave_until_ == 0) return;
+  if (!poisoned_) {
+    shard_->turn();
+    check_poison();
+    arm_timer();
+  }
+  if (draining_) advance_drain();
+  gone_peers_.clear();
+}
+
+void Service::arm_timer() {
+  Millis due = shard_->next_due_ms();
+  if (due < 0) return;
+  Millis at = clock_.mono_ms() + due;
+  if (armed_at_ >= 0 && armed_at_ <= at) return;  // it will look again then
+  armed_at_ = at;
+  loop_->set_timer(due, [this] { armed_at_ = -1; });
+}
+
+void Service::housekeeping() {
+  Millis now = clock_.mono_ms();
+  if (now - last_sweep_ >= kSweepMs) {
+    last_sweep_ = now;
+    for (auto& p : peers_) {
+      if (p == nullptr) continue;
+      if (p->connection.check_deadline(now) == Connection::Due::close) {
+        close(*p);
+      } else {
+        after(*p);
+      }
+    }
+    answer_parked(false);
+    check_levels();
+  }
+  supervise_pool();
+}
+
+void Service::check_poison() {
+  if (!shard_->poisoned() || poisoned_) return;
+  poisoned_ = true;
+  ShardStats stats = shard_->stats();
+  say("the log is poisoned, stopping: " + stats.poison_cause);
+  // Nobody knows what the disk kept: whoever waits hears "unknown".
+  Problem p;
+  p.status = 503;
+  p.code = "poisoned";
+  p.detail = "the log failed; whether this was done is unknown";
+  for (auto& peer : peers_) {
+    if (peer == nullptr) continue;
+    for (auto s = peer->connection.first_open(); s < peer->connection.next();
+         ++s) {
+      refuse(*peer, s, p);
+    }
+  }
+  stop(kExitPoisoned);
+}
+
+void Service::stop(int code) {
+  exit_code_ = code;
+  finishing_ = true;
+  loop_->stop_listening();
+  loop_->stop();
+}
+
+// --- Draining --------------------------------------------------------------
+
+void Service::begin_drain(bool handover) {
+  if (draining_ || poisoned_) return;
+  draining_ = true;
+  handover_ = handover;
+  say(handover ? "handing over: no new leases, the pool runs on"
+               : "draining: no new leases, running jobs may finish");
+  drain_until_ = clock_.mono_ms() + (handover ? 0 : options_.drain_ms);
+  shard_->drain();
+  answer_parked(true);
+  loop_->wake();
+}
+
+// Steps: jobs finish or go back; pools leave; requests get their answers; stop.
+void Service::advance_drain() {
+  if (poisoned_ || (finishing_ && leave_until_ == 0)) return;
+  Millis now = clock_.mono_ms();
+  if (!released_) {
+    if (!handover_ && shard_->running() > 0) {
+      if (now < drain_until_) return;
+      say("releasing " + std::to_string(shard_->running()) +
+          " jobs that did not finish within " +
+          std::to_string(options_.drain_ms) + " ms");
+      shard_->release_all();
+    }
+    released_ = true;
+    leave_until_ = now + (handover_ ? 500 : kPoolLeaveMs);
+    shard_->turn();
+  }
+  bool waiting = false;
+  if (!handover_) {
+    waiting = pool_running_;
+    for (auto& p : peers_) {
+      if (p != nullptr && !p->told_pool.empty()) waiting = true;
+    }
+  }
+  for (auto& p : peers_) {
+    if (p != nullptr && !p->connection.idle() && !p->connection.lingering()) {
+      waiting = true;
+    }
+  }
+  if (waiting && now < leave_until_) return;
+  leave_until_ = 0;
+  stop(exit_code_);
+}
+
+int Service::finish() {
+  int code = exit_code_;
+  loop_->finish(2'000);
+  threads_.reset();  // before the loop that they post to
+  if (!poisoned_) {
+    auto closed = shard_->close();
+    if (!closed) {
+      say("closing the log failed: " + closed.error().what);
+      code = kExitPoisoned;
+    }
+  }
+  shard_.reset();
+  loop_.reset();
+  unlink((options_.root + "/machina.pid").c_str());
+  say(code == 0 ? (handover_ ? "handed over" : "drained")
+                : "stopped with exit code " + std::to_string(code));
+  return code;
+}
+
+// --- Peers -----------------------------------------------------------------
+
+Peer::Peer(Service& owner, Socket& its_socket, bool is_local, Millis now)
+    : service(owner),
+      socket(its_socket),
+      local(is_local),
+      connection(*this, its_socket.out(), now) {}
+
+SocketEvents* Service::accept(Socket& socket, bool local) {
+  // Workers come by the Unix socket: a flood of clients must not shut them out.
+  int max = options_.connections_max + (local ? 128 : 0);
+  if (connections_ >= max || finishing_) {
+    socket.out() +=
+        "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n"
+        "Content-Length: 0\r\nConnection: close\r\n\r\n";
+    return nullptr;
+  }
+  std::uint32_t index;
+  if (free_peers_.empty()) {
+    index = static_cast<std::uint32_t>(peers_.size());
+    peers_.emplace_back();
+  } else {
+    index = free_peers_.back();
+    free_peers_.pop_back();
+  }
+  ++connections_;
+  peers_[index] =
+      std::make_unique<Peer>(*this, socket, local, clock_.mono_ms());
+  peers_[index]->id = (++peer_generation_ << 20) | index;
+  return peers_[index].get();
+}
+
+Peer* Service::peer(std::uint64_t id) {
+  std::size_t index = id & ((1u << 20) - 1);
+  if (index >= peers_.size() || peers_[index] == nullptr) return nullptr;
+  Peer* p = peers_[index].get();
+  return p->id == id && !p->closed ? p : nullptr;
+}
+
+void Service::forget(Peer& peer) {
+  if (peer.closed) return;
+  peer.closed = true;
+  if (peer.upload != nullptr) peer.upload->dead = true;
+  if (shard_ != nullptr && !poisoned_) shard_->abandon(0, peer.id);
+}
+
+void Service::close(Peer& peer) {
+  forget(peer);
+  peer.socket.close();
+}
+
+void Peer::on_gone() {
+  service.forget(*this);
+  // Someone up the stack may still hold this: it dies at the turn's end.
+  std::size_t index = id & ((1u << 20) - 1);
+  service.gone_peers_.push_back(std::move(service.peers_[index]));
+  service.free_peers_.push_back(static_cast<std::uint32_t>(index));
+  --service.connections_;
+}
+
+void Peer::on_bytes(std::string_view bytes) {
+  if (closed) return;
+  connection.feed(bytes, service.clock_.mono_ms());
+  service.after(*this);
+}
+
+void Peer::on_end() {
+  if (closed) return;
+  if (connection.end()) service.close(*this);
+}
+
+void Peer::on_drained() {
+  if (!closed && !streams.empty()) service.pump_streams(*this);
+}
+
+BodyPlan Peer::on_head(std::uint64_t sequence, const Head& head) {
+  return service.head_read(*this, sequence, head);
+}
+
+void Peer::on_request(std::uint64_t sequence, const Head& head,
+                      std::string_view body) {
+  service.dispatch(*this, sequence, head, body);
+}
+
+void Peer::on_piece(std::uint64_t, std::string_view piece) {
+  service.upload_piece(*this, piece);
+}
+
+void Peer::on_error(std::uint64_t sequence, const Head&,
+                    const HttpError& error) {
+  if (upload != nullptr) upload->dead = true;
+  Problem p;
+  p.status = error.status;
+  p.code = error.code;
+  p.detail = error.detail;
+  service.refuse(*this, sequence, p);
+}
+
+void Service::after(Peer& peer) {
+  if (peer.closed) return;
+  if (peer.connection.lingering()) {
+    peer.socket.touch();
+    peer.socket.end();
+    peer.socket.pause(false);
+    return;
+  }
+  if (!peer.socket.out().empty()) peer.socket.touch();
+  peer.socket.pause(peer.connection.wants_pause());
+}
+
+// --- Replies ---------------------------------------------------------------
+
+namespace {
+
+void append_number(std::string* out, std::uint64_t n) {
+  char digits[20];
+  char* at = digits + sizeof digits;
+  do {
+    *--at = static_cast<char>('0' + n % 10);
+    n /= 10;
+  } while (n != 0);
+  out->append(at, static_cast<std::size_t>(digits + sizeof digits - at));
+}
+
+}  // namespace
+
+void Service::begin_reply(Peer& peer, std::uint64_t sequence, int status,
+                          std::uint64_t body_bytes, const Extras& extras) {
+  Pending* pending = peer.connection.pending(sequence);
+  std::string& out = peer.connection.reply(sequence);
+  Millis second = clock_.wall_ms() / 1000;
+  if (second != date_second_) {
+    date_second_ = second;
+    char text[64];
+    time_t t = static_cast<time_t>(second);
+    tm parts;
+    gmtime_r(&t, &parts);
+    std::strftime(text, sizeof text, "Date: %a, %d %b %Y %H:%M:%S GMT\r\n",
+                  &parts);
+    date_ = text;
+  }
+  out += "HTTP/1.1 ";
+  append_number(&out, static_cast<std::uint64_t>(status));
+  out += ' ';
+  out += reason_phrase(status);
+  out += "\r\n";
+  out += date_;
+  if (status != 204) {
+    out += "Content-Type: ";
+    out += extras.content_type;
+    out += "\r\nContent-Length: ";
+    append_number(&out, body_bytes);
+    out += "\r\n";
+  }
+  if (pending != nullptr && pending->request_id_bytes > 0) {
+    out += "X-Request-Id: ";
+    out.append(pending->request_id, pending->request_id_bytes);
+    out += "\r\n";
+  }
+  out += extras.headers;
+  if (extras.close || peer.connection.closes(sequence)) {
+    out += "Connection: close\r\n";
+  } else if (!peer.connection.is_http11(sequence)) {
+    out += "Connection: keep-alive\r\n";
+  }
+  out += "\r\n";
+  metrics_.request(status);
+}
+
+void Service::reply(Peer& peer, std::uint64_t sequence, int status,
+                    std::string_view body, const Extras& extras) {
+  if (peer.closed || peer.connection.pending(sequence) == nullptr) return;
+  begin_reply(peer, sequence, status, body.size(), extras);
+  if (status != 204) peer.connection.reply(sequence) += body;
+  peer.connection.finish(sequence, extras.close);
+  peer.socket.touch();
+  if (peer.connection.lingering()) peer.socket.end();
+  // Freed slots may let the next pipelined requests in; not from here, where
+  // one may be in the middle of being handled.
+  if (peer.connection.wants_pause()) {
+    Where where{peer.id, sequence};
+    loop_->post([this, where] {
+      if (Peer* p = this->peer(where.peer)) {
+        // An upload decides for itself when it goes on.
+        if (p->upload == nullptr) p->connection.resume(clock_.mono_ms());
+        after(*p);
+      }
+    });
+  }
+  if (!peer.streams.empty()) pump_streams(peer);
+}
+
+void Service::refuse(Peer& peer, std::uint64_t sequence,
+                     const Problem& problem) {
+  if (peer.closed) return;
+  Pending* pending = peer.connection.pending(sequence);
+  if (pending == nullptr) return;
+  if (pending->op == static_cast<std::uint8_t>(Op::stream) &&
+      pending->stage == 1) {
+    close(peer);  // the head is out: only an early end tells the truth now
+    return;
+  }
+  std::string body;
+  Extras extras;
+  if (pending->plain_errors) {
+    JsonWriter json(body);
+    json.begin_object();
+    json.key("ok").boolean(false);
+    json.key("error").string(problem.detail);
+    json.key("code").string(problem.code);
+    json.end_object();
+  } else {
+    append_problem(&body, problem);
+    extras.content_type = "application/problem+json";
+  }
+  if (problem.retry_after > 0) {
+    extras.headers +=
+        "Retry-After: " + std::to_string(problem.retry_after) + "\r\n";
+  }
+  if (!problem.allow.empty()) {
+    extras.headers += "Allow: " + problem.allow + "\r\n";
+  }
+  if (problem.status == 401) {
+    extras.headers += "WWW-Authenticate: Bearer\r\n";
+  }
+  reply(peer, sequence, problem.status, body, extras);
+}
+
+void Service::refuse(const Where& where, const Problem& problem) {
+  if (Peer* p = peer(where.peer)) refuse(*p, where.sequence, problem);
+}
+
+void Service::refuse_error(const Where& where, const Error& error) {
+  Problem p;
+  p.detail = error.what;
+  switch (error.code) {
+    case Code::not_found:
+      p.status = 404;
+      p.code = "not-found";
+      break;
+    case Code::too_large:
+      p.status = 413;
+      p.code = "too-large";
+      break;
+    case Code::full:
+      p.status = 507;
+      p.code = "disk-full";
+      break;
+    case Code::invalid:
+      p.status = 409;
+      p.code = "bad-offset";
+      break;
+    default:
+      p.status = 500;
+      p.code = "io";
+      say("request failed: " + error.what);
+  }
+  refuse(where, p);
+}
+
+void Service::reply_job(Peer& peer, std::uint64_t sequence, int status,
+                        const JobView& view, Show show, std::string headers) {
+  scratch_.clear();
+  JsonWriter json(scratch_);
+  append_job(json, view, show);
+  Extras extras;
+  extras.headers = std::move(headers);
+  reply(peer, sequence, status, scratch_, extras);
+}
+
+// --- The shard -------------------------------------------------------------
+
+Request Service::request_of(const Call& call) {
+  Request request;
+  request.from = Address{0, call.peer.id, call.sequence};
+  return request;
+}
+
+void Service::submit(Request request) {
+  if (poisoned_) {
+    Response response;
+    response.to = request.from;
+    response.status = Response::Status::poisoned;
+    on_response(std::move(response));
+    return;
+  }
+  shard_->submit(std::move(request));
+}
+
+void Service::ask(Request request, std::function<void(Response)> then) {
+  request.from = Address{0, 0, ++next_ask_};
+  asked_[next_ask_] = std::move(then);
+  submit(std::move(request));
+}
+
+std::optional<Problem> Service::failure_of(const Response& response) const {
+  using Status = Response::Status;
+  Problem p;
+  p.status = 503;
+  p.retry_after = 1;
+  p.detail = response.detail;
+  switch (response.status) {
+    case Status::done:
+      return std::nullopt;
+    case Status::poisoned:
+      p.code = "poisoned";
+      p.retry_after = 0;
+      p.detail = "the log failed; whether this was done is unknown";
+      break;
+    case Status::disk_low:
+      p.status = 507;
+      p.code = "disk-low";
+      p.retry_after = 10;
+      if (p.detail.empty()) p.detail = "the disk is nearly full";
+      break;
+    case Status::lagging:
+      p.code = "lagging";
+      if (p.detail.empty()) {
+        p.detail =
+            "the history of finished jobs is too far behind "
+            "(MACHINA_HISTORY_LAG_MAX_BYTES)";
+      }
+      break;
+    case Status::draining:
+      p.code = "draining";
+      if (p.detail.empty()) p.detail = "the server is stopping";
+      break;
+    case Status::bad_cursor:
+      p = bad_field("cursor", "it does not come from this server's last page");
+      break;
+    case Status::failed:
+      p.status = 500;
+      p.code = "internal";
+      p.retry_after = 0;
+      break;
+  }
+  return p;
+}
+
+std::optional<Problem> Service::problem_of(const ItemAnswer& answer,
+                                           std::string_view what) const {
+  Problem p;
+  switch (answer.answer) {
+    case Answer::ok:
+    case Answer::duplicate:
+    case Answer::already:
+      return std::nullopt;
+    case Answer::not_found:
+      p.status = 404;
+      p.code = "not-found";
+      p.detail = std::string(what) + ": unknown, or past its retention";
+      return p;
+    case Answer::wrong_state:
+      p.status = 409;
+      p.code = "wrong-state";
+      p.detail = std::string(what) + ": its state is " +
+                 std::string(name(answer.state));
+      return p;
+    case Answer::stale_lease:
+      p.status = 409;
+      p.code = "stale-lease";
+      p.detail = "token: the lease is no longer current; nothing was changed";
+      return p;
+    case Answer::dedup_mismatch:
+      p.status = 422;
+      p.code = "dedup-mismatch";
+      p.field = "dedup_key";
+      p.detail = "dedup_key: a job with this key has another kind or payload";
+      if (!answer.id.is_nil()) p.detail += " (" + to_string(answer.id) + ")";
+      return p;
+    case Answer::queue_full:
+      p.status = 429;
+      p.code = "queue-full";
+      p.retry_after = 1;
+      p.detail = "queue: MACHINA_QUEUE_MAX live jobs (" +
+                 std::to_string(options_.shard.core.queue_max) +
+                 ") or the most distinct queues are reached";
+      return p;
+    case Answer::dedup_full:
+      p.status = 429;
+      p.code = "dedup-full";
+      p.retry_after = 1;
+      p.field = "dedup_key";
+      p.detail = "dedup_key: the window holds its most keys, " +
+                 std::to_string(options_.shard.core.dedup_max);
+      return p;
+    case Answer::unknown_dependency:
+      p = bad_field(
+          "depends_on",
+          shown(answer.detail.empty() ? to_string(answer.id) : answer.detail) +
+              " is no job that is known");
+      p.code = "unknown-dependency";
+      return p;
+    case Answer::bad_token:
+      p.status = 409;
+      p.code = "wrong-token";
+      p.field = "token";
+      p.detail = "token: not the one of the blocked job";
+      return p;
+    case Answer::need_facts:
+      break;
+  }
+  p.status = 500;
+  p.code = "internal";
+  p.detail = "the queue gave no answer";
+  return p;
+}
+
+void Service::on_response(Response response) {
+  if (response.to.connection == 0) {
+    auto found = asked_.find(response.to.sequence);
+    if (found == asked_.end()) return;
+    auto then = std::move(found->second);
+    asked_.erase(found);
+    then(std::move(response));
+    return;
+  }
+  Peer* p = peer(response.to.connection);
+  std::uint64_t sequence = response.to.sequence;
+  Pending* pending = p == nullptr ? nullptr : p->connection.pending(sequence);
+  if (pending == nullptr) {
+    // Nobody is there to hear of these leases.
+    std::vector<Fence> fences;
+    for (const LeaseView& lease : response.leases) {
+      fences.push_back(lease.fence);
+    }
+    give_back(std::move(fences));
+    return;
+  }
+  if (auto problem = failure_of(response)) {
+    refuse(*p, sequence, *problem);
+    return;
+  }
+  switch (static_cast<Op>(pending->op)) {
+    case Op::enqueue:
+      return enqueued(*p, sequence, *pending, response);
+    case Op::enqueue_many:
+      return enqueued_many(*p, sequence, *pending, response);
+    case Op::get:
+      return got(*p, sequence, *pending, response);
+    case Op::act:
+    case Op::lease_act:
+      return acted(*p, sequence, *pending, response);
+    case Op::list:
+      return listed(*p, sequence, *pending, response);
+    case Op::lease:
+      return leased(*p, sequence, *pending, response);
+    case Op::heartbeat:
+      return heartbeaten(*p, sequence, *pending, response);
+    case Op::complete:
+      return completed(*p, sequence, *pending, response);
+    case Op::complete_many:
+      return completed_many(*p, sequence, *pending, response);
+    case Op::none:
+    case Op::sync:
+    case Op::stream:
+      break;
+  }
+  CHECK(false);  // a response that nobody asked for
+}
+
+void Service::reply_with_job(Peer& peer, std::uint64_t sequence,
+                             const JobId& id, bool payload) {
+  Pending* pending = peer.connection.pending(sequence);
+  if (pending == nullptr) return;
+  pending->op = static_cast<std::uint8_t>(Op::get);
+  pending->stage = payload ? 1 : 2;
+  Request request;
+  request.from = Address{0, peer.id, sequence};
+  GetQuery get;
+  get.id = id;
+  get.payload = payload;
+  request.what = get;
+  request.with_payload = payload;
+  submit(std::move(request));
+}
+
+void Service::give_back(std::vector<Fence> fences) {
+  if (fences.empty() || poisoned_) return;
+  Request request;
+  ReleaseCommand release;
+  release.fences = std::move(fences);
+  request.what = Command(std::move(release));
+  ask(std::move(request), [](const Response&) {});
+}
+
+}  // namespace machina
