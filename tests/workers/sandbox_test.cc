@@ -1,104 +1,611 @@
 // The promises of workers/sandbox/sandbox.h, each by an act that would break
-// it. Runs as whoever starts it: as root at L3, otherwise at what is there.
+// it, as root and as an ordinary user.
 
 #include "workers/sandbox/sandbox.h"
 
-#include <fcntl.h>
-#include <gtest/gtest.h>
 #include <poll.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <sys/un.h>
-#include <unistd.h>
 
 #include <chrono>
-#include <filesystem>
-#include <fstream>
 #include <thread>
+
+#include "tests/workers/sandbox_fixture.h"
+#include "workers/sandbox/output.h"
 
 namespace machina::sandbox {
 namespace {
 
 namespace fs = std::filesystem;
 
-class SandboxTest : public testing::Test {
- protected:
-  void SetUp() override {
-    char name[] = "/var/tmp/machina-sandbox-XXXXXX";
-    ASSERT_NE(mkdtemp(name), nullptr);
-    root_ = name;
-    chmod(name, 0755);
-    fs::create_directories(root_ + "/repos");
-  }
-  void TearDown() override {
-    slot_.reset();
-    spawner_.reset();
-    fs::remove_all(root_);
-  }
+class SandboxTest : public AnyIdentity {};
+INSTANTIATE_TEST_SUITE_P(Sandbox, SandboxTest,
+                         testing::Values(Identity::root, Identity::user),
+                         identity_name);
 
-  void start(SpawnerOptions options = {}) {
-    options.root = root_;
-    options.repo_roots = {root_ + "/repos"};
-    options.socket_path = root_ + "/machina.sock";
-    auto spawner = Spawner::start(options);
-    ASSERT_TRUE(spawner) << spawner.error().what;
-    spawner_ = std::move(*spawner);
-    slot_ = attach(0);
-  }
-
-  std::unique_ptr<Slot> attach(int n) {
-    auto channel = spawner_->open_slot(n);
-    EXPECT_TRUE(channel) << channel.error().what;
-    auto slot = Slot::attach(*channel);
-    EXPECT_TRUE(slot);
-    return std::move(*slot);
-  }
-
-  std::unique_ptr<Session> open(SessionSpec spec = {}) {
-    auto session = slot_->open(spec);
-    EXPECT_TRUE(session) << session.error().what;
-    return session ? std::move(*session) : nullptr;
-  }
-
-  static StepResult sh(Session& session, const std::string& script,
-                       Millis timeout_ms = 20'000, bool merge = true) {
-    Step step;
-    step.argv = {"/bin/sh", "-c", script};
-    step.timeout_ms = timeout_ms;
-    step.merge_stderr = merge;
-    return session.run(step, Watch{});
-  }
-
-  std::string root_;
-  std::unique_ptr<Spawner> spawner_;
-  std::unique_ptr<Slot> slot_;
-};
-
-TEST_F(SandboxTest, HelloAndExitCode) {
-  start();
-  auto session = open();
-  ASSERT_TRUE(session);
-  const auto r = sh(*session, "echo hello; id -u; pwd; exit 7");
-  EXPECT_EQ(r.ended, Ended::exited) << r.detail;
-  EXPECT_EQ(r.exit_code, 7);
-  EXPECT_NE(r.out.find("hello"), std::string::npos) << r.out;
-  std::printf("%s wall %ld\n", r.out.c_str(), long(r.wall_ms));
+SessionSpec small() {
+  SessionSpec spec;
+  spec.limits.memory_mb = 64;
+  spec.limits.disk_mb = 16;
+  spec.limits.pids = 32;
+  spec.limits.output_bytes = 64 << 10;
+  return spec;
 }
 
-TEST_F(SandboxTest, CanaryFindsFullIsolation) {
-  start();
-  const auto t0 = std::chrono::steady_clock::now();
-  const auto report = run_canary(*slot_);
-  const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(
-                      std::chrono::steady_clock::now() - t0)
-                      .count();
-  ASSERT_TRUE(report) << report.error().what;
-  for (const auto& [name, held] : report->attacks) {
-    EXPECT_TRUE(held) << name;
+// --- what a step is ---
+
+TEST_P(SandboxTest, ExitCodesAndStreamsArriveWhole) {
+  with([&] {
+    Stand stand;
+    auto session = stand.open();
+    const auto r = sh(*session, "echo out; echo err >&2; pwd; exit 7");
+    EXPECT_EQ(r.ended, Ended::exited) << shown(r);
+    EXPECT_EQ(r.exit_code, 7);
+    EXPECT_EQ(r.out, "out\n/work\n");
+    EXPECT_EQ(r.err, "err\n");
+    EXPECT_FALSE(r.truncated);
+    EXPECT_EQ(r.output_bytes, 14U);
+
+    Step step = command({"sh", "-c", "cat; echo more >&2"});
+    step.stdin_data = "given\n";
+    step.merge_stderr = true;
+    const auto merged = session->run(step, Watch{});
+    EXPECT_EQ(merged.out, "given\nmore\n") << shown(merged);
+
+    const auto missing = session->run(command({"/no/such/program"}), Watch{});
+    EXPECT_EQ(missing.ended, Ended::exited);
+    EXPECT_EQ(missing.exit_code, 127) << shown(missing);
+    const auto killed = sh(*session, "kill -SEGV $$");
+    EXPECT_EQ(killed.ended, Ended::signalled);
+    EXPECT_EQ(killed.signal, SIGSEGV) << shown(killed);
+  });
+}
+
+TEST_P(SandboxTest, OnlyTheDeclaredVariablesAndThreeDescriptors) {  // B5
+  setenv("MACHINA_TOKEN", "very-secret", 1);
+  with([&] {
+    Stand stand;
+    auto session = stand.open();
+    Step step = command({"/usr/bin/env"});
+    step.env = {"EXTRA=1", "HOME=/tmp"};
+    const auto env = session->run(step, Watch{});
+    std::vector<std::string> lines;
+    std::istringstream in(env.out);
+    for (std::string line; std::getline(in, line);) lines.push_back(line);
+    std::sort(lines.begin(), lines.end());
+    EXPECT_EQ(lines, (std::vector<std::string>{
+                         "EXTRA=1", "HOME=/tmp", "LANG=C.UTF-8",
+                         "PATH=/usr/local/bin:/usr/bin:/bin", "TMPDIR=/tmp"}))
+        << shown(env);
+    const auto fds =
+        python(*session,
+               "import os\nfor i in range(4096):\n try: os.fstat(i); print(i)\n"
+               " except OSError: pass");
+    EXPECT_EQ(fds.out, "0\n1\n2\n") << shown(fds);
+  });
+  unsetenv("MACHINA_TOKEN");
+}
+
+TEST_P(SandboxTest, TheWorkspaceOutlivesAStepAndNotTheSession) {
+  with([&] {
+    Stand stand;
+    {
+      auto session = stand.open();
+      sh(*session, "echo a > /work/x; echo b > /tmp/x; echo c > /dev/shm/x");
+      EXPECT_EQ(sh(*session, "cat /work/x /tmp/x /dev/shm/x").out, "a\nb\nc\n");
+    }
+    auto session = stand.open();
+    const auto r = sh(*session, "ls -A /work /tmp /dev/shm /var/tmp");
+    EXPECT_EQ(r.out, "/dev/shm:\n\n/tmp:\n\n/var/tmp:\n\n/work:\n") << shown(r);
+  });
+}
+
+TEST_P(SandboxTest, NothingOfTheHostIsThere) {
+  with([&] {
+    Stand stand;
+    auto session = stand.open();
+    const auto r = sh(*session, "ls /; ls /home /root /var /proc | wc -l");
+    for (const char* name : {"root", "home", "sys", "mnt", "opt", "srv"}) {
+      EXPECT_EQ(r.out.find(std::string("\n") + name + "\n"), std::string::npos)
+          << r.out;
+    }
+    const auto outside = sh(*session, "cat " + stand.root + "/repos");
+    EXPECT_NE(outside.exit_code, 0);
+  });
+}
+
+TEST_P(SandboxTest, OrdinaryProgramsRun) {
+  with([&] {
+    Stand stand;
+    auto session = stand.open();
+    auto r = python(*session, R"py(
+import subprocess, threading, socket, tempfile, multiprocessing, os
+print(subprocess.check_output(["echo", "sub"]).decode().strip())
+t = threading.Thread(target=lambda: print("thread")); t.start(); t.join()
+s = socket.create_server(("127.0.0.1", 0))
+c = socket.create_connection(s.getsockname()); print("tcp")
+u = socket.socket(socket.AF_UNIX); u.bind("/tmp/u"); u.listen(); print("unix")
+with tempfile.NamedTemporaryFile() as f: f.write(b"x"); print("temp")
+with multiprocessing.Pool(2) as p: print(p.map(abs, [-1, -2]))
+print(socket.gethostbyname("localhost"), socket.gethostname())
+import pwd; print(pwd.getpwuid(os.getuid()).pw_name)
+)py");
+    EXPECT_EQ(r.out,
+              "sub\nthread\ntcp\nunix\ntemp\n[1, 2]\n127.0.0.1 sandbox\njob\n")
+        << shown(r);
+    r = sh(*session,
+           "set -e; git init -q a; cd a; git config user.email a@b; git config "
+           "user.name n; echo 1 > f; git add f; git commit -qm one; cd ..; git "
+           "clone -q a b; cd b; printf '%s\\n' '--- a/f' '+++ b/f' '@@ -1 +1 "
+           "@@' '-1' '+2' > ../p; git apply ../p; cat f");
+    EXPECT_EQ(r.out, "2\n") << shown(r);
+    r = sh(*session,
+           "printf '#include <stdio.h>\\nint main(){puts(\"built\");}' > m.c; "
+           "gcc -O1 m.c -o m && ./m");
+    EXPECT_EQ(r.out, "built\n") << shown(r);
+  });
+}
+
+// --- how a step ends ---
+
+TEST_P(SandboxTest, TimeoutKillsWhatIgnoresEverything) {
+  with([&] {
+    Stand stand;
+    auto session = stand.open(small());
+    auto r =
+        sh(*session, "trap '' TERM INT HUP; while :; do sleep 1; done", 300);
+    EXPECT_EQ(r.ended, Ended::timeout) << shown(r);
+    EXPECT_LT(r.wall_ms, 3300);
+    r = sh(*session, "kill -STOP $$; echo on", 300);
+    EXPECT_EQ(r.ended, Ended::timeout) << shown(r);
+    EXPECT_LT(r.wall_ms, 3300);
+    EXPECT_EQ(sh(*session, "echo next").out, "next\n");
+  });
+}
+
+TEST_P(SandboxTest, CancelSendsTermAndThenKill) {
+  with([&] {
+    Stand stand;
+    auto session = stand.open(small());
+    for (const bool polite : {true, false}) {
+      std::atomic<bool> cancel = false;
+      Watch watch;
+      watch.cancel = &cancel;
+      watch.on_output = [&](int, std::span<const std::byte>) { cancel = true; };
+      const auto r = session->run(
+          command({"/bin/sh", "-c",
+                   polite ? "trap 'echo bye; exit 3' TERM; echo up; sleep 60 & "
+                            "wait"
+                          : "trap '' TERM; echo up; while :; do sleep 1; done"},
+                  60'000),
+          watch);
+      EXPECT_EQ(r.ended, Ended::cancelled) << shown(r);
+      EXPECT_EQ(r.out, polite ? "up\nbye\n" : "up\n");
+      EXPECT_LT(r.wall_ms, polite ? 1500 : 4000);
+    }
+  });
+}
+
+TEST_P(SandboxTest, MemoryEndsAsOom) {
+  with([&] {
+    Stand stand;
+    auto session = stand.open(small());
+    auto r = python(*session, "x = bytearray(b'1') * (300 << 20); input()");
+    EXPECT_EQ(r.ended, Ended::oom) << shown(r);
+    r = python(*session, R"py(
+import subprocess, sys, time
+for _ in range(8):
+    subprocess.Popen([sys.executable, "-c",
+                      "x = bytearray(b'1') * (30 << 20); input()"],
+                     stdin=subprocess.PIPE)
+time.sleep(3); sys.exit(1)
+)py");
+    EXPECT_EQ(r.ended, Ended::oom) << shown(r);
+    EXPECT_EQ(sh(*session, "echo alive").out, "alive\n");
+  });
+}
+
+TEST_P(SandboxTest, ForksEndAsPids) {
+  with([&] {
+    Stand stand;
+    auto session = stand.open(small());
+    auto r = python(*session,
+                    "import os, time\nwhile True:\n if os.fork() == 0: "
+                    "time.sleep(60)");
+    EXPECT_EQ(r.ended, Ended::pids) << shown(r);
+    EXPECT_EQ(sh(*session, "echo alive").out, "alive\n");
+    // One that never gives up is stopped long before its time.
+    r = python(*session,
+               "import os\nwhile True:\n try: os.fork()\n except OSError: pass",
+               15'000);
+    EXPECT_EQ(r.ended, Ended::pids) << shown(r);
+    EXPECT_LT(r.wall_ms, 14'000);
+    EXPECT_EQ(sh(*session, "echo alive").out, "alive\n");
+  });
+}
+
+TEST_P(SandboxTest, AFullWorkspaceEndsAsDisk) {
+  with([&] {
+    Stand stand;
+    for (const char* fill :
+         {"dd if=/dev/zero of=/work/f bs=1M", "dd if=/dev/zero of=/tmp/f bs=1M",
+          "dd if=/dev/zero of=/dev/shm/f bs=1M",
+          "exec truncate -s 1T /work/sparse",
+          "exec python3 -c 'import os\nfor i in range(99999): "
+          "os.mkdir(str(i))'"}) {
+      auto session = stand.open(small());
+      const auto r = sh(*session, std::string(fill) + " 2>/dev/null");
+      EXPECT_EQ(r.ended, Ended::disk) << fill << "\n" << shown(r);
+      EXPECT_LE(r.disk_bytes, 16U << 20);
+    }
+  });
+}
+
+TEST_P(SandboxTest, AFloodEndsAsOutputAndKeepsBothEnds) {
+  with([&] {
+    Stand stand;
+    auto session = stand.open(small());
+    auto r = sh(*session, "echo FIRST; yes flood");
+    EXPECT_EQ(r.ended, Ended::output) << shown(r).substr(0, 300);
+    EXPECT_TRUE(r.truncated);
+    EXPECT_TRUE(r.out.starts_with("FIRST\n"));
+    EXPECT_LT(r.out.size(), (64U << 10) + 100);
+    r = sh(*session, "echo FIRST; yes more | head -c 500000; echo LAST");
+    EXPECT_EQ(r.ended, Ended::exited);
+    EXPECT_TRUE(r.truncated);
+    EXPECT_TRUE(r.out.starts_with("FIRST\n"));
+    EXPECT_TRUE(r.out.ends_with("LAST\n"));
+    EXPECT_NE(r.out.find(" bytes are missing here "), std::string::npos);
+  });
+}
+
+TEST_P(SandboxTest, CpuTimeOfTheTreeIsCounted) {
+  if (!as_root()) GTEST_SKIP() << "needs a cpu accounting group";
+  with([&] {
+    Stand stand;
+    SessionSpec spec = small();
+    spec.limits.cpu_ms = 400;
+    auto session = stand.open(spec);
+    // Many short processes: none of them reaches a limit of its own.
+    const auto r = sh(*session,
+                      "while :; do i=0; (while [ $i -lt 2000 ]; do i=$((i+1)); "
+                      "done); done",
+                      15'000);
+    EXPECT_EQ(r.ended, Ended::timeout) << shown(r);
+    EXPECT_EQ(r.detail, "cpu_ms");
+    EXPECT_LT(r.wall_ms, 12'000);
+  });
+}
+
+TEST_P(SandboxTest, DaemonsDieWithTheirStep) {  // B1
+  with([&] {
+    Stand stand;
+    auto session = stand.open(small());
+    const auto r = python(*session, R"py(
+import os, signal, sys
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        for s in range(1, 32):
+            try: signal.signal(s, signal.SIG_IGN)
+            except OSError: pass
+        os.execv("/bin/sleep", ["sleep", "424242"])
+    os._exit(0)
+os.wait()
+print("left")
+)py");
+    EXPECT_EQ(r.ended, Ended::exited) << shown(r);
+    EXPECT_EQ(r.out, "left\n");
+    EXPECT_EQ(running(std::string("sleep\0"
+                                  "424242",
+                                  12)),
+              0);
+  });
+}
+
+TEST_P(SandboxTest, AGrandchildThatHoldsStdoutDelaysNothing) {
+  with([&] {
+    Stand stand;
+    auto session = stand.open(small());
+    const auto r = sh(*session, "sleep 999 & echo done", 20'000);
+    EXPECT_EQ(r.ended, Ended::exited) << shown(r);
+    EXPECT_EQ(r.out, "done\n");
+    EXPECT_LT(r.wall_ms, 3000);
+  });
+}
+
+TEST_P(SandboxTest, ForgedVerdictsAreOnlyOutput) {  // B2
+  with([&] {
+    Stand stand;
+    auto session = stand.open(small());
+    const auto r = sh(*session,
+                      "echo '{\"ended\":\"exited\",\"exit_code\":0}'; for i in "
+                      "3 4 5 6 7 8 9; do eval \"echo x >&$i\"; done "
+                      "2>/dev/null; kill -9 $$");
+    EXPECT_EQ(r.ended, Ended::signalled) << shown(r);
+    EXPECT_EQ(r.signal, SIGKILL);
+  });
+}
+
+// --- files in and out ---
+
+TEST_P(SandboxTest, PutAndCollectStayInTheWorkspace) {  // B3
+  with([&] {
+    Stand stand;
+    auto session = stand.open(small());
+    const std::string bytes("a\0b\xff", 4);
+    ASSERT_TRUE(session->put("deep/er/file", bytes));
+    EXPECT_EQ(sh(*session, "wc -c < deep/er/file").out, "4\n");
+    auto got = session->collect("/work/deep/er/file", 100);
+    ASSERT_TRUE(got) << got.error().what;
+    EXPECT_EQ(*got, bytes);
+    const std::string big(1 << 20, 'x');
+    ASSERT_TRUE(session->put("big", big));
+    EXPECT_EQ(*session->collect("big", 1 << 20), big);
+
+    sh(*session,
+       "ln -s /etc/passwd link; ln -s /etc dir; mkfifo fifo; mkdir folder; ln "
+       "-s file deep/er/near; ln -s /dev/zero zero; truncate -s 5M sparse; "
+       "python3 -c 'import socket; "
+       "socket.socket(socket.AF_UNIX).bind(\"so\")'");
+    for (const char* path :
+         {"link", "dir/passwd", "fifo", "folder", "so", "deep/er/near", "zero",
+          "../etc/passwd", "/etc/passwd", "deep/../../etc/passwd", ""}) {
+      const auto refused = session->collect(path, 1 << 20);
+      ASSERT_FALSE(refused) << path;
+      EXPECT_EQ(refused.error().code, Code::invalid) << path;
+      const auto kept = session->put(path, "x");
+      ASSERT_FALSE(kept) << path;
+      EXPECT_EQ(kept.error().code, Code::invalid) << path;
+    }
+    EXPECT_EQ(session->collect("none", 10).error().code, Code::not_found);
+    EXPECT_EQ(session->collect("sparse", 1 << 20).error().code,
+              Code::too_large);
+    EXPECT_EQ(session->collect("big", 1000).error().code, Code::too_large);
+    EXPECT_EQ(session->put("huge", std::string(20 << 20, 'x')).error().code,
+              Code::full);
+    // A full workspace does not hide what is in it.
+    EXPECT_EQ(session->collect("none", 10).error().code, Code::not_found);
+    EXPECT_EQ(session->collect("deep/er/file", 10)->size(), 4U);
+  });
+}
+
+// --- repositories ---
+
+TEST_P(SandboxTest, PrepareSeesItsRepositoryAndNothingElse) {
+  with([&] {
+    Stand stand;
+    const std::string repo = stand.root + "/repos/one";
+    fs::create_directories(repo);
+    std::ofstream(repo + "/file") << "kept\n";
+    fs::create_symlink("/etc", stand.root + "/repos/link");
+    fs::create_directories(stand.root + "/elsewhere");
+    const std::string name(64, 'a');
+    SessionSpec spec = small();
+    spec.role = Role::prepare;
+    spec.repo = repo;
+    spec.mirror = name;
+    {
+      auto session = stand.open(spec);
+      ASSERT_TRUE(session);
+      const auto r = sh(*session,
+                        "cat /repo/file; echo x > /repo/no; echo m > "
+                        "/mirror/yes; ls /");
+      EXPECT_TRUE(r.out.starts_with("kept\n")) << shown(r);
+      EXPECT_EQ(r.out.find("home"), std::string::npos);
+    }
+    EXPECT_FALSE(fs::exists(repo + "/no"));
+    EXPECT_TRUE(fs::exists(stand.root + "/mirrors/" + name + "/yes"));
+    {
+      SessionSpec job = small();
+      job.mirror = name;
+      auto session = stand.open(job);
+      ASSERT_TRUE(session);
+      const auto r =
+          sh(*session, "cat /mirror/yes; echo n > /mirror/no; ls /repo");
+      EXPECT_EQ(r.out, "m\n") << shown(r);
+    }
+    EXPECT_FALSE(fs::exists(stand.root + "/mirrors/" + name + "/no"));
+    for (const std::string& bad :
+         {stand.root + "/repos/link", stand.root + "/elsewhere",
+          stand.root + "/repos/one/../../elsewhere", stand.root + "/repos",
+          std::string("/etc"), std::string()}) {
+      spec.repo = bad;
+      EXPECT_FALSE(stand.slot->open(spec)) << bad;
+    }
+    spec.repo = repo;
+    for (const std::string& bad : {std::string("../x"), std::string(64, 'g')}) {
+      spec.mirror = bad;
+      EXPECT_FALSE(stand.slot->open(spec)) << bad;
+    }
+    if (as_root()) {
+      ASSERT_EQ(chown(repo.c_str(), 4321, 4322), 0);
+      spec.mirror = std::string(64, 'b');
+      const auto r = sh(*stand.open(spec), "id -u; id -g; touch /mirror/mine");
+      EXPECT_EQ(r.out, "4321\n4322\n") << shown(r);
+      EXPECT_EQ(r.exit_code, 0);
+    }
+    // The slot is as good as before.
+    EXPECT_EQ(sh(*stand.open(small()), "echo fine").out, "fine\n");
+  });
+}
+
+// --- services ---
+
+int upper(int in, int out) {
+  char text[64];
+  for (;;) {
+    const ssize_t n = read(in, text, sizeof(text));
+    if (n <= 0) return 5;
+    if (text[0] == '!') abort();
+    for (ssize_t i = 0; i < n; ++i) text[i] = static_cast<char>(text[i] - 32);
+    if (write(out, text, static_cast<std::size_t>(n)) != n) return 6;
   }
-  EXPECT_EQ(report->level, geteuid() == 0 ? 3 : 2)
-      << isolation_json(*report, 3);
-  std::printf("%s\n%ld ms\n", isolation_json(*report, 3).c_str(), long(ms));
+}
+
+TEST_P(SandboxTest, AServiceTalksAndItsEndIsKnown) {
+  register_builtin(BuiltinId::noop, upper);
+  with([&] {
+    Stand stand;
+    auto session = stand.open(small());
+    for (const char* last : {"", "!"}) {
+      auto socket = session->start_service(BuiltinId::noop);
+      ASSERT_TRUE(socket) << socket.error().what;
+      char text[4] = {};
+      ASSERT_EQ(write(*socket, "abc", 3), 3);
+      ASSERT_EQ(read(*socket, text, 3), 3);
+      EXPECT_STREQ(text, "ABC");
+      EXPECT_EQ(sh(*session, "echo").ended, Ended::failed);
+      if (*last) {
+        ASSERT_EQ(write(*socket, last, 1), 1);
+        EXPECT_EQ(read(*socket, text, 3), 0);
+      }
+      close(*socket);
+      const auto r = session->wait_service(5000);
+      if (*last) {
+        EXPECT_EQ(r.ended, Ended::signalled) << shown(r);
+        EXPECT_EQ(r.signal, SIGABRT);
+      } else {
+        EXPECT_EQ(r.ended, Ended::exited) << shown(r);
+        EXPECT_EQ(r.exit_code, 5);
+      }
+    }
+  });
+  register_builtin(BuiltinId::noop, nullptr);
+}
+
+// --- slots, pool and spawner ---
+
+TEST_P(SandboxTest, AWorkersDeathEmptiesItsSlotAndIsTold) {  // B4
+  with([&] {
+    Stand stand;
+    const pid_t worker = fork();
+    if (worker == 0) {
+      auto session = stand.slot->open({});
+      sh(**session, "sleep 525252", 60'000);
+      _exit(0);
+    }
+    // The parent's copy of the channel must not keep the slot.
+    stand.slot.reset();
+    for (int i = 0; i < 200 && running("525252") == 0; ++i) usleep(20'000);
+    ASSERT_GT(running("525252"), 0);
+    EXPECT_FALSE(stand.spawner->open_slot(0)) << "still taken";
+    EXPECT_TRUE(stand.spawner->take_empty().empty());
+    kill(worker, SIGKILL);
+    waitpid(worker, nullptr, 0);
+    pollfd item{stand.spawner->events_fd(), POLLIN, 0};
+    ASSERT_EQ(poll(&item, 1, 3000), 1);
+    EXPECT_EQ(stand.spawner->take_empty(), std::vector<int>{0});
+    EXPECT_EQ(running("525252"), 0);
+    stand.slot = stand.attach(0);
+    EXPECT_EQ(sh(*stand.open(), "echo again").out, "again\n");
+  });
+}
+
+TEST_P(SandboxTest, TheSpawnersDeathKillsEverything) {
+  with([&] {
+    Stand stand;
+    auto session = stand.open();
+    Step step = command({"/bin/sleep", "626262"}, 60'000);
+    Watch watch;
+    std::thread killer([&] {
+      for (int i = 0; i < 200 && running("626262") == 0; ++i) usleep(20'000);
+      kill(stand.spawner->pid(), SIGKILL);
+    });
+    const auto r = session->run(step, watch);
+    killer.join();
+    EXPECT_EQ(r.ended, Ended::failed) << shown(r);
+    EXPECT_LT(r.wall_ms, 10'000);
+    EXPECT_TRUE(gone("626262", 3000));
+    EXPECT_FALSE(stand.slot->open({}));
+  });
+}
+
+TEST_P(SandboxTest, SlotsDoNotSeeEachOther) {
+  with([&] {
+    Stand stand;
+    auto other = stand.attach(1);
+    auto a = stand.open(small());
+    auto b = other->open(small());
+    ASSERT_TRUE(b);
+    std::thread server([&] {
+      python(*a,
+             "import socket, time\ns = socket.create_server((\"127.0.0.1\", "
+             "7777))\nopen(\"/tmp/mine\", \"w\")\ntime.sleep(1)",
+             5000);
+    });
+    usleep(400'000);
+    const auto r = python(**b, R"py(
+import socket, os
+try: socket.create_connection(("127.0.0.1", 7777)); print("reached")
+except OSError: print("alone")
+print(os.path.exists("/tmp/mine"), len([p for p in os.listdir("/proc") if p.isdigit()]))
+)py");
+    server.join();
+    EXPECT_EQ(r.out, "alone\nFalse 1\n") << shown(r);
+  });
+}
+
+TEST_P(SandboxTest, TheSpawnerConnectsForThoseWithoutTheRight) {
+  with([&] {
+    Stand stand;
+    EXPECT_FALSE(stand.slot->connect_server());
+    const int listener = socket(AF_UNIX, SOCK_STREAM, 0);
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    std::strcpy(address.sun_path, (stand.root + "/machina.sock").c_str());
+    ASSERT_EQ(
+        bind(listener, reinterpret_cast<sockaddr*>(&address), sizeof(address)),
+        0);
+    ASSERT_EQ(listen(listener, 4), 0);
+    for (auto fd :
+         {stand.slot->connect_server(), stand.spawner->connect_server()}) {
+      ASSERT_TRUE(fd) << fd.error().what;
+      const int end = accept(listener, nullptr, nullptr);
+      ASSERT_EQ(write(*fd, "hi", 2), 2);
+      char text[2];
+      EXPECT_EQ(read(end, text, 2), 2);
+      close(*fd);
+      close(end);
+    }
+    close(listener);
+  });
+}
+
+TEST_P(SandboxTest, WeakerThanRequiredRunsNothing) {  // B6
+  with([&] {
+    Stand stand;
+    SessionSpec spec = small();
+    spec.min_level = 4;
+    auto session = stand.open(spec);
+    ASSERT_TRUE(session);
+    const auto r = sh(*session, "echo ran");
+    EXPECT_EQ(r.ended, Ended::isolation) << shown(r);
+    EXPECT_EQ(r.out, "");
+    EXPECT_FALSE(session->put("x", "y"));
+  });
+}
+
+TEST(HeadAndTailTest, KeepsBothEndsOfAnyLength) {
+  for (std::size_t total : {0U, 5U, 10U, 11U, 25U, 1000U}) {
+    std::string all;
+    for (std::size_t i = 0; i < total; ++i) all += char('a' + i % 26);
+    HeadAndTail kept(10);
+    for (std::size_t i = 0; i < total; i += 7) {
+      const auto piece = std::string_view(all).substr(i, 7);
+      kept.add(std::as_bytes(std::span(piece)));
+    }
+    EXPECT_EQ(kept.total(), total);
+    EXPECT_EQ(kept.truncated(), total > 10);
+    if (total <= 10) {
+      EXPECT_EQ(kept.text(), all);
+    } else {
+      EXPECT_TRUE(kept.text().starts_with(all.substr(0, 5)));
+      EXPECT_TRUE(kept.text().ends_with(all.substr(total - 5)));
+      EXPECT_NE(kept.text().find(std::to_string(total - 10)),
+                std::string::npos);
+    }
+  }
 }
 
 }  // namespace

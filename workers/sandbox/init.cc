@@ -101,7 +101,7 @@ class Init {
     before_ = read_counters(fds_.counters);
     reaped_cpu_us_ = max_rss_kb_ = 0;
     looks_at_cap_ = 0;
-    seen_at_cap_ = seen_over_memory_ = false;
+    seen_at_cap_ = false;
     int pipe_fds[2] = {-1, -1};
     const std::size_t wanted = request.merge_stderr ? 3 : 4;
     if (passed.size() != wanted || pipe2(pipe_fds, O_CLOEXEC) < 0) {
@@ -135,6 +135,11 @@ class Init {
     if (pipe_fds[1] >= 0) close(pipe_fds[1]);
     if (done.stage == Stage::none) {
       watch(&done);
+      // A step that failed for want of processes has left them behind.
+      if (fds_.counters.pids < 0 &&
+          add_up(false).threads + 1 >= ground_.limits.pids) {
+        seen_at_cap_ = true;
+      }
       sweep(&done);
       Failure failure;
       if (read(pipe_fds[0], &failure, sizeof(failure)) == sizeof(failure)) {
@@ -235,11 +240,35 @@ class Init {
   }
 
   // Without cgroups: counts threads and adds up memory, from outside.
-  Kill look_at_processes() {
+  struct Sum {
     std::uint64_t kilobytes = 0, threads = 0;
+  };
+
+  Kill look_at_processes() {
+    const Sum sum = add_up(false);
+    const Limits& l = ground_.limits;
+    const bool at_cap = sum.threads >= l.pids;
+    if (at_cap) seen_at_cap_ = true;
+    looks_at_cap_ = at_cap ? looks_at_cap_ + 1 : 0;
+    const std::uint64_t most = l.memory_mb << 10;
+    // What forks share is counted once per process at first; only a sum that
+    // is too high is worth the exact one.
+    if (fds_.counters.oom < 0 && sum.kilobytes > most &&
+        add_up(true).kilobytes > most) {
+      return Kill::oom;
+    }
+    if (fds_.counters.pids < 0 && looks_at_cap_ > kForkBombLooks) {
+      return Kill::pids;
+    }
+    return Kill::none;
+  }
+
+  // Over all processes but ourselves.
+  Sum add_up(bool exactly) const {
+    Sum sum;
     const int dir =
         openat(inside_.proc, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (dir < 0) return Kill::none;
+    if (dir < 0) return sum;
     alignas(8) char names[8192];
     for (;;) {
       const long n = syscall(SYS_getdents64, dir, names, sizeof(names));
@@ -249,45 +278,43 @@ class Init {
         std::memcpy(&length, names + at + 16, sizeof(length));
         const char* name = names + at + 19;
         if (name[0] >= '1' && name[0] <= '9' && std::strcmp(name, "1") != 0) {
-          add_process(dir, name, &kilobytes, &threads);
+          add_process(dir, name, exactly, &sum);
         }
         at += length;
       }
     }
     close(dir);
-    const Limits& l = ground_.limits;
-    if (threads >= l.pids) seen_at_cap_ = true;
-    looks_at_cap_ = threads >= l.pids ? looks_at_cap_ + 1 : 0;
-    if (fds_.counters.oom < 0 && kilobytes > l.memory_mb << 10) {
-      seen_over_memory_ = true;
-      return Kill::oom;
-    }
-    if (fds_.counters.pids < 0 && looks_at_cap_ > kForkBombLooks) {
-      return Kill::pids;
-    }
-    return Kill::none;
+    return sum;
   }
 
-  static void add_process(int dir, const char* name, std::uint64_t* kilobytes,
-                          std::uint64_t* threads) {
-    char path[64];
-    const std::size_t n = std::strlen(name);
-    if (n > 20) return;
-    std::memcpy(path, name, n);
-    std::memcpy(path + n, "/status", 8);
-    const int fd = openat(dir, path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return;
+  static void add_process(int dir, const char* name, bool exactly, Sum* sum) {
     char text[4096];
-    const ssize_t got = read(fd, text, sizeof(text) - 1);
-    close(fd);
-    if (got <= 0) return;
-    text[got] = 0;
     const auto value = [&](const char* key) -> std::uint64_t {
       const char* at = std::strstr(text, key);
       return at ? std::strtoull(at + std::strlen(key), nullptr, 10) : 0;
     };
-    *kilobytes += value("\nRssAnon:") + value("\nRssShmem:");
-    *threads += value("\nThreads:");
+    if (exactly && read_of(dir, name, "/smaps_rollup", text, sizeof(text))) {
+      sum->kilobytes += value("\nPss_Anon:") + value("\nPss_Shmem:");
+    } else if (read_of(dir, name, "/status", text, sizeof(text))) {
+      sum->kilobytes += value("\nRssAnon:") + value("\nRssShmem:");
+      sum->threads += value("\nThreads:");
+    }
+  }
+
+  static bool read_of(int dir, const char* name, const char* file, char* text,
+                      std::size_t size) {
+    char path[64];
+    const std::size_t n = std::strlen(name);
+    if (n > 20) return false;
+    std::memcpy(path, name, n);
+    std::memcpy(path + n, file, std::strlen(file) + 1);
+    const int fd = openat(dir, path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return false;
+    const ssize_t got = read(fd, text, size - 1);
+    close(fd);
+    if (got <= 0) return false;
+    text[got] = 0;
+    return true;
   }
 
   void fill_in(StepDone* done) {
@@ -300,12 +327,10 @@ class Init {
     done->max_rss_kb = max_rss_kb_;
     // The whole tmpfs behind /work, /tmp and /dev/shm.
     struct statvfs fs {};
-    const int fd = openat(inside_.scratch, ".", O_RDONLY | O_CLOEXEC);
-    if (fd >= 0 && fstatvfs(fd, &fs) == 0) {
+    if (fstatvfs(inside_.scratch, &fs) == 0) {
       done->disk_bytes = (fs.f_blocks - fs.f_bfree) * fs.f_frsize;
       done->disk_full = fs.f_bfree <= 1 || fs.f_ffree <= 1;
     }
-    if (fd >= 0) close(fd);
   }
 
   const Host& host_;
@@ -318,7 +343,7 @@ class Init {
   Counters before_;
   std::uint64_t reaped_cpu_us_ = 0, max_rss_kb_ = 0;
   int looks_at_cap_ = 0;
-  bool seen_at_cap_ = false, seen_over_memory_ = false;
+  bool seen_at_cap_ = false;
 };
 
 }  // namespace
