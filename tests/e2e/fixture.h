@@ -33,7 +33,9 @@ class EndToEnd : public testing::TestWithParam<Who> {
     }
     EXPECT_EQ(product_->leftovers(), std::vector<std::string>());
     if (HasFailure()) {
-      GTEST_LOG_(INFO) << "the server's log ends:\n" << end_of(product_->log());
+      GTEST_LOG_(INFO) << "the server's log ends:\n"
+                       << end_of(product_->log()) << "\nthe pool's:\n"
+                       << end_of(read_file(product_->root() + "/pool.log"));
     }
     product_.reset();
   }
