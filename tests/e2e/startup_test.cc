@@ -182,7 +182,8 @@ TEST_P(Startup, CommandLineAnswersWithItsExitCodes) {
 }
 
 TEST_P(Startup, DoctorSaysWhatThisHostGives) {
-  Ended e = p().run({"doctor", "--json"}, {}, 30000);
+  Ended e =
+      p().run({"doctor", "--json"}, {{"MACHINA_SECCOMP_ENABLE", "1"}}, 30000);
   EXPECT_EQ(e.code, 0) << e.out << e.err;
   Json report = Json::parse(e.out, nullptr, false);
   ASSERT_TRUE(report.is_object()) << e.out;
