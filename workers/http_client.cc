@@ -1,61 +1,70 @@
 #include "workers/http_client.h"
 
-#include <curl/curl.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
 
-#include <atomic>
-#include <mutex>
+#include <algorithm>
+#include <charconv>
+#include <chrono>
+#include <optional>
+
+#include "queue/check.h"
 
 namespace machina {
 namespace {
 
-// Connections are handed over connected, so the path is never opened; it makes
-// libcurl skip the resolver and treat the descriptor as a Unix socket.
-constexpr char kNoPath[] = "/machina.sock";
-constexpr char kUrlBase[] = "http://machina";
-
-std::size_t on_body(char* data, std::size_t one, std::size_t count,
-                    void* into) {
-  auto& body = *static_cast<std::string*>(into);
-  if (body.size() + one * count > HttpClient::kReplyBytesMax) return 0;
-  body.append(data, one * count);
-  return one * count;
+Millis now_ms() {
+  using namespace std::chrono;
+  return duration_cast<milliseconds>(steady_clock::now().time_since_epoch())
+      .count();
 }
 
-curl_socket_t on_open(void* self, curlsocktype, curl_sockaddr*) {
-  const auto& connect = *static_cast<HttpClient::Connect*>(self);
-  const Result<int> fd = connect();
-  return fd ? *fd : CURL_SOCKET_BAD;
-}
+Error no_answer(const std::string& why) { return {Code::unavailable, why}; }
 
-int on_opened(void*, curl_socket_t, curlsocktype) {
-  return CURL_SOCKOPT_ALREADY_CONNECTED;
-}
-
-void global_init() {
-  static std::once_flag once;
-  std::call_once(once, [] { curl_global_init(CURL_GLOBAL_NOTHING); });
+bool same_name(std::string_view a, std::string_view b) {
+  return a.size() == b.size() && strncasecmp(a.data(), b.data(), a.size()) == 0;
 }
 
 }  // namespace
 
-struct HttpClient::State {
-  Connect connect;
-  CURLM* multi = nullptr;
-  CURL* easy = nullptr;
-  std::atomic<bool> interrupted{false};
-};
-
-HttpClient::HttpClient(Connect connect) : state_(std::make_unique<State>()) {
-  global_init();
-  state_->connect = std::move(connect);
-  state_->multi = curl_multi_init();
-  state_->easy = curl_easy_init();
-  curl_multi_setopt(state_->multi, CURLMOPT_MAXCONNECTS, 1L);
+HttpClient::HttpClient(Connect connect)
+    : connect_(std::move(connect)),
+      wake_fd_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+  CHECK(wake_fd_ >= 0);
 }
 
 HttpClient::~HttpClient() {
-  curl_easy_cleanup(state_->easy);
-  curl_multi_cleanup(state_->multi);
+  close();
+  ::close(wake_fd_);
+}
+
+void HttpClient::close() {
+  if (fd_ >= 0) ::close(fd_);
+  fd_ = -1;
+  in_.clear();
+}
+
+Result<void> HttpClient::open() {
+  if (fd_ >= 0) {
+    // A server that closed while we were idle has left an end-of-file; found
+    // here, the request is still unsent and a fresh connection takes it.
+    char byte;
+    const ssize_t n = ::recv(fd_, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
+    if (n < 0 && (errno == EAGAIN || errno == EINTR)) return {};
+    close();
+  }
+  auto fd = connect_();
+  if (!fd) return fd.error();
+  fd_ = *fd;
+  ::fcntl(fd_, F_SETFL, O_NONBLOCK);
+  ::fcntl(fd_, F_SETFD, FD_CLOEXEC);
+  return {};
 }
 
 Result<HttpClient::Reply> HttpClient::post(const std::string& path,
@@ -69,69 +78,161 @@ Result<HttpClient::Reply> HttpClient::send(const char* method,
                                            std::string_view bytes,
                                            const char* type,
                                            Millis timeout_ms) {
-  CURL* easy = state_->easy;
-  Reply reply;
-  const std::string url = kUrlBase + path;
-  curl_slist* headers = curl_slist_append(nullptr, "Expect:");
-  headers = curl_slist_append(headers,
-                              ("Content-Type: " + std::string(type)).c_str());
-  curl_easy_reset(easy);  // keeps the connection
-  curl_easy_setopt(easy, CURLOPT_URL, url.c_str());
-  curl_easy_setopt(easy, CURLOPT_UNIX_SOCKET_PATH, kNoPath);
-  curl_easy_setopt(easy, CURLOPT_PROXY, "");
-  curl_easy_setopt(easy, CURLOPT_NOSIGNAL, 1L);
-  curl_easy_setopt(easy, CURLOPT_PROTOCOLS_STR, "http");
-  curl_easy_setopt(easy, CURLOPT_HTTP_VERSION, CURL_HTTP_VERSION_1_1);
-  curl_easy_setopt(easy, CURLOPT_OPENSOCKETFUNCTION, on_open);
-  curl_easy_setopt(easy, CURLOPT_OPENSOCKETDATA, &state_->connect);
-  curl_easy_setopt(easy, CURLOPT_SOCKOPTFUNCTION, on_opened);
-  curl_easy_setopt(easy, CURLOPT_TIMEOUT_MS, static_cast<long>(timeout_ms));
-  curl_easy_setopt(easy, CURLOPT_HTTPHEADER, headers);
-  curl_easy_setopt(easy, CURLOPT_WRITEFUNCTION, on_body);
-  curl_easy_setopt(easy, CURLOPT_WRITEDATA, &reply.body);
-  curl_easy_setopt(easy, CURLOPT_CUSTOMREQUEST, method);
-  curl_easy_setopt(easy, CURLOPT_POST, 1L);
-  curl_easy_setopt(easy, CURLOPT_POSTFIELDS, bytes.empty() ? "" : bytes.data());
-  curl_easy_setopt(easy, CURLOPT_POSTFIELDSIZE_LARGE,
-                   static_cast<curl_off_t>(bytes.size()));
-
-  curl_multi_add_handle(state_->multi, easy);
-  CURLcode code = CURLE_OK;
-  int running = 1;
-  while (running > 0 && !state_->interrupted) {
-    if (curl_multi_perform(state_->multi, &running) != CURLM_OK) {
-      code = CURLE_FAILED_INIT;
-      break;
-    }
-    if (running > 0) {
-      curl_multi_poll(state_->multi, nullptr, 0, 1000, nullptr);
-    }
+  if (interrupted_) return Error{Code::conflict, "interrupted"};
+  if (auto opened = open(); !opened) return opened.error();
+  const Millis deadline = now_ms() + timeout_ms;
+  const std::string head =
+      std::string(method) + " " + path +
+      " HTTP/1.1\r\nHost: machina\r\nContent-Type: " + type +
+      "\r\nContent-Length: " + std::to_string(bytes.size()) + "\r\n\r\n";
+  // An early refusal may come while the body is still being sent, so what the
+  // server said is read whether all was sent or not.
+  const auto sent = write(head, bytes, deadline);
+  if (!sent && sent.error().code == Code::conflict) {
+    close();
+    return sent.error();
   }
-  int left = 0;
-  while (CURLMsg* message = curl_multi_info_read(state_->multi, &left)) {
-    if (message->msg == CURLMSG_DONE) code = message->data.result;
-  }
-  long status = 0;
-  curl_easy_getinfo(easy, CURLINFO_RESPONSE_CODE, &status);
-  // An unfinished transfer's connection is closed here: the server sees it.
-  curl_multi_remove_handle(state_->multi, easy);
-  curl_slist_free_all(headers);
-  if (running > 0 && state_->interrupted) {
-    return Error{Code::conflict, std::string(method) + " interrupted"};
-  }
-  if (code != CURLE_OK) {
-    return Error{Code::unavailable, std::string(method) + " " + path + ": " +
-                                        curl_easy_strerror(code)};
-  }
-  reply.status = static_cast<int>(status);
+  auto reply = read(deadline);
+  if (!sent || !reply) close();
+  if (!reply) return reply.error();
   return reply;
 }
 
-void HttpClient::interrupt() {
-  state_->interrupted = true;
-  curl_multi_wakeup(state_->multi);
+// For one event on the connection, the interrupt, or the deadline.
+Result<void> HttpClient::wait(short event, std::int64_t deadline_ms) {
+  pollfd items[2] = {{fd_, event, 0}, {wake_fd_, POLLIN, 0}};
+  const Millis left = deadline_ms - now_ms();
+  if (left <= 0) return no_answer("no answer in time");
+  ::poll(items, 2, static_cast<int>(std::min<Millis>(left, 60'000)));
+  if (interrupted_) return Error{Code::conflict, "interrupted"};
+  return {};
 }
 
-void HttpClient::resume() { state_->interrupted = false; }
+Result<void> HttpClient::write(std::string_view head, std::string_view body,
+                               std::int64_t deadline_ms) {
+  while (!head.empty() || !body.empty()) {
+    iovec parts[2] = {{const_cast<char*>(head.data()), head.size()},
+                      {const_cast<char*>(body.data()), body.size()}};
+    msghdr message{};
+    message.msg_iov = parts;
+    message.msg_iovlen = 2;
+    const ssize_t n = ::sendmsg(fd_, &message, MSG_NOSIGNAL);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0 && errno == EAGAIN) {
+      if (auto good = wait(POLLOUT, deadline_ms); !good) return good;
+      continue;
+    }
+    if (n < 0) return no_answer(std::string("send: ") + strerror(errno));
+    const std::size_t sent = static_cast<std::size_t>(n);
+    const std::size_t of_head = std::min(sent, head.size());
+    head.remove_prefix(of_head);
+    body.remove_prefix(sent - of_head);
+  }
+  return {};
+}
+
+// At least one more byte.
+Result<void> HttpClient::fill(std::int64_t deadline_ms) {
+  for (;;) {
+    char buffer[64 << 10];
+    const ssize_t n = ::recv(fd_, buffer, sizeof buffer, 0);
+    if (n > 0) {
+      in_.append(buffer, static_cast<std::size_t>(n));
+      return {};
+    }
+    if (n == 0) return no_answer("the server closed the connection");
+    if (errno == EINTR) continue;
+    if (errno != EAGAIN) {
+      return no_answer(std::string("receive: ") + strerror(errno));
+    }
+    if (auto good = wait(POLLIN, deadline_ms); !good) return good;
+  }
+}
+
+namespace {
+
+struct Parsed {
+  int status = 0;
+  std::size_t length = 0;
+  bool keep = true;
+};
+
+template <class Number>
+bool parse_number(std::string_view text, Number& into) {
+  const auto end =
+      std::from_chars(text.data(), text.data() + text.size(), into);
+  return end.ec == std::errc() && end.ptr == text.data() + text.size();
+}
+
+// The head without its empty line; nullopt where it is not understood.
+std::optional<Parsed> parse_head(std::string_view head) {
+  Parsed out;
+  if (!head.starts_with("HTTP/1.") || head.size() < 12 || head[8] != ' ' ||
+      !parse_number(head.substr(9, 3), out.status)) {
+    return {};
+  }
+  bool has_length = false;
+  for (std::size_t at = head.find("\r\n"); at != std::string_view::npos;) {
+    const std::size_t begin = at + 2;
+    at = head.find("\r\n", begin);
+    const std::string_view line = head.substr(begin, at - begin);
+    const std::size_t colon = line.find(':');
+    if (colon == std::string_view::npos) return {};
+    std::string_view value = line.substr(colon + 1);
+    while (value.starts_with(' ')) value.remove_prefix(1);
+    while (value.ends_with(' ')) value.remove_suffix(1);
+    const std::string_view name = line.substr(0, colon);
+    if (same_name(name, "Content-Length")) {
+      has_length = true;
+      if (!parse_number(value, out.length)) return {};
+    } else if (same_name(name, "Transfer-Encoding")) {
+      return {};
+    } else if (same_name(name, "Connection") && same_name(value, "close")) {
+      out.keep = false;
+    }
+  }
+  const bool bodiless =
+      out.status / 100 == 1 || out.status == 204 || out.status == 304;
+  if (bodiless) out.length = 0;
+  return bodiless || has_length ? std::optional<Parsed>(out) : std::nullopt;
+}
+
+}  // namespace
+
+Result<HttpClient::Reply> HttpClient::read(std::int64_t deadline_ms) {
+  for (;;) {
+    std::size_t end;
+    while ((end = in_.find("\r\n\r\n")) == std::string::npos) {
+      if (in_.size() > kHeaderBytesMax) return no_answer("endless headers");
+      if (auto good = fill(deadline_ms); !good) return good.error();
+    }
+    const auto head = parse_head(std::string_view(in_).substr(0, end));
+    if (!head) return no_answer("the answer is not understood");
+    if (head->length > kReplyBytesMax) return no_answer("too long an answer");
+    const std::size_t whole = end + 4 + head->length;
+    while (in_.size() < whole) {
+      if (auto good = fill(deadline_ms); !good) return good.error();
+    }
+    Reply reply;
+    reply.status = head->status;
+    reply.body = in_.substr(end + 4, head->length);
+    in_.erase(0, whole);
+    if (head->status / 100 == 1) continue;  // interim: the answer follows
+    if (!head->keep) close();
+    return reply;
+  }
+}
+
+void HttpClient::interrupt() {
+  interrupted_ = true;
+  const std::uint64_t one = 1;
+  (void)!::write(wake_fd_, &one, sizeof one);
+}
+
+void HttpClient::resume() {
+  interrupted_ = false;
+  std::uint64_t ignored;
+  (void)!::read(wake_fd_, &ignored, sizeof ignored);
+}
 
 }  // namespace machina

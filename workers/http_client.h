@@ -1,18 +1,22 @@
 // workers/http_client.h
 //
-// HTTP to the server over connections that somebody else makes: workers and
+// HTTP/1.1 to the server over connections that somebody else makes: workers and
 // pool hold no right to its socket, the spawner does. One client is one
-// kept-alive connection and is used by one thread; interrupt() alone may be
-// called from any.
+// kept-alive connection and is used by one thread; interrupt() and resume()
+// alone may be called from any.
 //
-//   C1  call() ends by its timeout, by interrupt(), or with an answer.
+// Not libcurl: 7.88, Debian 12's, ignores CURL_SOCKOPT_ALREADY_CONNECTED and
+// connects again, which a connected Unix socket refuses. What is needed of
+// HTTP here is small: a request with a length, an answer with a length.
+//
+//   C1  send() ends by its timeout, by interrupt(), or with an answer.
 //   C2  No answer means unknown: the server may have done it.
 //   C3  A reply longer than kReplyBytesMax is an error, not memory.
 
 #pragma once
 
+#include <atomic>
 #include <functional>
-#include <memory>
 #include <string>
 #include <string_view>
 
@@ -24,6 +28,7 @@ namespace machina {
 class HttpClient {
  public:
   static constexpr std::size_t kReplyBytesMax = 6u << 20;
+  static constexpr std::size_t kHeaderBytesMax = 16u << 10;
   static constexpr Millis kCallMs = 10'000;
 
   using Connect = std::function<Result<int>()>;  // a connected descriptor
@@ -49,8 +54,19 @@ class HttpClient {
   void resume();
 
  private:
-  struct State;
-  std::unique_ptr<State> state_;
+  Result<void> open();
+  void close();
+  Result<void> wait(short event, std::int64_t deadline_ms);
+  Result<void> write(std::string_view head, std::string_view body,
+                     std::int64_t deadline_ms);
+  Result<Reply> read(std::int64_t deadline_ms);
+  Result<void> fill(std::int64_t deadline_ms);
+
+  const Connect connect_;
+  const int wake_fd_;
+  std::atomic<bool> interrupted_{false};
+  int fd_ = -1;
+  std::string in_;
 };
 
 }  // namespace machina
