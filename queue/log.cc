@@ -101,7 +101,6 @@ class Log::Impl {
                                Lsn* covered);
   Result<void> recover(Lsn replay_from, Lsn covered, const Visit& visit,
                        RecoveryReport* report);
-  Result<void> settle(const Chain& chain, const Scan& scan);
   Result<void> begin_writing(Chain* chain, const Scan& scan);
   void remember(const FoundSegment& found);
   void describe(RecoveryReport* report) const;
@@ -275,10 +274,12 @@ Result<void> Log::Impl::recover(Lsn replay_from, Lsn covered,
   Chain chain = link_segments(std::move(*found));
   Scan scan;
   if (chain.live.empty()) {
-    if (manifest_.durable_lsn != 0 || covered != 0)
-      return Error{Code::corrupt, "wal: lsn 1.." +
-                                      std::to_string(manifest_.durable_lsn) +
-                                      " were durable; no segment is there"};
+    if (manifest_.begun)
+      return Error{Code::corrupt,
+                   "wal: the manifest knows of segments, of lsns up to at "
+                   "least " +
+                       std::to_string(manifest_.durable_lsn) +
+                       ", and none is there"};
   } else {
     if (chain.live.front().header.first_lsn > covered + 1)
       return Error{Code::corrupt,
@@ -310,25 +311,9 @@ Result<void> Log::Impl::recover(Lsn replay_from, Lsn covered,
   report->records = scan.records;
   report->first_visited = scan.first_visited;
   time_ms_ = std::max(manifest_.time_ms, scan.time_ms);
-  if (auto ok = settle(chain, scan); !ok) return ok;
+  // The scan settled the files that it read; this does so for their names.
+  if (auto ok = storage_.sync_dir("wal"); !ok) return ok;
   return begin_writing(&chain, scan);
-}
-
-// Makes true what recovery believed: after a kill the page cache may hold what
-// the disk does not.
-Result<void> Log::Impl::settle(const Chain& chain, const Scan& scan) {
-  if (manifest_.clean) return {};
-  for (std::size_t i = 0; i < scan.keep; ++i) {
-    const FoundSegment& segment = chain.live[i];
-    bool read = std::find(scan.read.begin(), scan.read.end(), segment.name) !=
-                scan.read.end();
-    bool tail = i + 1 == scan.keep;
-    if (!read && !tail) continue;
-    auto file = storage_.open(segment.name, OpenMode::write);
-    if (!file) return file.error();
-    if (auto ok = (*file)->sync(); !ok) return ok;
-  }
-  return storage_.sync_dir("wal");
 }
 
 // A new epoch, a fresh segment (W4), and only then the end of what was cut off.
@@ -378,7 +363,9 @@ Result<void> Log::Impl::begin_writing(Chain* chain, const Scan& scan) {
   if (!chain->dead.empty()) {
     if (auto ok = storage_.sync_dir("wal"); !ok) return ok;
   }
-  return {};
+  if (manifest_.begun) return {};
+  manifest_.begun = true;
+  return write_manifest(storage_, manifest_);
 }
 
 void Log::Impl::remember(const FoundSegment& found) {
@@ -983,14 +970,13 @@ Result<void> Log::Impl::close() {
   if (poisoned())
     return Error{Code::io, "the log is poisoned: " + poison_cause()};
   closed_ = true;
-  if (!options_.fsync) {
-    if (auto ok = sync_unsynced(); !ok) return ok;
-  }
+  Result<void> ok;
+  if (!options_.fsync) ok = sync_unsynced();
   ++manifest_.generation;
   manifest_.clean = true;
   manifest_.durable_lsn = appended_;
   manifest_.time_ms = time_ms_;
-  auto ok = write_manifest(storage_, manifest_);
+  if (ok) ok = write_manifest(storage_, manifest_);
   if (!ok) poison(ok.error());
   lock_.reset();
   return ok;

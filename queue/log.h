@@ -83,6 +83,7 @@ struct Manifest {
   Lsn durable_lsn = 0;
   Millis time_ms = 0;  // greatest logged server time seen
   bool clean = false;  // shut down clean at durable_lsn
+  bool begun = false;  // there is a segment: a log without one is damaged
 };
 
 class Log {

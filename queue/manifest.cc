@@ -10,6 +10,7 @@ namespace machina {
 namespace {
 
 constexpr std::uint64_t kManifestMagic = 0x314e414d4843414dULL;  // "MACHMAN1"
+constexpr std::uint32_t kClean = 1, kBegun = 2;
 constexpr std::size_t kCopyBytes = 4096;
 constexpr std::size_t kCrcAt = kCopyBytes - 4;
 constexpr char kName[] = "wal/MANIFEST";
@@ -37,7 +38,9 @@ Result<Manifest> decode_copy(std::span<const std::byte> bytes) {
   m.log_uuid[1] = get<std::uint64_t>(p + 40);
   m.generation = get<std::uint64_t>(p + 48);
   m.writer_epoch = get<std::uint32_t>(p + 56);
-  m.clean = get<std::uint32_t>(p + 60) != 0;
+  auto flags = get<std::uint32_t>(p + 60);
+  m.clean = (flags & kClean) != 0;
+  m.begun = (flags & kBegun) != 0;
   m.durable_lsn = get<std::uint64_t>(p + 64);
   m.time_ms = get<Millis>(p + 72);
   for (int i = 0; i < 2; ++i) {
@@ -63,7 +66,7 @@ std::vector<std::byte> encode_manifest(const Manifest& m) {
   put(p + 40, m.log_uuid[1]);
   put(p + 48, m.generation);
   put(p + 56, m.writer_epoch);
-  put(p + 60, std::uint32_t{m.clean});
+  put(p + 60, (m.clean ? kClean : 0) | (m.begun ? kBegun : 0));
   put(p + 64, m.durable_lsn);
   put(p + 72, m.time_ms);
   for (int i = 0; i < 2; ++i) {

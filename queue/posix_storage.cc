@@ -165,6 +165,12 @@ class PosixStorage : public Storage {
     if (mode == OpenMode::create) flags = O_RDWR | O_CREAT | O_EXCL;
     Fd fd = open_at(dir_.get(), name, flags);
     if (!fd) return system_error("cannot open", full(name));
+    // Only clean pages can be dropped, and all are after a sync. No page is
+    // then left of those that an earlier, failed sync marked clean.
+    bool settled = mode == OpenMode::settled;
+    if (settled && (::fdatasync(fd.get()) != 0 ||
+                    ::posix_fadvise(fd.get(), 0, 0, POSIX_FADV_DONTNEED) != 0))
+      return system_error("cannot sync", full(name));
     return std::unique_ptr<File>(
         new PosixFile(full(name), std::move(fd), Fd(), false));
   }

@@ -79,6 +79,11 @@ class Scanner {
 
  private:
   const FoundSegment& segment(std::size_t i) const { return chain_.live[i]; }
+  // After a kill the cache may hold what the disk does not; after a failed
+  // sync it may even say that it is clean.
+  OpenMode read_mode() const {
+    return manifest_.clean ? OpenMode::read : OpenMode::settled;
+  }
   bool is_last(std::size_t i) const { return i + 1 == chain_.live.size(); }
 
   // Reads whole batches of segment i. True where they go on to the one that
@@ -89,9 +94,8 @@ class Scanner {
     if (header.prev != scan_.link || header.first_lsn != scan_.last + 1)
       return false;
     scan_.keep = i + 1;
-    auto file = storage_.open(segment(i).name, OpenMode::read);
+    auto file = storage_.open(segment(i).name, read_mode());
     if (!file) return file.error();
-    scan_.read.push_back(segment(i).name);
     Window window(**file);
     std::uint64_t at = kSegmentDataOffset, batch_seq = header.first_batch_seq;
     std::uint32_t prev_crc = header.crc;
@@ -197,7 +201,7 @@ class Scanner {
   }
 
   Result<void> look_behind(std::size_t i, std::uint64_t at) {
-    auto file = storage_.open(segment(i).name, OpenMode::read);
+    auto file = storage_.open(segment(i).name, read_mode());
     if (!file) return file.error();
     Window window(**file);
     for (;; at += kBlockBytes) {

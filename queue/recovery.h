@@ -1,8 +1,9 @@
 // queue/recovery.h
 //
 // What an opened directory of segments holds, and where the log ends: the
-// decision between a torn tail (dropped) and damage (refused). It reads; it
-// never writes a byte.
+// decision between a torn tail (dropped) and damage (refused). It never writes
+// a byte; after an unclean end it has the disk catch up with its cache before
+// it believes what it reads.
 //
 //   P = the first lsn that is not whole. D = the greatest lsn that anything
 //   sound says was durable: batch headers, segment headers, the manifest.
@@ -55,13 +56,12 @@ struct Scan {
   std::uint64_t records = 0;  // visited
   std::uint64_t visited_bytes = 0;
   Lsn first_visited = 0;
-  Millis time_ms = 0;             // greatest logged
-  std::vector<std::string> read;  // names of the segments that were relied on
+  Millis time_ms = 0;  // greatest logged
 };
 
-// Reads live segments from the one that holds `from` on, visits each record
-// with lsn >= from, and finds the end. corrupt (P <= D), newer, io, or what
-// visit said.
+// Reads live segments (OpenMode::settled unless the end was clean) from the one
+// that holds `from` on, visits each record with lsn >= from, and finds the end.
+// corrupt (P <= D), newer, io, or what visit said.
 Result<Scan> scan_chain(Storage& storage, const Chain& chain,
                         const Manifest& manifest, Lsn from,
                         const Log::Visit& visit);

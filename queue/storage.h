@@ -2,8 +2,8 @@
 //
 // The only way queue/ reaches a disk: named files in one directory tree,
 // written with explicit offsets, made durable by explicit syncs. PosixStorage
-// is the disk; tests/support/sim_storage.h is one that loses, tears and reorders
-// unsynced writes, fills up, fails and lies.
+// is the disk; tests/support/sim_storage.h is one that loses, tears and
+// reorders unsynced writes, fills up, fails and lies.
 //
 // Names are relative ("wal/00..1.seg"); no name leaves the directory that the
 // Storage was opened on.
@@ -54,6 +54,9 @@ class File {
 };
 
 enum class OpenMode {
+  settled,  // must exist; for reading what the disk itself holds: what the
+            // cache has and the disk has not is synced, then forgotten, so
+            // that bytes kept in memory by a failed sync are not believed
   read,     // must exist
   write,    // must exist; buffered
   create,   // must not exist; buffered

@@ -66,7 +66,7 @@ class SimStorage::SimFile : public File {
                         std::span<const std::byte> bytes) override {
     std::lock_guard hold(storage_.mutex_);
     if (auto ok = alive(); !ok) return ok;
-    if (mode_ == OpenMode::read)
+    if (mode_ == OpenMode::read || mode_ == OpenMode::settled)
       return Error{Code::io, name_ + " is open for reading"};
     bool durable = mode_ == OpenMode::durable;
     if (durable && (offset % 4096 != 0 || bytes.size() % 4096 != 0))
@@ -256,6 +256,10 @@ Result<std::unique_ptr<File>> SimStorage::open(std::string_view view,
   }
   if (it == names_.end())
     return Error{Code::not_found, "cannot open " + name + ": no such file"};
+  if (mode == OpenMode::settled) {
+    if (auto ok = sync(*it->second, name); !ok) return ok.error();
+    it->second->cache = it->second->disk;
+  }
   return std::unique_ptr<File>(new SimFile(*this, name, it->second, mode));
 }
 
