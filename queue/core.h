@@ -19,8 +19,8 @@
 // linear-hash indexes that grow one bucket at a time: nothing is ever
 // proportional to the backlog.
 //
-//   C1..C26  the invariants of docs/ARCHITECTURE.md, asserted by
-//            check_invariants() and by tests/sim.
+//   C1..C15  docs/core-invariants.md, asserted by check_invariants() and
+//            after every step of tests/sim.
 
 #pragma once
 
@@ -82,6 +82,7 @@ struct CompleteCommand {  // also of a batch, with a lease in the same trip
   };
   std::vector<Item> items;
   std::optional<LeaseCommand> lease;
+  std::vector<Fact> facts;  // about children's depends_on that are not live
 };
 struct FailCommand {
   Fence fence = 0;
@@ -134,7 +135,8 @@ enum class Answer : std::uint8_t {
   dedup_full,      // 429
   unknown_dependency,  // 400; `detail` is the id
   bad_token,           // unblock: not the blocked token
-  need_facts,          // enqueue: a dependency is not live and has no fact
+  need_facts,          // enqueue, complete with children: a dependency is not
+                       // live and has no fact; nothing was decided, come again
 };
 
 struct ItemAnswer {
@@ -197,7 +199,10 @@ class Core {
   Decision decide(Millis now, std::uint64_t seed, const Command&) const;
 
   // The only mutator of durable state. CHECKs that the record is legal here:
-  // it was decided by us, or comes checksummed from our log.
+  // it was decided by us, or comes checksummed from our log. Append first:
+  // lsn (the next one), place and bytes must be set. The body of a job that is
+  // another's child lies in the EndRecord of its parent, so its body place is
+  // that record's.
   void apply(const Record&);
 
   // --- not durable ---
@@ -258,8 +263,9 @@ class Core {
   // CHECKs every invariant; O(state). For tests and the simulator.
   void check_invariants() const;
 
+  struct Impl;  // queue/core_state.h
+
  private:
-  struct Impl;
   std::unique_ptr<Impl> impl_;
 };
 

@@ -43,7 +43,8 @@ struct EnqueueRecord {
   NewJob job;
   State state = State::ready;      // waiting, scheduled or ready
   std::vector<JobId> unmet;        // those of depends_on not yet succeeded
-  std::uint8_t revived = 0;        // 1: an explicit retry of a finished job
+  std::uint8_t revived = 0;        // the final state (6..8) that an explicit
+                                   // retry took it out of; 0: a new job
   std::uint16_t attempt = 0;       // revived: attempts so far
   Millis created_ms = 0;
   bool operator==(const EnqueueRecord&) const = default;

@@ -38,7 +38,7 @@ EnqueueRecord full_enqueue(std::uint64_t n) {
   r.job.request_id = "rid";
   r.state = State::waiting;
   r.unmet = {id_of(n + 2)};
-  r.revived = 1;
+  r.revived = static_cast<std::uint8_t>(State::dead);
   r.attempt = 65535;
   r.created_ms = 1'700'000'000'000;
   return r;

@@ -1,0 +1,434 @@
+// The durable state as bytes. The layout is docs/wal-records.md, "The
+// checkpoint's image"; it names jobs by id and lines by position, never by
+// slot, so that what it says does not depend on how the slabs came to be.
+
+#include <cstring>
+
+#include "queue/check.h"
+#include "queue/codec.h"
+#include "queue/core_state.h"
+
+namespace machina {
+namespace {
+
+constexpr std::uint64_t kMagic = 0x31504b4348434d4dULL;  // "MMCHCKP1"
+constexpr std::uint8_t kKeptFlags = kCancel | kReturned | kDiedOnce;
+// The shortest a job can be: its id and one byte for each other field.
+constexpr std::size_t kJobBytesMin = 16 + 14;
+
+class Saver {
+ public:
+  Saver(const Core::Impl& state, std::vector<std::byte>* out)
+      : s_(state), w_(out) {}
+
+  void save() {
+    w_.u64(kMagic);
+    w_.number(s_.applied);
+    w_.signed_number(s_.time);
+    w_.number(s_.next_order);
+    w_.u64(s_.last_fence);
+    names();
+    ready();
+    others();
+    w_.number(length(s_.doomed));
+    for (auto i = s_.doomed.head; i != kNone; i = s_.jobs[i].a) job(i);
+    w_.number(length(s_.ended));
+    for (auto i = s_.ended.head; i != kNone; i = s_.jobs[i].a) {
+      w_.id(s_.jobs[i].id);
+      w_.u8(s_.jobs[i].state);
+      dependents(i);
+    }
+    dedups();
+  }
+
+ private:
+  void names() {
+    w_.number(s_.tenants.size());
+    for (const std::string& tenant : s_.tenants) w_.text(tenant);
+    w_.number(s_.queues.size());
+    for (const QueueEntry& queue : s_.queues) {
+      w_.text(queue.name);
+      for (int i = u8(State::succeeded); i < kStates; ++i) {
+        w_.number(queue.by_state[i]);
+      }
+    }
+    w_.number(s_.lines_used);
+    ordinals_.resize(s_.lines.size());
+    std::uint32_t ordinal = 0;
+    for (std::size_t i = 0; i < s_.lines.size(); ++i) {
+      const Line& line = s_.lines[i];
+      if (line.jobs == 0) continue;
+      ordinals_[i] = ordinal++;
+      w_.number(line.queue);
+      w_.text(line.kind);
+      w_.u8(line.level);
+    }
+  }
+
+  void ready() {
+    for (const Line& line : s_.lines) {
+      if (line.jobs == 0) continue;
+      for (const auto& pair : line.lists) {
+        for (const JobList& list : pair) {
+          w_.number(length(list));
+          for (auto i = list.head; i != kNone; i = s_.jobs[i].a) job(i);
+        }
+      }
+    }
+  }
+
+  void others() {
+    std::uint64_t count = 0;
+    auto each = [this](const auto& visit) {
+      for (std::uint32_t i = 0; i < s_.jobs.end(); ++i) {
+        const JobEntry& e = s_.jobs[i];
+        bool other = (e.flags & kUsed) && !(e.flags & (kEnded | kDoomed)) &&
+                     e.state != u8(State::ready);
+        if (other) visit(i);
+      }
+    };
+    each([&count](std::uint32_t) { ++count; });
+    w_.number(count);
+    each([this](std::uint32_t i) {
+      w_.u8(s_.jobs[i].state);
+      job(i);
+    });
+  }
+
+  void job(std::uint32_t slot) {
+    const JobEntry& e = s_.jobs[slot];
+    w_.id(e.id);
+    w_.number(ordinals_[e.line]);
+    w_.number(e.body_place);
+    w_.number(e.body_bytes);
+    w_.number(e.order);
+    w_.signed_number(e.time);
+    w_.number(e.retry_min);
+    w_.number(e.retry_max);
+    w_.number(e.attempt);
+    w_.number(e.base);
+    w_.number(e.limit);
+    w_.number(e.tenant);
+    w_.u8(e.priority);
+    w_.u8(static_cast<std::uint8_t>((e.flags & kKeptFlags) |
+                                    (e.extra == kNone ? 0 : kUsed)));
+    dependents(slot);
+    if (e.extra != kNone) extra(s_.extras[e.extra]);
+    if (e.state == u8(State::running)) lease(s_.leases[e.a]);
+  }
+
+  void extra(const ExtraEntry& e) {
+    w_.number(e.note_place);
+    w_.number(e.note_bytes);
+    std::string_view token(reinterpret_cast<const char*>(e.token),
+                           sizeof(e.token));
+    w_.text(token);
+    w_.number(e.error_attempt);
+    w_.u8(e.error_code);
+    w_.text({e.message, e.message_bytes});
+  }
+
+  void lease(const LeaseEntry& e) {
+    w_.u64(e.fence);
+    w_.signed_number(e.started);
+    w_.u8(e.level);
+    w_.text(e.worker_name());
+  }
+
+  void dependents(std::uint32_t slot) {
+    std::uint64_t count = 0;
+    std::uint32_t first = s_.jobs[slot].dependents;
+    for (auto i = first; i != kNone; i = s_.edges[i].next) ++count;
+    w_.number(count);
+    for (auto i = first; i != kNone; i = s_.edges[i].next) {
+      w_.id(s_.jobs[s_.edges[i].dependent].id);
+    }
+  }
+
+  void dedups() {
+    w_.number(s_.expiries.size());
+    for (std::size_t i = 0; i < s_.expiries.size(); ++i) {
+      const DedupEntry& e = s_.dedups[s_.expiries.at(i)];
+      w_.u64(e.key.low);
+      w_.u64(e.key.high);
+      w_.id(e.job);
+      w_.u64(e.digest);
+      w_.signed_number(e.expiry);
+    }
+  }
+
+  std::uint64_t length(const JobList& list) const {
+    std::uint64_t count = 0;
+    for (auto i = list.head; i != kNone; i = s_.jobs[i].a) ++count;
+    return count;
+  }
+
+  const Core::Impl& s_;
+  Writer w_;
+  std::vector<std::uint32_t> ordinals_;  // of lines that have jobs
+};
+
+// Believes nothing: whatever the bytes, the state either fails to load or
+// satisfies check_invariants().
+class Loader {
+ public:
+  Loader(Core::Impl* state, std::span<const std::byte> bytes)
+      : s_(*state), r_(bytes) {}
+
+  Result<void> load() {
+    if (r_.u64() != kMagic) r_.fail();
+    s_.applied = r_.number();
+    s_.time = r_.signed_number();
+    s_.next_order = r_.number();
+    s_.last_fence = r_.u64();
+    names();
+    ready();
+    others();
+    doomed();
+    ended();
+    edges();
+    dedups();
+    if (r_.done()) return {};
+    return Error{Code::corrupt, "checkpoint image: ill-formed at byte " +
+                                    std::to_string(r_.at()) +
+                                    (why_ ? ": " : "") + (why_ ? why_ : "")};
+  }
+
+ private:
+  bool ok(bool good, const char* why) {
+    if (!good && !why_) why_ = why;
+    if (!good) r_.fail();
+    return r_.ok();
+  }
+
+  void names() {
+    std::uint64_t count = r_.count_of(1);
+    for (; count > 0 && r_.ok(); --count) {
+      std::string name = r_.text();
+      bool fresh = !s_.tenant_names.contains(name);
+      if (ok(fresh && s_.tenants.size() < 0xffff, "tenants")) {
+        s_.tenant_for(name);
+      }
+    }
+    count = r_.count_of(5);
+    for (; count > 0 && r_.ok(); --count) {
+      QueueEntry queue;
+      queue.name = r_.text();
+      for (int i = u8(State::succeeded); i < kStates; ++i) {
+        queue.by_state[i] = r_.number();
+      }
+      std::uint32_t at = static_cast<std::uint32_t>(s_.queues.size());
+      if (!ok(s_.queue_names.emplace(queue.name, at).second, "queues")) return;
+      s_.queues.push_back(std::move(queue));
+    }
+    count = r_.count_of(3);
+    for (; count > 0 && r_.ok(); --count) {
+      Line line;
+      line.queue = static_cast<std::uint32_t>(r_.number());
+      line.kind = r_.text();
+      line.level = r_.u8_below(kLevelMax + 1);
+      bool good = line.queue < s_.queues.size() && !line.kind.empty();
+      if (!ok(good, "lines")) return;
+      std::string key =
+          line_key(s_.queues[line.queue].name, line.kind, line.level);
+      std::uint32_t at = static_cast<std::uint32_t>(s_.lines.size());
+      if (!ok(s_.line_names.emplace(key, at).second, "lines")) return;
+      s_.lines.push_back(std::move(line));
+    }
+  }
+
+  void ready() {
+    for (std::uint32_t at = 0; at < s_.lines.size() && r_.ok(); ++at) {
+      for (std::size_t i = 0; i < 2 * kPriorities && r_.ok(); ++i) {
+        std::uint64_t count = r_.count_of(kJobBytesMin);
+        for (std::uint64_t before = 0; count > 0 && r_.ok(); --count) {
+          std::uint32_t slot = job(State::ready);
+          if (slot == kNone) return;
+          const JobEntry& e = s_.jobs[slot];
+          bool returned = i % 2 == kReturnedList;
+          bool good = e.line == at && e.priority == i / 2 &&
+                      returned == ((e.flags & kReturned) != 0) &&
+                      e.order > before;
+          before = e.order;
+          ok(good, "a ready job is out of place");
+        }
+      }
+    }
+  }
+
+  void others() {
+    std::uint64_t count = r_.count_of(1 + kJobBytesMin);
+    for (; count > 0 && r_.ok(); --count) {
+      State state = static_cast<State>(r_.u8_below(u8(State::succeeded)));
+      if (ok(state != State::ready, "states")) job(state);
+    }
+    for (const Line& line : s_.lines) ok(line.jobs > 0, "an empty line");
+  }
+
+  void doomed() {
+    std::uint64_t count = r_.count_of(kJobBytesMin);
+    for (; count > 0 && r_.ok(); --count) {
+      std::uint32_t slot = job(State::waiting);
+      if (slot == kNone) return;
+      s_.jobs[slot].flags |= kDoomed;
+      link(s_.doomed, slot);
+    }
+  }
+
+  void ended() {
+    std::uint64_t count = r_.count_of(18);
+    for (; count > 0 && r_.ok(); --count) {
+      std::uint32_t slot = s_.jobs.allocate();
+      JobEntry& e = s_.jobs[slot];
+      e.id = r_.id();
+      e.state = r_.u8_below(kStates);
+      e.flags = kUsed | kEnded;
+      e.dependents = e.extra = kNone;
+      link(s_.ended, slot);
+      if (!ok(is_final(static_cast<State>(e.state)), "ended")) return;
+      dependents(slot);
+    }
+  }
+
+  std::uint32_t job(State state) {
+    std::uint32_t slot = s_.jobs.allocate();
+    JobEntry& e = s_.jobs[slot];
+    e.a = e.b = e.dependents = e.extra = kNone;
+    e.flags = kUsed;
+    e.id = r_.id();
+    e.line = static_cast<std::uint32_t>(r_.number_to(kNone));
+    e.body_place = r_.number();
+    e.body_bytes = static_cast<std::uint32_t>(r_.number_to(kNone));
+    e.order = r_.number();
+    e.time = r_.signed_number();
+    e.retry_min = static_cast<std::uint32_t>(r_.number_to(kNone));
+    e.retry_max = static_cast<std::uint32_t>(r_.number_to(kNone));
+    e.attempt = static_cast<std::uint16_t>(r_.number_to(0xffff));
+    e.base = static_cast<std::uint16_t>(r_.number_to(0xffff));
+    e.limit = static_cast<std::uint16_t>(r_.number_to(0xffff));
+    e.tenant = static_cast<std::uint16_t>(r_.number_to(0xffff));
+    e.priority = r_.u8_below(kPriorities);
+    std::uint8_t flags = r_.u8();
+    bool running = state == State::running;
+    bool good = (flags & ~(kKeptFlags | kUsed)) == 0 &&
+                e.line < s_.lines.size() && e.tenant < s_.tenants.size() &&
+                e.order < s_.next_order && e.base <= e.attempt &&
+                e.attempt <= e.limit && e.base < e.limit &&
+                (running || !(flags & kCancel)) &&
+                (!running || ((flags & kReturned) && e.attempt > e.base));
+    if (!ok(good, "a job") || !ok(s_.find(e.id) == kNone, "an id twice")) {
+      return kNone;
+    }
+    e.flags = static_cast<std::uint8_t>(kUsed | (flags & kKeptFlags));
+    s_.job_index.insert(slot);
+    s_.use_line(e.line, +1);
+    s_.need(e.body_place, +1);
+    dependents(slot);
+    if (flags & kUsed) extra(slot);
+    bool blocked = state == State::blocked;
+    if (!ok(!blocked || e.extra != kNone, "a blocked job without a token")) {
+      return kNone;
+    }
+    if (running) e.a = lease(slot);
+    if (!r_.ok()) return kNone;
+    s_.insert(slot, state);
+    return slot;
+  }
+
+  void extra(std::uint32_t slot) {
+    ExtraEntry& e = s_.extra_of(slot);
+    e.note_place = r_.number();
+    e.note_bytes = static_cast<std::uint32_t>(r_.number_to(kNone));
+    std::string token = r_.text();
+    e.error_attempt = static_cast<std::uint16_t>(r_.number_to(0xffff));
+    e.error_code = r_.u8_below(kEndCodes);
+    std::string message = r_.text();
+    bool good =
+        token.size() == sizeof(e.token) && message.size() <= sizeof(e.message);
+    if (!ok(good, "a job's note")) return;
+    std::memcpy(e.token, token.data(), token.size());
+    std::memcpy(e.message, message.data(), message.size());
+    e.message_bytes = static_cast<std::uint8_t>(message.size());
+    s_.need(e.note_place, +1);
+  }
+
+  std::uint32_t lease(std::uint32_t slot) {
+    LeaseEntry e{};
+    e.job = slot;
+    e.fence = r_.u64();
+    e.started = r_.signed_number();
+    e.level = r_.u8_below(kLevelMax + 1);
+    std::string worker = r_.text();
+    bool good = e.fence > 0 && e.fence <= s_.last_fence &&
+                worker.size() <= sizeof(e.worker) &&
+                s_.lease_index.find(e.fence) == kNone;
+    if (!ok(good, "a lease")) return kNone;
+    std::memcpy(e.worker, worker.data(), worker.size());
+    e.worker_bytes = static_cast<std::uint8_t>(worker.size());
+    return s_.add_lease(e);
+  }
+
+  void dependents(std::uint32_t slot) {
+    std::uint64_t count = r_.count_of(sizeof(JobId));
+    for (; count > 0 && r_.ok(); --count) waits_.emplace_back(slot, r_.id());
+  }
+
+  // All jobs are known by now.
+  void edges() {
+    if (!r_.ok()) return;
+    for (const auto& [dependency, id] : waits_) {
+      std::uint32_t slot = s_.find(id);
+      bool good = slot != kNone && slot != dependency &&
+                  s_.jobs[slot].state == u8(State::waiting) &&
+                  !(s_.jobs[slot].flags & kDoomed) && s_.jobs[slot].unmet < 255;
+      if (!ok(good, "a dependency")) return;
+      s_.add_edge(dependency, slot);
+    }
+    for (std::uint32_t i = 0; i < s_.jobs.end(); ++i) {
+      const JobEntry& e = s_.jobs[i];
+      bool waits = e.state == u8(State::waiting) && !(e.flags & kDoomed);
+      if (!ok(!waits || e.unmet > 0, "a job waits for nothing")) return;
+    }
+  }
+
+  void dedups() {
+    std::uint64_t count = r_.count_of(41);
+    for (; count > 0 && r_.ok(); --count) {
+      std::uint32_t slot = s_.dedups.allocate();
+      DedupEntry& e = s_.dedups[slot];
+      e.key.low = r_.u64();
+      e.key.high = r_.u64();
+      e.job = r_.id();
+      e.digest = r_.u64();
+      e.expiry = r_.signed_number();
+      if (!ok(s_.dedup_index.find(e.key) == kNone, "a dedup key twice")) return;
+      s_.dedup_index.insert(slot);
+      s_.expiries.push(slot);
+    }
+  }
+
+  void link(JobList& list, std::uint32_t slot) {
+    s_.jobs[slot].a = kNone;
+    s_.jobs[slot].b = list.tail;
+    (list.tail == kNone ? list.head : s_.jobs[list.tail].a) = slot;
+    list.tail = slot;
+  }
+
+  Core::Impl& s_;
+  Reader r_;
+  const char* why_ = nullptr;
+  std::vector<std::pair<std::uint32_t, JobId>> waits_;
+};
+
+}  // namespace
+
+void Core::Impl::save(std::vector<std::byte>* out) const {
+  Saver(*this, out).save();
+}
+
+Result<void> Core::Impl::load(std::span<const std::byte> bytes) {
+  CHECK(applied == 0 && jobs.used() == 0 && lines.empty());
+  return Loader(this, bytes).load();
+}
+
+}  // namespace machina

@@ -1,0 +1,872 @@
+// What should happen. Nothing here changes the state: a Draft holds what has
+// been decided so far in this command, so that its later parts see the earlier.
+
+#include <algorithm>
+#include <map>
+#include <set>
+#include <tuple>
+
+#include "queue/check.h"
+#include "queue/core_state.h"
+
+namespace machina {
+namespace {
+
+constexpr std::uint32_t kUnset = kNone - 1;
+
+class Chance {  // splitmix64
+ public:
+  explicit Chance(std::uint64_t seed) : state_(seed) {}
+  std::uint64_t next() {
+    std::uint64_t x = state_ += 0x9e3779b97f4a7c15ULL;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
+    return x ^ (x >> 31);
+  }
+
+ private:
+  std::uint64_t state_;
+};
+
+std::string hex32(std::uint64_t a, std::uint64_t b) {
+  return fence_hex(a) + fence_hex(b);
+}
+
+// Takes as long wherever the first difference is.
+bool same_token(const std::uint8_t (&token)[16], std::string_view hex) {
+  static constexpr char kHex[] = "0123456789abcdef";
+  if (hex.size() != 32) return false;
+  int different = 0;
+  for (int i = 0; i < 16; ++i) {
+    different |= hex[2 * i] ^ kHex[token[i] >> 4];
+    different |= hex[2 * i + 1] ^ kHex[token[i] & 15];
+  }
+  return different == 0;
+}
+
+EndCode attempt_code(EndCode code) {
+  bool not_an_attempts = code == EndCode::none || code == EndCode::dependency;
+  return not_an_attempts ? EndCode::exit : code;
+}
+
+}  // namespace
+
+class Draft {
+ public:
+  Draft(const Core::Impl& state, Millis now, std::uint64_t seed)
+      : s_(state), now_(std::max(now, state.time)), chance_(seed) {}
+
+  void decide(const EnqueueCommand&);
+  void decide(const LeaseCommand&);
+  void decide(const HeartbeatCommand&);
+  void decide(const CompleteCommand&);
+  void decide(const FailCommand&);
+  void decide(const BlockCommand&);
+  void decide(const ReleaseCommand&);
+  void decide(const CancelCommand&);
+  void decide(const RetryCommand&);
+  void decide(const UnblockCommand&);
+  void decide(const GoneCommand&);
+  void decide(const TickCommand&);
+
+  Decision finish();
+
+ private:
+  // A job that these records make ready.
+  struct NewReady {
+    JobId id;
+    std::uint32_t line = kNone;  // kNone: `place` says which
+    std::string queue, kind;     // of a line that is new
+    Level level = 0;
+    std::uint8_t priority = 0;
+    bool returned = false;
+    std::uint16_t attempt = 0;  // made so far
+    bool taken = false;
+  };
+  using Key = std::tuple<int, int, std::uint64_t>;  // least first
+
+  template <class Body>
+  void record(Body body) {
+    out_.records.push_back(Record{now_, std::move(body)});
+  }
+
+  // enqueue
+  Answer admit(const NewJob&, const std::vector<Fact>&, EnqueueRecord*,
+               ItemAnswer*);
+  Answer check_dependencies(const NewJob&, const std::vector<Fact>&,
+                            EnqueueRecord*, ItemAnswer*) const;
+  void admit_children(const CompleteCommand::Item&, const std::vector<Fact>&,
+                      EndRecord* parent, ItemAnswer*);
+  bool dedup_hit(const NewJob&, ItemAnswer*);
+  bool has_room(const NewJob&, bool dedup, ItemAnswer*) const;
+  void admitted(const EnqueueRecord&);
+  void decide_again();
+  JobId new_id() {
+    std::uint64_t a = chance_.next();
+    return make_job_id(now_, a, chance_.next());
+  }
+
+  // leases
+  std::uint32_t lease_of(Fence fence) const;  // kNone also if ended in here
+  std::uint32_t job_of(std::uint32_t lease) const {
+    return s_.leases[lease].job;
+  }
+  EndRecord end_of(std::uint32_t slot, State, EndCode) const;
+  void end_attempt(std::uint32_t slot, const Outcome&, ItemAnswer*);
+  void end_now(std::uint32_t slot, State, EndCode, std::string message);
+  void release(std::uint32_t lease);
+  void release_others(const LeaseCommand&);
+  Millis backoff_ms(const JobEntry&);
+
+  // handing out
+  void ready_again(std::uint32_t slot, std::uint16_t attempt);
+  bool may_feed() const { return will_lease_ || !s_.waiters.empty(); }
+  void sort_new_ready();
+  Key key_of(const NewReady&, std::size_t i) const;
+  Key key_of(const JobEntry&) const;
+  std::uint32_t first_in(const Line&) const;
+  std::uint32_t next_in(std::uint32_t slot) const;
+  std::uint32_t next_list(const Line&, std::size_t from) const;
+  bool wants(const LeaseCommand&, const Waiter*, const NewReady&) const;
+  std::vector<GrantAnswer> pick(const LeaseCommand&, const Waiter*,
+                                std::size_t max);
+  GrantAnswer grant(const LeaseCommand&, const JobId&, std::uint16_t attempt);
+  void lease(const LeaseCommand&);
+  void feed();
+  void promote();
+
+  // ticks
+  void forget();
+
+  const Core::Impl& s_;
+  const Millis now_;
+  Chance chance_;
+  Decision out_;
+
+  std::set<Fence> ended_leases_;
+  std::map<JobId, State> ended_jobs_;
+  std::map<DedupKey, std::pair<JobId, std::uint64_t>> new_keys_;
+  std::set<std::string> new_lines_;  // without live jobs before
+  std::set<std::string> new_tenants_;
+  std::uint64_t new_jobs_ = 0;
+  std::uint64_t grants_ = 0;
+  bool will_lease_ = false;
+  bool is_tick_ = false;  // feeds what apply() made ready by itself, too
+
+  std::vector<NewReady> new_ready_;
+  bool new_ready_sorted_ = true;
+  std::size_t new_ready_left_ = 0;
+  std::vector<std::uint32_t> cursors_;  // by line: its next ready job
+};
+
+Decision Core::decide(Millis now, std::uint64_t seed,
+                      const Command& command) const {
+  Draft draft(*impl_, now, seed);
+  std::visit([&draft](const auto& c) { draft.decide(c); }, command);
+  Decision decision = draft.finish();
+  for (const ItemAnswer& item : decision.items) {
+    // A counter for metrics, not state.
+    if (item.answer == Answer::duplicate) ++impl_->totals.duplicates;
+  }
+  return decision;
+}
+
+Decision Draft::finish() {
+  if (new_ready_left_ > 0 || is_tick_) feed();
+  return std::move(out_);
+}
+
+// --- enqueue ---
+
+void Draft::decide(const EnqueueCommand& c) {
+  out_.records.reserve(c.jobs.size());
+  out_.items.reserve(c.jobs.size());
+  bool need_facts = false;
+  for (const NewJob& job : c.jobs) {
+    ItemAnswer& item = out_.items.emplace_back();
+    EnqueueRecord r;
+    item.answer = admit(job, c.facts, &r, &item);
+    need_facts |= item.answer == Answer::need_facts;
+    if (item.answer != Answer::ok) continue;
+    admitted(r);
+    record(std::move(r));
+  }
+  if (need_facts) decide_again();
+}
+
+// All of the command will be, once the facts are here.
+void Draft::decide_again() {
+  out_.records.clear();
+  new_ready_.clear();
+  new_ready_left_ = 0;
+}
+
+Answer Draft::admit(const NewJob& job, const std::vector<Fact>& facts,
+                    EnqueueRecord* r, ItemAnswer* item) {
+  if (dedup_hit(job, item)) return item->answer;
+  Answer answer = check_dependencies(job, facts, r, item);
+  if (answer != Answer::ok) return answer;
+  if (!has_room(job, !job.dedup_key.empty(), item)) return item->answer;
+  r->id = new_id();
+  r->job = job;
+  r->job.priority = std::clamp(job.priority, 0, kPriorityMax);
+  r->job.min_level = std::min(job.min_level, kLevelMax);
+  r->created_ms = now_;
+  if (!r->unmet.empty()) {
+    r->state = State::waiting;
+  } else {
+    r->state = job.run_at_ms > now_ ? State::scheduled : State::ready;
+  }
+  item->id = r->id;
+  if (item->state != State::cancelled) item->state = r->state;
+  return Answer::ok;
+}
+
+bool Draft::dedup_hit(const NewJob& job, ItemAnswer* item) {
+  if (job.dedup_key.empty()) return false;
+  DedupKey key = dedup_key_of(job);
+  std::uint64_t digest = dedup_digest_of(job);
+  std::pair<JobId, std::uint64_t> known;
+  std::uint32_t slot = s_.dedup_index.find(key);
+  if (auto here = new_keys_.find(key); here != new_keys_.end()) {
+    known = here->second;
+  } else if (slot != kNone && now_ < s_.dedups[slot].expiry) {
+    known = {s_.dedups[slot].job, s_.dedups[slot].digest};
+  } else {
+    return false;
+  }
+  item->id = known.first;
+  item->answer =
+      known.second == digest ? Answer::duplicate : Answer::dedup_mismatch;
+  std::uint32_t live = s_.find(known.first);
+  if (live != kNone) item->state = static_cast<State>(s_.jobs[live].state);
+  return true;
+}
+
+Answer Draft::check_dependencies(const NewJob& job,
+                                 const std::vector<Fact>& facts,
+                                 EnqueueRecord* r, ItemAnswer* item) const {
+  for (const JobId& id : job.depends_on) {
+    auto ended = ended_jobs_.find(id);
+    State state = State::waiting;
+    if (ended != ended_jobs_.end()) {
+      state = ended->second;
+    } else if (s_.find(id) == kNone) {
+      auto fact = std::find_if(facts.begin(), facts.end(),
+                               [&id](const Fact& f) { return f.id == id; });
+      item->detail = to_string(id);
+      if (fact == facts.end()) return Answer::need_facts;
+      if (!fact->known) return Answer::unknown_dependency;
+      item->detail.clear();
+      state = fact->state;
+    }
+    if (state == State::succeeded) continue;
+    if (is_final(state)) item->state = State::cancelled;  // born so
+    if (std::find(r->unmet.begin(), r->unmet.end(), id) == r->unmet.end()) {
+      r->unmet.push_back(id);
+    }
+  }
+  return Answer::ok;
+}
+
+bool Draft::has_room(const NewJob& job, bool dedup, ItemAnswer* item) const {
+  const CoreOptions& o = s_.options;
+  auto full = [item](Answer answer, std::string bound, std::uint64_t value) {
+    item->answer = answer;
+    item->detail = std::move(bound) + " " + std::to_string(value);
+    return false;
+  };
+  if (s_.job_index.size() + new_jobs_ >= o.queue_max) {
+    return full(Answer::queue_full, "live jobs: MACHINA_QUEUE_MAX",
+                o.queue_max);
+  }
+  if (dedup && s_.dedup_index.size() + new_keys_.size() >= o.dedup_max) {
+    return full(Answer::dedup_full, "live dedup keys: dedup_max", o.dedup_max);
+  }
+  std::string key = line_key(job.queue, job.kind, job.min_level);
+  auto line = s_.line_names.find(key);
+  bool in_use = line != s_.line_names.end() && s_.lines[line->second].jobs > 0;
+  if (!in_use && s_.lines_used + new_lines_.size() >= o.names_max &&
+      !new_lines_.contains(key)) {
+    return full(Answer::queue_full,
+                "distinct (queue, kind, min_level): names_max", o.names_max);
+  }
+  if (!s_.tenant_names.contains(job.tenant) &&
+      !new_tenants_.contains(job.tenant) &&
+      s_.tenants.size() + new_tenants_.size() >= o.names_max) {
+    return full(Answer::queue_full, "tenants: names_max", o.names_max);
+  }
+  return true;
+}
+
+// What later items of this command must know of it.
+void Draft::admitted(const EnqueueRecord& r) {
+  const NewJob& job = r.job;
+  ++new_jobs_;
+  if (!r.revived && !job.dedup_key.empty() && job.dedup_ttl_ms > 0) {
+    new_keys_[dedup_key_of(job)] = {r.id, dedup_digest_of(job)};
+  }
+  std::string key = line_key(job.queue, job.kind, job.min_level);
+  auto line = s_.line_names.find(key);
+  bool known = line != s_.line_names.end();
+  if (!known || s_.lines[line->second].jobs == 0) new_lines_.insert(key);
+  if (!s_.tenant_names.contains(job.tenant)) new_tenants_.insert(job.tenant);
+  if (r.state != State::ready || !may_feed()) return;
+  NewReady& ready = new_ready_.emplace_back();
+  ready.id = r.id;
+  ready.line = known ? line->second : kNone;
+  if (!known) {
+    ready.queue = job.queue;
+    ready.kind = job.kind;
+    ready.level = job.min_level;
+  }
+  ready.priority = static_cast<std::uint8_t>(job.priority);
+  ready.attempt = r.attempt;
+  new_ready_sorted_ = false;
+  ++new_ready_left_;
+}
+
+void Draft::decide(const RetryCommand& c) {
+  ItemAnswer& item = out_.items.emplace_back();
+  item.id = c.id;
+  std::uint32_t slot = s_.find(c.id);
+  if (slot != kNone) {
+    item.answer = Answer::wrong_state;
+    item.state = static_cast<State>(s_.jobs[slot].state);
+    return;
+  }
+  if (!c.body) {
+    item.answer = Answer::not_found;
+    return;
+  }
+  item.state = c.state;
+  if (c.state != State::failed && c.state != State::dead &&
+      c.state != State::cancelled) {
+    item.answer = Answer::wrong_state;
+    return;
+  }
+  EnqueueRecord r = *c.body;
+  if (!has_room(r.job, false, &item)) return;
+  r.id = c.id;
+  r.state = State::ready;
+  r.unmet.clear();
+  r.revived = u8(c.state);
+  r.attempt = static_cast<std::uint16_t>(std::clamp(c.attempt, 0, 60'000));
+  item.state = State::ready;
+  admitted(r);
+  record(std::move(r));
+}
+
+// --- ends ---
+
+std::uint32_t Draft::lease_of(Fence fence) const {
+  if (ended_leases_.contains(fence)) return kNone;
+  return s_.lease_index.find(fence);
+}
+
+EndRecord Draft::end_of(std::uint32_t slot, State state, EndCode code) const {
+  const JobEntry& e = s_.jobs[slot];
+  EndRecord r;
+  r.id = e.id;
+  r.state = state;
+  r.attempt = e.attempt;
+  r.body_place = e.body_place;
+  r.body_bytes = e.body_bytes;
+  r.outcome.code = code;
+  if (e.state == u8(State::running)) {
+    const LeaseEntry& lease = s_.leases[e.a];
+    r.fence = lease.fence;
+    r.started_ms = lease.started;
+    r.worker = lease.worker_name();
+  }
+  return r;
+}
+
+void Draft::end_now(std::uint32_t slot, State state, EndCode code,
+                    std::string message) {
+  EndRecord r = end_of(slot, state, code);
+  r.outcome.message = std::move(message);
+  ended_jobs_[r.id] = state;
+  if (r.fence) ended_leases_.insert(r.fence);
+  record(std::move(r));
+}
+
+void Draft::decide(const CompleteCommand& c) {
+  will_lease_ = c.lease.has_value();
+  bool need_facts = false;
+  for (const CompleteCommand::Item& done : c.items) {
+    ItemAnswer& item = out_.items.emplace_back();
+    std::uint32_t lease = lease_of(done.fence);
+    if (lease == kNone) {
+      item.answer = Answer::stale_lease;
+      continue;
+    }
+    std::uint32_t slot = job_of(lease);
+    bool pass = done.outcome.code == EndCode::none;
+    EndRecord r =
+        end_of(slot, pass ? State::succeeded : State::failed, EndCode::none);
+    r.by_complete = 1;
+    r.outcome = done.outcome;
+    item.id = r.id;
+    item.state = State::running;
+    if (!done.children.empty()) {
+      admit_children(done, c.facts, &r, &item);
+      need_facts |= item.answer == Answer::need_facts;
+      if (item.answer != Answer::ok) continue;
+    }
+    item.state = r.state;
+    ended_jobs_[r.id] = r.state;
+    ended_leases_.insert(r.fence);
+    record(std::move(r));
+  }
+  if (need_facts) return decide_again();
+  if (c.lease) lease(*c.lease);
+}
+
+// All of them or none, as if their parent had ended.
+void Draft::admit_children(const CompleteCommand::Item& done,
+                           const std::vector<Fact>& facts, EndRecord* parent,
+                           ItemAnswer* item) {
+  Decision kept = std::move(out_);
+  out_ = Decision{};
+  Draft trial = *this;
+  out_ = std::move(kept);
+  trial.ended_jobs_[parent->id] = parent->state;
+  for (const NewJob& job : done.children) {
+    EnqueueRecord child;
+    ItemAnswer answer;
+    answer.answer = trial.admit(job, facts, &child, &answer);
+    if (answer.answer == Answer::duplicate) continue;
+    if (answer.answer != Answer::ok) {
+      item->answer = answer.answer;
+      item->detail = answer.detail;
+      return;
+    }
+    trial.admitted(child);
+    parent->children.push_back(std::move(child));
+  }
+  chance_ = trial.chance_;
+  for (const EnqueueRecord& child : parent->children) admitted(child);
+}
+
+void Draft::decide(const FailCommand& c) {
+  ItemAnswer& item = out_.items.emplace_back();
+  std::uint32_t lease = lease_of(c.fence);
+  if (lease == kNone) {
+    item.answer = Answer::stale_lease;
+    return;
+  }
+  end_attempt(job_of(lease), c.outcome, &item);
+}
+
+// The one place that knows what becomes of a job whose attempt did not work.
+void Draft::end_attempt(std::uint32_t slot, const Outcome& outcome,
+                        ItemAnswer* item) {
+  const JobEntry& e = s_.jobs[slot];
+  EndCode code = attempt_code(outcome.code);
+  State state = State::dead;
+  bool again = false;
+  if ((e.flags & kCancel) || code == EndCode::cancelled) {
+    state = State::cancelled;
+    code = EndCode::cancelled;
+  } else if (code == EndCode::verdict || code == EndCode::invalid_payload) {
+    state = State::failed;
+  } else {
+    again = outcome.retry && e.attempt < e.limit;
+  }
+  if (!again) {
+    EndRecord r = end_of(slot, state, code);
+    r.outcome = outcome;
+    r.outcome.code = code;
+    ended_leases_.insert(r.fence);
+    ended_jobs_[r.id] = state;
+    item->id = r.id;
+    item->state = state;
+    record(std::move(r));
+    return;
+  }
+  RetryRecord r;
+  r.id = e.id;
+  r.fence = s_.leases[e.a].fence;
+  r.code = code;
+  r.attempt = e.attempt;
+  r.message = outcome.message;
+  bool first_death = code == EndCode::worker_died && !(e.flags & kDiedOnce);
+  if (outcome.retry_after_ms >= 0) {
+    r.run_at_ms =
+        outcome.retry_after_ms > 0 ? now_ + outcome.retry_after_ms : 0;
+  } else if (!first_death) {
+    r.run_at_ms = now_ + backoff_ms(e);
+    if (r.run_at_ms <= now_) r.run_at_ms = 0;
+  }
+  ended_leases_.insert(r.fence);
+  item->id = r.id;
+  item->state = r.run_at_ms == 0 ? State::ready : State::scheduled;
+  if (r.run_at_ms == 0) ready_again(slot, e.attempt);
+  record(std::move(r));
+}
+
+Millis Draft::backoff_ms(const JobEntry& e) {
+  int retry = std::max(e.attempt - e.base, 1);
+  std::uint64_t wait = e.retry_min;
+  for (int i = 1; i < retry && wait < e.retry_max; ++i) wait *= 2;
+  wait = std::min<std::uint64_t>(wait, e.retry_max);
+  return static_cast<Millis>(wait + chance_.next() % 251);
+}
+
+void Draft::decide(const BlockCommand& c) {
+  ItemAnswer& item = out_.items.emplace_back();
+  std::uint32_t lease = lease_of(c.fence);
+  if (lease == kNone) {
+    item.answer = Answer::stale_lease;
+    return;
+  }
+  std::uint32_t slot = job_of(lease);
+  item.id = s_.jobs[slot].id;
+  if (s_.jobs[slot].flags & kCancel) {
+    item.state = State::cancelled;
+    end_now(slot, State::cancelled, EndCode::cancelled,
+            "cancelled while it ran");
+    return;
+  }
+  BlockRecord r;
+  r.id = item.id;
+  r.fence = c.fence;
+  r.reason = c.reason;
+  r.data = c.data;
+  std::uint64_t a = chance_.next();
+  r.token = hex32(a, chance_.next());
+  if (c.deadline_ms > 0) r.deadline_ms = now_ + c.deadline_ms;
+  item.state = State::blocked;
+  item.detail = r.token;
+  ended_leases_.insert(c.fence);
+  record(std::move(r));
+}
+
+void Draft::decide(const UnblockCommand& c) {
+  ItemAnswer& item = out_.items.emplace_back();
+  item.id = c.id;
+  std::uint32_t slot = s_.find(c.id);
+  if (slot == kNone) {
+    item.answer = Answer::not_found;
+    return;
+  }
+  const JobEntry& e = s_.jobs[slot];
+  item.state = static_cast<State>(e.state);
+  if (e.state != u8(State::blocked)) {
+    item.answer = Answer::wrong_state;
+    return;
+  }
+  if (!same_token(s_.extras[e.extra].token, c.token)) {
+    item.answer = Answer::bad_token;
+    return;
+  }
+  item.state = State::ready;
+  ready_again(slot, e.attempt);
+  record(UnblockRecord{c.id, c.input, c.actor});
+}
+
+void Draft::decide(const ReleaseCommand& c) {
+  for (Fence fence : c.fences) {
+    ItemAnswer& item = out_.items.emplace_back();
+    std::uint32_t lease = lease_of(fence);
+    if (lease == kNone) {
+      item.answer = Answer::stale_lease;
+      continue;
+    }
+    const JobEntry& e = s_.jobs[job_of(lease)];
+    item.id = e.id;
+    item.state = e.flags & kCancel ? State::cancelled : State::ready;
+    release(lease);
+  }
+}
+
+void Draft::release(std::uint32_t lease) {
+  std::uint32_t slot = job_of(lease);
+  const JobEntry& e = s_.jobs[slot];
+  if (e.flags & kCancel) {
+    end_now(slot, State::cancelled, EndCode::cancelled,
+            "cancelled while it ran");
+    return;
+  }
+  ended_leases_.insert(s_.leases[lease].fence);
+  ready_again(slot, static_cast<std::uint16_t>(e.attempt - 1));
+  record(ReleaseRecord{e.id, s_.leases[lease].fence});
+}
+
+void Draft::decide(const CancelCommand& c) {
+  ItemAnswer& item = out_.items.emplace_back();
+  item.id = c.id;
+  std::uint32_t slot = s_.find(c.id);
+  if (slot == kNone) {
+    item.answer = Answer::not_found;
+    return;
+  }
+  const JobEntry& e = s_.jobs[slot];
+  if (e.state == u8(State::running)) {
+    item.state = State::running;
+    if (e.flags & kCancel) {
+      item.answer = Answer::already;
+    } else {
+      record(CancelRecord{c.id});
+    }
+    return;
+  }
+  item.state = State::cancelled;
+  if (e.flags & kDoomed) {
+    item.answer = Answer::already;
+    return;
+  }
+  end_now(slot, State::cancelled, EndCode::cancelled, "");
+}
+
+void Draft::decide(const HeartbeatCommand& c) {
+  for (const HeartbeatCommand::Item& beat : c.items) {
+    ItemAnswer& item = out_.items.emplace_back();
+    std::uint32_t lease = lease_of(beat.fence);
+    if (lease == kNone) {
+      item.answer = Answer::stale_lease;
+      continue;
+    }
+    const JobEntry& e = s_.jobs[job_of(lease)];
+    item.id = e.id;
+    item.state = State::running;
+    item.cancel = e.flags & kCancel;
+  }
+}
+
+void Draft::decide(const GoneCommand& c) {
+  Outcome outcome;
+  outcome.code = EndCode::worker_died;
+  for (const std::string& worker : c.workers) {
+    auto found = s_.worker_leases.find(worker);
+    if (found == s_.worker_leases.end()) continue;
+    outcome.message = "worker " + worker + " died";
+    for (std::uint32_t at = found->second; at != kNone;
+         at = s_.leases[at].worker_next) {
+      if (ended_leases_.contains(s_.leases[at].fence)) continue;
+      ItemAnswer item;
+      end_attempt(job_of(at), outcome, &item);
+      out_.items.push_back(std::move(item));
+    }
+  }
+}
+
+// --- leases ---
+
+void Draft::decide(const LeaseCommand& c) {
+  will_lease_ = true;
+  lease(c);
+}
+
+void Draft::lease(const LeaseCommand& c) {
+  if (c.holding) release_others(c);
+  promote();
+  std::size_t max =
+      static_cast<std::size_t>(std::clamp(c.max, 1, kLeasesPerCallMax));
+  out_.grants = pick(c, nullptr, max);
+  out_.park = out_.grants.empty() && c.waiter != 0;
+}
+
+void Draft::release_others(const LeaseCommand& c) {
+  auto found = s_.worker_leases.find(c.worker);
+  if (found == s_.worker_leases.end()) return;
+  std::set<Fence> holding(c.holding->begin(), c.holding->end());
+  for (std::uint32_t at = found->second; at != kNone;
+       at = s_.leases[at].worker_next) {
+    Fence fence = s_.leases[at].fence;
+    if (holding.contains(fence) || ended_leases_.contains(fence)) continue;
+    release(at);
+  }
+}
+
+void Draft::ready_again(std::uint32_t slot, std::uint16_t attempt) {
+  if (!may_feed()) return;
+  const JobEntry& e = s_.jobs[slot];
+  NewReady& ready = new_ready_.emplace_back();
+  ready.id = e.id;
+  ready.line = e.line;
+  ready.priority = e.priority;
+  ready.returned = e.flags & kReturned;
+  ready.attempt = attempt;
+  new_ready_sorted_ = false;
+  ++new_ready_left_;
+}
+
+// Higher priority first; then those returned by an attempt, then those never
+// leased; then in the order in which they became ready.
+Draft::Key Draft::key_of(const JobEntry& e) const {
+  return {kPriorityMax - e.priority, e.flags & kReturned ? 0 : 1, e.order};
+}
+Draft::Key Draft::key_of(const NewReady& r, std::size_t i) const {
+  return {kPriorityMax - r.priority, r.returned ? 0 : 1, s_.next_order + i};
+}
+
+void Draft::sort_new_ready() {
+  if (new_ready_sorted_) return;
+  std::stable_sort(new_ready_.begin(), new_ready_.end(),
+                   [this](const NewReady& a, const NewReady& b) {
+                     return key_of(a, 0) < key_of(b, 0);
+                   });
+  new_ready_sorted_ = true;
+}
+
+// A line's ready jobs in order: list 2p + q is priority 9 - p, returned then
+// fresh.
+std::uint32_t Draft::next_list(const Line& line, std::size_t from) const {
+  for (std::size_t i = from; i < 2 * kPriorities; ++i) {
+    std::uint32_t head = line.lists[kPriorityMax - i / 2][i % 2].head;
+    if (head != kNone) return head;
+  }
+  return kNone;
+}
+std::uint32_t Draft::first_in(const Line& line) const {
+  return next_list(line, 0);
+}
+std::uint32_t Draft::next_in(std::uint32_t slot) const {
+  const JobEntry& e = s_.jobs[slot];
+  if (e.a != kNone) return e.a;
+  std::size_t list = 2u * (kPriorityMax - e.priority) +
+                     (e.flags & kReturned ? kReturnedList : kFreshList);
+  return next_list(s_.lines[e.line], list + 1);
+}
+
+bool Draft::wants(const LeaseCommand& c, const Waiter* waiter,
+                  const NewReady& r) const {
+  if (r.line == kNone) return s_.matches(c, r.queue, r.kind, r.level);
+  if (waiter) return waiter->lines[r.line];
+  return s_.matches(c, s_.lines[r.line]);
+}
+
+std::vector<GrantAnswer> Draft::pick(const LeaseCommand& c,
+                                     const Waiter* waiter, std::size_t max) {
+  sort_new_ready();
+  if (cursors_.size() < s_.lines.size()) {
+    cursors_.resize(s_.lines.size(), kUnset);
+  }
+  std::vector<std::uint32_t> mine;
+  for (std::uint32_t at : s_.ready_lines) {
+    bool match = waiter ? waiter->lines[at] : s_.matches(c, s_.lines[at]);
+    if (!match) continue;
+    if (cursors_[at] == kUnset) cursors_[at] = first_in(s_.lines[at]);
+    mine.push_back(at);
+  }
+  std::vector<GrantAnswer> grants;
+  std::size_t fresh = 0;  // of new_ready_
+  while (grants.size() < max) {
+    std::uint32_t best = kNone;
+    Key best_key{};
+    for (std::uint32_t at : mine) {
+      if (cursors_[at] == kNone) continue;
+      Key key = key_of(s_.jobs[cursors_[at]]);
+      if (best == kNone || key < best_key) {
+        best = at;
+        best_key = key;
+      }
+    }
+    while (fresh < new_ready_.size() &&
+           (new_ready_[fresh].taken || !wants(c, waiter, new_ready_[fresh]))) {
+      ++fresh;
+    }
+    bool has_fresh = fresh < new_ready_.size();
+    if (has_fresh &&
+        (best == kNone || key_of(new_ready_[fresh], fresh) < best_key)) {
+      NewReady& r = new_ready_[fresh];
+      r.taken = true;
+      --new_ready_left_;
+      grants.push_back(grant(c, r.id, r.attempt));
+    } else if (best != kNone) {
+      const JobEntry& e = s_.jobs[cursors_[best]];
+      cursors_[best] = next_in(cursors_[best]);
+      grants.push_back(grant(c, e.id, e.attempt));
+    } else {
+      break;
+    }
+  }
+  return grants;
+}
+
+GrantAnswer Draft::grant(const LeaseCommand& c, const JobId& id,
+                         std::uint16_t attempt) {
+  CHECK(s_.next_counter + grants_ < (1ULL << 40));
+  GrantRecord r;
+  r.id = id;
+  r.fence = make_fence(s_.epoch, s_.next_counter + grants_++);
+  r.attempt = static_cast<std::uint16_t>(attempt + 1);
+  r.level = std::min(c.level, kLevelMax);
+  r.worker = c.worker;
+  GrantAnswer answer{id, r.fence};
+  record(std::move(r));
+  return answer;
+}
+
+// Parked calls take what became ready, in the order in which they came.
+void Draft::feed() {
+  std::size_t budget = kFeedMax;
+  for (const Waiter& waiter : s_.waiters) {
+    if (budget == 0 || (s_.hungry == 0 && new_ready_left_ == 0)) return;
+    std::size_t max = static_cast<std::size_t>(
+        std::clamp(waiter.command.max, 1, kLeasesPerCallMax));
+    std::vector<GrantAnswer> grants =
+        pick(waiter.command, &waiter, std::min(max, budget));
+    if (grants.empty()) continue;
+    budget -= grants.size();
+    out_.fed.push_back({waiter.command.waiter, std::move(grants)});
+  }
+}
+
+// --- time passes ---
+
+void Draft::promote() {
+  if (s_.due.empty() || s_.jobs[s_.due.top()].time > now_) return;
+  PromoteRecord r;
+  std::vector<std::uint32_t> slots = s_.due.first(
+      kTickMax, [this](const JobEntry& e) { return e.time <= now_; });
+  for (std::uint32_t slot : slots) {
+    r.ids.push_back(s_.jobs[slot].id);
+    ready_again(slot, s_.jobs[slot].attempt);
+  }
+  record(std::move(r));
+}
+
+void Draft::forget() {
+  if (s_.expiries.empty()) return;
+  if (s_.dedups[s_.expiries.top()].expiry + kForgetLateMs > now_) return;
+  std::size_t count =
+      s_.expiries
+          .first(kForgetMax,
+                 [this](const DedupEntry& e) { return e.expiry <= now_; })
+          .size();
+  record(ForgetRecord{now_, static_cast<std::uint32_t>(count)});
+}
+
+void Draft::decide(const TickCommand&) {
+  is_tick_ = true;
+  Outcome expired;
+  expired.code = EndCode::lease_expired;
+  expired.message = "the lease expired";
+  std::vector<std::uint32_t> leases = s_.lease_deadlines.first(
+      kTickMax, [this](const LeaseEntry& e) { return e.deadline <= s_.mono; });
+  for (std::uint32_t lease : leases) {
+    ItemAnswer item;
+    end_attempt(job_of(lease), expired, &item);
+  }
+  std::vector<std::uint32_t> blocked = s_.deadlines.first(
+      kTickMax, [this](const JobEntry& e) { return e.time <= now_; });
+  for (std::uint32_t slot : blocked) {
+    end_now(slot, State::dead, EndCode::timeout,
+            "no input came before the deadline");
+  }
+  std::uint32_t lost = s_.doomed.head;
+  for (std::size_t i = 0; i < kTickMax && lost != kNone; ++i) {
+    end_now(lost, State::cancelled, EndCode::dependency,
+            "a job it depends on did not succeed");
+    lost = s_.jobs[lost].a;
+  }
+  promote();
+  forget();
+  // Any record walks edges (pump()); this one is only for that.
+  if (s_.ended.head != kNone && out_.records.empty()) record(PromoteRecord{});
+}
+
+}  // namespace machina

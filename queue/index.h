@@ -1,0 +1,91 @@
+// queue/index.h
+//
+// Finds the entries of a Slab by key: linear hashing, chained through the
+// entries' `link`. Each insert splits at most one bucket, so that no insert
+// ever pays for the whole table; four bytes an entry beside the link.
+//
+// Traits has Key, Key key(const T&) and std::uint64_t hash(const Key&), which
+// must be uniform in its low bits.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "queue/slab.h"
+
+namespace machina {
+
+template <class T, class Traits>
+class Index {
+ public:
+  using Key = typename Traits::Key;
+
+  explicit Index(Slab<T>* slab) : slab_(slab) {
+    for (int i = 0; i < 16; ++i) buckets_.push_back(kNone);
+  }
+
+  std::size_t size() const { return size_; }
+
+  std::uint32_t find(const Key& key) const {
+    std::uint32_t at = buckets_[bucket_of(Traits::hash(key))];
+    while (at != kNone && !(Traits::key((*slab_)[at]) == key)) {
+      at = (*slab_)[at].link;
+    }
+    return at;
+  }
+
+  // The key must not be there.
+  void insert(std::uint32_t slot) {
+    if (++size_ > buckets_.size()) split();
+    push(bucket_of(Traits::hash(Traits::key((*slab_)[slot]))), slot);
+  }
+
+  // The entry must be there.
+  void erase(std::uint32_t slot) {
+    std::size_t bucket = bucket_of(Traits::hash(Traits::key((*slab_)[slot])));
+    std::uint32_t next = (*slab_)[slot].link;
+    if (buckets_[bucket] == slot) {
+      buckets_[bucket] = next;
+    } else {
+      std::uint32_t at = buckets_[bucket];
+      while ((*slab_)[at].link != slot) at = (*slab_)[at].link;
+      (*slab_)[at].link = next;
+    }
+    --size_;
+  }
+
+ private:
+  // Buckets [0, split_) and [mask_ + 1, ...) are of the doubled table already.
+  std::size_t bucket_of(std::uint64_t hash) const {
+    std::size_t bucket = hash & mask_;
+    return bucket < split_ ? hash & (mask_ * 2 + 1) : bucket;
+  }
+
+  void push(std::size_t bucket, std::uint32_t slot) {
+    (*slab_)[slot].link = buckets_[bucket];
+    buckets_[bucket] = slot;
+  }
+
+  void split() {
+    std::uint32_t at = buckets_[split_];
+    buckets_[split_] = kNone;
+    buckets_.push_back(kNone);
+    ++split_;
+    while (at != kNone) {
+      std::uint32_t next = (*slab_)[at].link;
+      push(bucket_of(Traits::hash(Traits::key((*slab_)[at]))), at);
+      at = next;
+    }
+    if (split_ > mask_) {
+      mask_ = mask_ * 2 + 1;
+      split_ = 0;
+    }
+  }
+
+  Slab<T>* slab_;
+  Paged<std::uint32_t, 4096> buckets_;
+  std::size_t mask_ = 15, split_ = 0, size_ = 0;
+};
+
+}  // namespace machina
