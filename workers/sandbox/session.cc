@@ -210,6 +210,11 @@ class SlotImpl : public Slot {
           *this, "level L" + std::to_string(reply->level) + ", L" +
                      std::to_string(spec.min_level) + " required"));
     }
+    if (reply->stage == Stage::paths) {  // the repository that was named
+      const bool missing = reply->error == ENOENT || reply->error == ENOTDIR;
+      return Error{missing ? Code::not_found : Code::invalid,
+                   std::string("repository: ") + std::strerror(reply->error)};
+    }
     if (reply->stage != Stage::none) {
       return Error{Code::unavailable, std::string("sandbox: ") +
                                           stage_name(reply->stage) + ": " +

@@ -132,13 +132,17 @@ int own_etc(const Ground& ground) {
       "services: files\nprotocols: files\n");
   put("etc/resolv.conf", "");
   if (!error) error = make_dir("etc/ssl");
-  for (const char* name :
-       {"/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d",
-        "/etc/alternatives", "/etc/localtime", "/etc/timezone",
-        "/etc/os-release", "/etc/debian_version", "/etc/mime.types",
-        "/etc/services", "/etc/protocols", "/etc/python3", "/etc/python3.11",
-        "/etc/python3.12", "/etc/python3.13", "/etc/perl", "/etc/ssl/certs",
-        "/etc/ssl/openssl.cnf", "/etc/java-17-openjdk"}) {
+  for (const char* name : {"/etc/ld.so.cache",     "/etc/ld.so.conf",
+                           "/etc/ld.so.conf.d",    "/etc/alternatives",
+                           "/etc/localtime",       "/etc/timezone",
+                           "/etc/os-release",      "/etc/debian_version",
+                           "/etc/mime.types",      "/etc/services",
+                           "/etc/protocols",       "/etc/python3",
+                           "/etc/python3.11",      "/etc/python3.12",
+                           "/etc/python3.13",      "/etc/perl",
+                           "/etc/ssl/certs",       "/etc/ssl/openssl.cnf",
+                           "/etc/java-17-openjdk", "/etc/fonts",
+                           "/etc/matplotlibrc"}) {
     if (!error) error = copy_in(name);
   }
   return error;

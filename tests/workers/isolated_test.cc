@@ -1,0 +1,314 @@
+// Worker, kinds and the real sandbox together, against a server in memory. As
+// whoever runs it: root or not.
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "tests/workers/fake_server.h"
+#include "workers/kinds/kinds.h"
+#include "workers/sandbox/sandbox.h"
+#include "workers/worker.h"
+
+namespace machina {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+using testing::HasSubstr;
+
+class IsolatedTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    char name[] = "/var/tmp/machina-isolated-XXXXXX";
+    ASSERT_NE(mkdtemp(name), nullptr);
+    root_ = name;
+    repos_ = root_ + "/repos";
+    fs::create_directories(repos_);
+    register_built_in_handlers();
+    sandbox::SpawnerOptions spawning;
+    spawning.root = root_;
+    spawning.repo_roots = {repos_};
+    spawning.socket_path = root_ + "/machina.sock";
+    auto spawner = sandbox::Spawner::start(spawning);
+    ASSERT_TRUE(spawner) << spawner.error().what;
+    spawner_ = std::move(*spawner);
+    auto channel = spawner_->open_slot(0);
+    ASSERT_TRUE(channel);
+    auto slot = sandbox::Slot::attach(*channel);
+    ASSERT_TRUE(slot);
+    slot_ = std::move(*slot);
+    auto report = sandbox::run_canary(*slot_);
+    ASSERT_TRUE(report) << report.error().what;
+    level_ = report->level;
+    server_ = std::make_unique<FakeServer>(spawning.socket_path);
+    WorkerOptions options;
+    options.name = "p-0-1";
+    options.root = root_;
+    options.repo_roots = {repos_};
+    worker_ = std::make_unique<Worker>(options, *slot_, *report);
+    thread_ = std::thread([this] { worker_->run(); });
+  }
+  void TearDown() override {
+    if (worker_) {
+      worker_->release_now();
+      thread_.join();
+    }
+    worker_.reset();
+    slot_.reset();
+    spawner_.reset();
+    server_.reset();
+    fs::remove_all(root_);
+  }
+
+  FakeServer::Job run(const std::string& kind, const json& payload,
+                      long timeout_ms = 0, const std::string& sandbox = "") {
+    const std::string id = "job" + std::to_string(++jobs_);
+    server_->add(id, kind, payload.dump(), timeout_ms, sandbox);
+    EXPECT_TRUE(server_->wait(
+        [&] {
+          const auto job = server_->job(id);
+          return job.completions > 0;
+        },
+        60'000));
+    return server_->job(id);
+  }
+
+  FakeServer::Job run_files(const std::map<std::string, std::string>& files,
+                            json more = json::object(), long timeout_ms = 0,
+                            const std::string& sandbox = "") {
+    more["files"] = files;
+    return run("test.run", more, timeout_ms, sandbox);
+  }
+
+  static void sh(const std::string& command) {
+    ASSERT_EQ(system(command.c_str()), 0) << command;
+  }
+
+  std::string root_, repos_;
+  std::unique_ptr<sandbox::Spawner> spawner_;
+  std::unique_ptr<sandbox::Slot> slot_;
+  std::unique_ptr<FakeServer> server_;
+  std::unique_ptr<Worker> worker_;
+  std::thread thread_;
+  Level level_ = 0;
+  int jobs_ = 0;
+};
+
+TEST_F(IsolatedTest, NoopRunsInAConfinedHandler) {
+  const auto job = run("noop", {{"echo", "hello"}});
+  EXPECT_EQ(job.state, "succeeded");
+  EXPECT_EQ(job.end["result"]["echo"], "hello");
+  EXPECT_EQ(job.end["isolation"]["level"], "L" + std::to_string(level_));
+}
+
+TEST_F(IsolatedTest, NoopThatCrashesDiesOfASignal) {
+  const auto job = run("noop", {{"crash", true}});
+  EXPECT_EQ(job.end["code"], "signal") << job.end;
+  EXPECT_THAT(job.end["message"], HasSubstr("signal 6"));
+}
+
+TEST_F(IsolatedTest, ShellRunsWithItsFilesInputAndEnvironment) {
+  const auto job = run(
+      "tool.shell",
+      {{"argv", {"/bin/sh", "-c", "cat; cat sub/a.txt; echo $X; pwd; exit 4"}},
+       {"stdin", "in\n"},
+       {"env", {{"X", "y z"}}},
+       {"cwd", "d"},
+       {"files", {{"d/sub/a.txt", "file\n"}}}});
+  EXPECT_EQ(job.state, "failed");
+  EXPECT_EQ(job.end["result"]["exit_code"], 4) << job.end;
+  EXPECT_EQ(job.end["result"]["stdout"], "in\nfile\ny z\n/work/d\n");
+  EXPECT_EQ(job.log, "in\nfile\ny z\n/work/d\n");
+}
+
+TEST_F(IsolatedTest, WarmedAndSandboxedJobsTakeTurnsInOneSlot) {
+  for (int i = 0; i < 5; ++i) {
+    EXPECT_EQ(run("noop", json::object()).state, "succeeded");
+    EXPECT_EQ(run("tool.shell", {{"argv", {"/bin/true"}}}).state, "succeeded");
+  }
+}
+
+TEST_F(IsolatedTest, PytestOutcomesComeFromTheReport) {
+  const auto job =
+      run_files({{"test_a.py",
+                  "import pytest\n"
+                  "def test_good(): pass\n"
+                  "def test_bad(): assert 1 == 2, 'one is not two'\n"
+                  "@pytest.mark.skip\n"
+                  "def test_later(): pass\n"
+                  "@pytest.fixture\n"
+                  "def broken(): raise RuntimeError('no fixture')\n"
+                  "def test_error(broken): pass\n"}});
+  EXPECT_EQ(job.state, "failed") << job.end;
+  const json& r = job.end["result"];
+  EXPECT_EQ(r["ok"], false);
+  EXPECT_EQ(r["passed"], 1) << r;
+  EXPECT_EQ(r["failed"], 1);
+  EXPECT_EQ(r["errors"], 1);
+  EXPECT_EQ(r["skipped"], 1);
+  EXPECT_EQ(r["coverage"], nullptr);
+  EXPECT_EQ(r["cases_truncated"], false);
+  ASSERT_EQ(r["cases"].size(), 4);
+  EXPECT_EQ(r["cases"][0]["id"], "test_a::test_bad");
+  EXPECT_THAT(r["cases"][0]["message"].get<std::string>(),
+              HasSubstr("one is not two"));
+  EXPECT_GT(r["metrics"]["peak_memory_bytes"], 1'000'000);
+  EXPECT_EQ(job.end["artifacts"], json({"output.log", "junit.xml"}));
+  EXPECT_THAT(job.artifacts.at("junit.xml"), HasSubstr("<testsuite"));
+  EXPECT_THAT(job.artifacts.at("output.log"), HasSubstr("test_a.py"));
+  EXPECT_THAT(job.log, HasSubstr("test_a.py"));
+  EXPECT_FALSE(job.progress.empty());
+}
+
+TEST_F(IsolatedTest, NoTestIsNoPass) {
+  EXPECT_EQ(run_files({{"test_a.py", "x = 1\n"}}).end["result"]["errors"], 1);
+  const auto gone =
+      run_files({{"test_a.py", "import os\ndef test_a(): os._exit(0)\n"}});
+  EXPECT_EQ(gone.state, "failed");
+  EXPECT_EQ(gone.end["result"]["ok"], false);
+  EXPECT_EQ(gone.end["result"]["errors"], 1) << gone.end;
+}
+
+TEST_F(IsolatedTest, FlakyTestsAreToldApartFromBrokenOnes) {
+  const auto job = run_files({{"test_a.py",
+                               "import os\n"
+                               "def test_flaky():\n"
+                               "    first = not os.path.exists('/work/seen')\n"
+                               "    open('/work/seen', 'w').close()\n"
+                               "    assert not first\n"
+                               "def test_good(): pass\n"}},
+                             {{"retries", 2}});
+  EXPECT_EQ(job.state, "succeeded") << job.end;
+  EXPECT_EQ(job.end["result"]["flaky"], 1);
+  EXPECT_EQ(job.end["result"]["failed"], 0);
+  EXPECT_EQ(job.end["result"]["passed"], 1);
+}
+
+TEST_F(IsolatedTest, CommandRunnersExitCodeIsTheVerdict) {
+  const json good = {{"runner", "command"}, {"command", {"test", "-f", "a"}}};
+  EXPECT_EQ(run_files({{"a", "x"}}, good).state, "succeeded");
+  const auto bad = run_files({{"b", "x"}}, good);
+  EXPECT_EQ(bad.state, "failed");
+  EXPECT_EQ(bad.end["result"]["failed"], 1);
+  EXPECT_EQ(bad.end["result"]["cases"][0]["id"], "command");
+}
+
+TEST_F(IsolatedTest, SetupRunsFirstAndItsFailureIsAnError) {
+  const json setup = {{"runner", "command"},
+                      {"command", {"cat", "made"}},
+                      {"setup", {{"sh", "-c", "echo hi >made"}}}};
+  EXPECT_EQ(run_files({{"a", "x"}}, setup).state, "succeeded");
+  json broken = setup;
+  broken["setup"] = {{"sh", "-c", "echo no; exit 3"}};
+  const auto job = run_files({{"a", "x"}}, broken);
+  EXPECT_EQ(job.state, "failed");
+  EXPECT_EQ(job.end["result"]["cases"][0]["id"], "setup[0]");
+}
+
+TEST_F(IsolatedTest, RunsAKilledSuiteReportWhatKilledIt) {
+  const auto act = [&](const std::string& body, long timeout_ms,
+                       const json& box) {
+    return run_files({{"test_a.py", "def test_a():\n" + body}},
+                     {{"args", {"-s"}}}, timeout_ms, box.dump())
+        .end["code"];
+  };
+  const json box = {{"memory_mb", 128},
+                    {"disk_mb", 32},
+                    {"pids", 32},
+                    {"output_bytes", 10000}};
+  EXPECT_EQ(act("    x = bytearray(600 << 20)\n    x[:] = b'a' * len(x)\n",
+                60'000, box),
+            "oom");
+  EXPECT_EQ(act("    while True: pass\n", 1500, box), "timeout");
+  EXPECT_EQ(act("    import os, signal\n"
+                "    os.kill(os.getpid(), signal.SIGSTOP)\n",
+                1500, box),
+            "timeout");
+  EXPECT_EQ(
+      act("    import os, signal\n    os.kill(os.getpid(), 9)\n", 20'000, box),
+      "signal");
+  const json roomy = {{"memory_mb", 1024}, {"pids", 24}};
+  EXPECT_EQ(act("    import os\n    while True: os.fork()\n", 20'000, roomy),
+            "pids");
+  const json flood = {{"output_bytes", 10000}};
+  EXPECT_EQ(act("    import os\n    while True: os.write(1, b'x' * 4096)\n",
+                20'000, flood),
+            "output");
+}
+
+TEST_F(IsolatedTest, RepositoryIsReadAtItsCommitAndNeverTouched) {
+  const std::string repo = repos_ + "/demo";
+  sh("mkdir " + repo + " && cd " + repo +
+     " && git init -q -b main . && git config user.email a@b && git config "
+     "user.name n && echo 'def test_a(): assert True' >test_a.py && git add "
+     "-A && git commit -qm one && echo 'def test_a(): assert False' "
+     ">test_a.py && git commit -qam two && echo uncommitted >>test_a.py");
+  // What a hostile repository would like to have run.
+  sh("cd " + repo + " && git config core.fsmonitor 'touch " + root_ +
+     "/owned' && "
+     "git config uploadpack.packObjectsHook 'touch " +
+     root_ +
+     "/owned' && "
+     "printf '#!/bin/sh\\ntouch " +
+     root_ +
+     "/owned\\n' >.git/hooks/post-checkout && chmod +x "
+     ".git/hooks/post-checkout");
+  const auto two = run("test.run", {{"repo", "demo"}});
+  EXPECT_EQ(two.state, "failed") << two.end;
+  EXPECT_EQ(two.end["result"]["failed"], 1) << two.end;
+  const auto one = run("test.run", {{"repo", repo}, {"base_rev", "HEAD~1"}});
+  EXPECT_EQ(one.state, "succeeded") << one.end;
+  EXPECT_FALSE(fs::exists(root_ + "/owned"));
+  std::ifstream file(repo + "/test_a.py");
+  const std::string text((std::istreambuf_iterator<char>(file)), {});
+  EXPECT_THAT(text, HasSubstr("uncommitted"));
+  const auto none = run("test.run", {{"repo", "demo"}, {"base_rev", "nope"}});
+  EXPECT_EQ(none.end["code"], "invalid_payload") << none.end;
+  EXPECT_THAT(none.end["message"], HasSubstr("base_rev"));
+  const auto missing = run("test.run", {{"repo", "missing"}});
+  EXPECT_EQ(missing.end["code"], "invalid_payload") << missing.end;
+}
+
+// A real suite: Debian's networkx carries its own tests.
+TEST_F(IsolatedTest, NetworkxRunsItsOwnSuite) {
+  const std::string from = "/usr/lib/python3/dist-packages/networkx";
+  if (!fs::exists(from)) GTEST_SKIP() << "python3-networkx is not installed";
+  const std::string repo = repos_ + "/networkx";
+  sh("mkdir " + repo + " && cp -r " + from + " " + repo + "/ && cd " + repo +
+     " && find . -name __pycache__ -prune -exec rm -r {} + && "
+     "git init -q . && git add -A && git -c user.email=a@b -c user.name=n "
+     "commit -qm networkx");
+  const auto job = run(
+      "test.run",
+      {{"repo", "networkx"},
+       {"select", {"networkx/algorithms/shortest_paths", "networkx/classes"}}},
+      120'000);
+  EXPECT_EQ(job.state, "succeeded")
+      << job.end.dump().substr(0, 3000) << job.log;
+  const json& r = job.end["result"];
+  EXPECT_GT(r["passed"], 1500);
+  EXPECT_EQ(r["failed"], 0);
+  EXPECT_EQ(r["cases"].size(),
+            r["passed"].get<std::size_t>() + r["skipped"].get<std::size_t>());
+  std::printf("%d passed, %d skipped, %d ms, result %zu bytes\n",
+              r["passed"].get<int>(), r["skipped"].get<int>(),
+              r["duration_ms"].get<int>(), r.dump().size());
+}
+
+TEST_F(IsolatedTest, CancelEndsARealProcess) {
+  server_->add("a", "tool.shell",
+               R"({"argv":["/bin/sh","-c","trap '' TERM; sleep 60"]})");
+  ASSERT_TRUE(server_->wait_state("a", "running"));
+  std::this_thread::sleep_for(std::chrono::milliseconds(200));
+  server_->cancel("a");
+  EXPECT_TRUE(server_->wait_state("a", "cancelled", 4000));
+}
+
+}  // namespace
+}  // namespace machina
