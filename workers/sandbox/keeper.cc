@@ -105,8 +105,11 @@ class Keeper {
           reply->too_weak = 1;
           break;
         }
-        failure = open_session(request, passed, reply);
-        if (!failure.ok()) end_session();
+        failure = open_session(request, passed);
+        if (!failure.ok()) {
+          end_session();
+          blame(failure, reply);
+        }
         break;
       default:
         failure = {Stage::request, EINVAL};
@@ -115,8 +118,7 @@ class Keeper {
     reply->error = failure.error;
   }
 
-  Failure open_session(const KeeperRequest& request, int control,
-                       KeeperReply* reply) {
+  Failure open_session(const KeeperRequest& request, int control) {
     ground_ = Ground{};
     ground_.slot = slot_;
     ground_.role = request.role ? Role::prepare : Role::job;
@@ -140,7 +142,7 @@ class Keeper {
             l.pids + kSlackPids)) {
       return {Stage::cgroup, error};
     }
-    return clone_init(control, reply);
+    return clone_init(control);
   }
 
   // Whose uid the steps have; for prepare also makes the mirror's directory.
@@ -195,19 +197,62 @@ class Keeper {
   }
 
   // A mechanism without which no sandbox can be made was taken away (tests).
-  bool clone_forbidden(KeeperReply* reply) const {
+  bool clone_forbidden() const {
     for (Mech m : {Mech::userns, Mech::mountns, Mech::pidns, Mech::netns}) {
       const bool needed = m != Mech::userns || !host_.root;
-      if (needed && !host_.active(m)) {
-        reply->level = 0;
-        return true;
-      }
+      if (needed && !host_.active(m)) return true;
     }
     return false;
   }
 
-  Failure clone_init(int control, KeeperReply* reply) {
-    if (clone_forbidden(reply)) return {Stage::clone, EPERM};
+  // The host refused a mechanism that find_host() could only hope for (a
+  // profile may let clone pass and refuse the mount after it). A lack of room
+  // is not a refusal: the next attempt may succeed.
+  void blame(const Failure& failure, KeeperReply* reply) const {
+    switch (failure.error) {
+      case ENOMEM:
+      case ENOSPC:
+      case EAGAIN:
+      case EMFILE:
+      case ENFILE:
+      case EPIPE:
+        return;
+      default:
+        break;
+    }
+    Mech mech = Mech::mountns;
+    switch (failure.stage) {
+      case Stage::clone:
+      case Stage::idmap:
+        mech = host_.root ? Mech::pidns : Mech::userns;
+        break;
+      case Stage::root_fs:
+      case Stage::binds:
+      case Stage::etc:
+      case Stage::dev:
+      case Stage::proc:
+      case Stage::scratch:
+      case Stage::pivot:
+        break;
+      case Stage::loopback:
+        mech = Mech::netns;
+        break;
+      case Stage::landlock_rules:
+        mech = Mech::landlock;
+        break;
+      case Stage::init_caps:
+        mech = Mech::caps;
+        break;
+      default:
+        return;  // the request's fault, or nobody's
+    }
+    auto& wire = reply->mechs[static_cast<std::size_t>(mech)];
+    if (wire.state == 0) wire = MechWire{3, failure.error};
+    reply->level = 0;
+  }
+
+  Failure clone_init(int control) {
+    if (clone_forbidden()) return {Stage::clone, EPERM};
     int release[2], report[2];
     if (pipe2(release, O_CLOEXEC) < 0) return {Stage::clone, errno};
     if (pipe2(report, O_CLOEXEC) < 0) {
@@ -239,15 +284,11 @@ class Keeper {
     Failure failure;
     if (pid < 0) {
       failure = {Stage::clone, clone_error};
-      if (!host_.root) reply->mechs[0] = MechWire{3, clone_error};
-      reply->level = 0;
     } else {
       pidfd_ = pidfd;
       *shared_ = static_cast<pid_t>(pid);
       if (const int error = host_.root ? 0 : map_identity(pid)) {
         failure = {Stage::idmap, error};
-        reply->mechs[0] = MechWire{3, error};
-        reply->level = 0;
       }
       if (failure.ok()) {
         const bool released = write(release[1], "g", 1) == 1;

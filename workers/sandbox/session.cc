@@ -386,6 +386,8 @@ StepResult SessionImpl::run_capped(const Step& step, const Watch& watch,
   writers[1].reset();
 
   const Millis deadline = started + step.timeout_ms;
+  const std::uint64_t flood =
+      kFloodFactor * std::max<std::uint64_t>(output_bytes, 4096);
   std::optional<Ended> killed;
   Millis kill_at = 0;  // a TERM was sent; KILL follows then
   Millis lost_at = 0;  // a KILL was sent; init must have answered by then
@@ -410,7 +412,7 @@ StepResult SessionImpl::run_capped(const Step& step, const Watch& watch,
           std::as_bytes(std::span(buffer, static_cast<std::size_t>(n)));
       s.kept.add(bytes);
       if (watch.on_output) watch.on_output(i + 1, bytes);
-      if (s.kept.total() > kFloodFactor * output_bytes && !lost_at) {
+      if (s.kept.total() > flood && !lost_at) {
         kill_now(Ended::output);
       }
     }

@@ -173,7 +173,7 @@ int new_proc(bool hide, std::uint64_t attrs) {
   const int context = fsopen("proc", FSOPEN_CLOEXEC);
   if (context < 0) return -errno;
   int made = -1;
-  if ((!hide || fsconfig(context, FSCONFIG_SET_STRING, "hidepid", "invisible",
+  if ((!hide || fsconfig(context, FSCONFIG_SET_STRING, "hidepid", "ptraceable",
                          0) == 0) &&
       fsconfig(context, FSCONFIG_CMD_CREATE, nullptr, nullptr, 0) == 0) {
     made = fsmount(context, FSMOUNT_CLOEXEC, static_cast<unsigned>(attrs));
@@ -183,7 +183,9 @@ int new_proc(bool hide, std::uint64_t attrs) {
   return made < 0 ? -error : made;
 }
 
-// The one the job sees shows it only its own processes, read-only; the other,
+// The one the job sees shows it only its own processes ("invisible" would
+// except group 0, which the owner of a repository may have), read-only; the
+// other,
 // attached nowhere, serves init.
 int own_proc(Inside* inside) {
   constexpr std::uint64_t kAttrs =
