@@ -96,7 +96,7 @@ std::string not_promised(const Config& config) {
   }
   parts.emplace_back(
       "that what a job does outside the queue happens only once");
-  std::string line = "not promised: ";
+  std::string line;
   for (std::size_t i = 0; i < parts.size(); ++i) {
     line += (i == 0 ? "" : "; ") + parts[i];
   }

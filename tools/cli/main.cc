@@ -15,6 +15,7 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", "machina " MACHINA_VERSION);
   int exit = kOk;
 
+  add_serve(app, &exit);
   add_pool(app, &exit);
   add_worker(app, &exit);
   add_doctor(app, &exit);

@@ -1,0 +1,180 @@
+// serve: from settings to a running server. The list of what happens at a
+// start, in order: settings, refusals, root, secrets out of reach, run.
+
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+
+#include <CLI/App.hpp>
+#include <CLI/Config.hpp>
+#include <CLI/Formatter.hpp>
+#include <iostream>
+#include <nlohmann/json.hpp>
+
+#include "server/server.h"
+#include "tools/cli/cli.h"
+#include "tools/cli/pool_settings.h"
+#include "tools/promises.h"
+#include "tools/root.h"
+#include "workers/kinds/kinds.h"
+
+namespace machina::cli {
+namespace {
+
+struct ServeOptions {
+  std::shared_ptr<Settings> settings = std::make_shared<Settings>();
+  std::string port_file;
+  bool print_config = false, unsafe_fs = false;
+};
+
+void print_config(const Config& config, bool json) {
+  if (!json) {
+    std::cout << config.print();
+    return;
+  }
+  nlohmann::ordered_json all;
+  for (const auto& row : config_table()) {
+    const auto& value = config.values().at(row.name);
+    bool secret = row.type == Variable::Type::secret && !value.text.empty();
+    all[row.name] = {{"value", secret ? "(set)" : value.text},
+                     {"origin", value.origin}};
+  }
+  std::cout << all.dump(2) << "\n";
+}
+
+// What this build and these settings know of the built-in kinds.
+std::map<std::string, KindFacts> kind_facts(const Config& config,
+                                            const std::string& root) {
+  std::map<std::string, KindFacts> facts;
+  for (auto& [name, kind] : built_in_kinds(kind_settings(config, root))) {
+    facts[name] = KindFacts{kind.check, kind.timeout_ms};
+  }
+  return facts;
+}
+
+void fill_limits(const Config& config, ServerOptions* server) {
+  auto size = [&](const char* name) {
+    return static_cast<std::uint64_t>(config.number(name));
+  };
+  server->max_body_bytes = size("MACHINA_API_MAX_BODY_BYTES");
+  server->max_attempts = static_cast<int>(size("MACHINA_MAX_ATTEMPTS"));
+  server->retry_min_ms = config.number("MACHINA_RETRY_MIN_MS");
+  server->retry_max_ms = config.number("MACHINA_RETRY_MAX_MS");
+  server->dedup_ttl_ms = config.number("MACHINA_DEDUP_TTL_MS");
+  server->drain_ms = config.number("MACHINA_DRAIN_MS");
+  server->scan_ms = config.number("MACHINA_SERVE_SCAN_MS");
+  server->min_level =
+      static_cast<Level>(config.number("MACHINA_SANDBOX_MIN_LEVEL"));
+  server->max_memory_mb = size("MACHINA_SANDBOX_MAX_MEMORY_MB");
+  server->max_cpu_ms = size("MACHINA_SANDBOX_MAX_CPU_MS");
+  server->max_pids = size("MACHINA_SANDBOX_MAX_PIDS");
+  server->max_disk_mb = size("MACHINA_SANDBOX_MAX_DISK_MB");
+  server->max_output_bytes = size("MACHINA_SANDBOX_MAX_OUTPUT_BYTES");
+}
+
+void fill_shard(const Config& config, const std::string& root,
+                ShardOptions* shard) {
+  bool fsync = config.flag("MACHINA_WAL_FSYNC");
+  shard->core.fsync = fsync;
+  shard->log.fsync = fsync;
+  shard->core.queue_max =
+      static_cast<std::uint64_t>(config.number("MACHINA_QUEUE_MAX"));
+  shard->core.lease_ms = config.number("MACHINA_LEASE_MS");
+  shard->checkpoint_ms = config.number("MACHINA_WAL_CHECKPOINT_MS");
+  shard->body_cache_bytes =
+      static_cast<std::size_t>(config.number("MACHINA_PAYLOAD_CACHE_BYTES"));
+  shard->history_lag_max_bytes = static_cast<std::uint64_t>(
+      config.number("MACHINA_HISTORY_LAG_MAX_BYTES"));
+  shard->history_dir = root + "/history";
+}
+
+ServerOptions server_options(const Config& config, const Root& root) {
+  ServerOptions server;
+  server.root = root.path;
+  server.socket_path = root.socket_path;
+  server.host = config.text("MACHINA_HOST");
+  server.port = static_cast<int>(config.number("MACHINA_PORT"));
+  server.prod = config.prod();
+  server.api_token = config.text("MACHINA_API_TOKEN");
+  server.kinds_allowed = config.list("MACHINA_KINDS_ALLOWED");
+  server.kinds = kind_facts(config, root.path);
+  fill_limits(config, &server);
+  fill_shard(config, root.path, &server.shard);
+  server.workers = static_cast<int>(config.number("MACHINA_WORKERS"));
+  server.pool_argv = {self_exe(), "pool", "--root", root.path};
+  server.pool_env = pool_environment(config);
+  server.not_promised = not_promised(config);
+  return server;
+}
+
+// Nobody who is not root reads our memory, by ptrace, /proc or a core file:
+// the API token and the lease secret are in it.
+void close_ranks(bool prod) {
+  ::umask(077);
+  ::prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+  if (prod) {
+    rlimit none{0, 0};
+    ::setrlimit(RLIMIT_CORE, &none);
+  }
+}
+
+// A malformed pattern would silently allow nothing.
+Result<void> check_patterns(const Config& config) {
+  for (const auto& pattern : config.list("MACHINA_KINDS_ALLOWED")) {
+    if (!valid_kind_pattern(pattern)) {
+      return Error{Code::invalid, "MACHINA_KINDS_ALLOWED: \"" + pattern +
+                                      "\" must be a kind, or one that ends "
+                                      "in .*"};
+    }
+  }
+  return {};
+}
+
+int serve(const ServeOptions& options) {
+  auto config = load(*options.settings);
+  if (!config) return kUsage;
+  if (options.print_config) {
+    print_config(*config, options.settings->json);
+    return kOk;
+  }
+  auto refusals = start_refusals(*config);
+  for (const auto& line : refusals) fail(kUsage, line);
+  if (!refusals.empty()) return kUsage;
+  if (auto ok = check_patterns(*config); !ok) {
+    return fail(kUsage, ok.error().what);
+  }
+  auto root = prepare_root(config->text("MACHINA_ROOT"), config->prod(),
+                           options.unsafe_fs);
+  if (!root) return fail(kUsage, root.error().what);
+  for (const auto& line : root->warnings)
+    std::cerr << "warning: " << line << "\n";
+  scrub_secrets_from_environment();
+  close_ranks(config->prod());
+  ServerOptions server = server_options(*config, *root);
+  server.port_file = options.port_file;
+  return run_server(server);
+}
+
+}  // namespace
+
+void add_serve(CLI::App& app, int* exit) {
+  auto options = std::make_shared<ServeOptions>();
+  CLI::App* verb = app.add_subcommand("serve", "Run the server");
+  auto& settings = options->settings;
+  add_setting(*verb, settings, "--host", "MACHINA_HOST", "address to bind");
+  add_setting(*verb, settings, "--port", "MACHINA_PORT", "0: any free one");
+  add_setting(*verb, settings, "--workers", "MACHINA_WORKERS",
+              "0..64; 0 only accepts");
+  add_setting(*verb, settings, "--root", "MACHINA_ROOT", "where all state is");
+  add_setting(*verb, settings, "--profile", "MACHINA_PROFILE", "dev or prod");
+  add_common(*verb, settings);
+  verb->add_flag("--print-config", options->print_config,
+                 "show each value and its origin, and exit");
+  verb->add_flag("--unsafe-fs", options->unsafe_fs,
+                 "accept NFS, overlay or tmpfs in the prod profile");
+  verb->add_option("--port-file", options->port_file,
+                   "write the bound port there");
+  verb->callback([options, exit] { *exit = serve(*options); });
+}
+
+}  // namespace machina::cli
