@@ -20,7 +20,7 @@ constexpr int kExitConfiguration = 2;
 constexpr int kExitDamage = 65;
 constexpr int kExitPoisoned = 74;
 constexpr int kExitLocked = 75;
-constexpr int kStoreThreads = 2;
+constexpr int kFileThreads = 2;
 constexpr Millis kSweepMs = 500;
 
 int exit_code_of(const Error& error) {
@@ -121,7 +121,7 @@ int Service::recover() {
     return exit_code_of(store.error());
   }
   store_ = std::move(*store);
-  threads_ = std::make_unique<StoreThreads>(kStoreThreads);
+  threads_ = std::make_unique<FileThreads>(kFileThreads);
   shard_->on_send([this](Response r) { on_response(std::move(r)); });
   Loop* loop = loop_.get();
   shard_->on_wake([loop] { loop->wake(); });

@@ -310,7 +310,7 @@ class Service {
   std::unique_ptr<Shard> shard_;
   std::unique_ptr<Tokens> tokens_;
   std::unique_ptr<Store> store_;
-  std::unique_ptr<StoreThreads> threads_;
+  std::unique_ptr<FileThreads> threads_;
   Metrics metrics_;
   std::string recovery_;
   int port_ = 0;

@@ -381,11 +381,11 @@ Result<std::string> read_piece(const OwnedFd& fd, std::uint64_t offset,
 
 // --- Threads ---------------------------------------------------------------
 
-StoreThreads::StoreThreads(int threads) {
+FileThreads::FileThreads(int threads) {
   for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { loop(); });
 }
 
-StoreThreads::~StoreThreads() {
+FileThreads::~FileThreads() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stopping_ = true;
@@ -394,7 +394,7 @@ StoreThreads::~StoreThreads() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-bool StoreThreads::run(std::function<void()> work) {
+bool FileThreads::run(std::function<void()> work) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (work_.size() >= kStoreQueueMax) return false;
@@ -404,7 +404,7 @@ bool StoreThreads::run(std::function<void()> work) {
   return true;
 }
 
-void StoreThreads::loop() {
+void FileThreads::loop() {
   while (true) {
     std::function<void()> work;
     {

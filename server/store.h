@@ -103,10 +103,10 @@ class Store {
 };
 
 // Threads that run closures in order of submission.
-class StoreThreads {
+class FileThreads {
  public:
-  explicit StoreThreads(int threads);
-  ~StoreThreads();  // runs what was submitted
+  explicit FileThreads(int threads);
+  ~FileThreads();  // runs what was submitted
   // False: kStoreQueueMax are waiting.
   bool run(std::function<void()> work);
 
