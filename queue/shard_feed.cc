@@ -255,7 +255,8 @@ bool ShardImpl::disk_low(std::uint64_t bytes) const {
 }
 
 void ShardImpl::sample_wait(const JobView& view) {
-  if (wait_seconds_.size() >= kSamplesMax) return;
+  // When a job became ready again after a retry is not kept.
+  if (view.attempt != 1 || wait_seconds_.size() >= kSamplesMax) return;
   Millis ready = std::max(view.created_ms, view.run_at_ms);
   double waited = static_cast<double>(now() - ready) / 1000.0;
   wait_seconds_.emplace_back(view.kind, std::max(0.0, waited));

@@ -43,9 +43,7 @@ void ShardImpl::fill_live(const Core::Look& look, Call* call, std::size_t index,
   view.waiting_for_level = view.state == State::ready && view.min_level > 0 &&
                            !level_seen(view.min_level);
   if (Body body = body_of(view.id)) {
-    int max_attempts = view.max_attempts;  // a retry may have renewed it
     fill_from_body(*body, of_lease || call->with_payload, &view);
-    view.max_attempts = max_attempts;
   } else {
     Need missing;
     missing.what = Need::What::body;
@@ -238,9 +236,7 @@ void ShardImpl::settle(Call* call, Need* need, std::vector<Fence>* unreadable) {
   JobView& view = need->of_lease ? call->response.leases[need->index].job
                                  : call->response.views[need->index];
   if (need->body != nullptr) {
-    int max_attempts = view.max_attempts;
     fill_from_body(*need->body, need->of_lease || call->with_payload, &view);
-    view.max_attempts = max_attempts;
   }
   if (need->note) fill_from_note(*need->note, &view);
 }

@@ -602,13 +602,13 @@ void ShardImpl::give(const CallPtr& call,
       continue;
     }
     total += bytes;
-    sample_wait(look->view);
     call->grants.push_back(grant.fence);
     LeaseView& lease = call->response.leases.emplace_back();
     lease.fence = grant.fence;
     lease.expires_at_ms = clock_.wall_ms() + options_.core.lease_ms;
     lease.job = std::move(look->view);
     fill_live(*look, call.get(), call->response.leases.size() - 1, true);
+    sample_wait(call->response.leases.back().job);
   }
   enlist(call);
   release_grants(std::move(excess.fences));

@@ -10,9 +10,10 @@ void fill_from_body(const EnqueueRecord& body, bool with_payload,
   view->queue = job.queue;
   view->tenant = job.tenant;
   view->priority = job.priority;
-  view->max_attempts = job.max_attempts;
+  view->max_attempts = body.attempt + job.max_attempts;  // a retry renews them
   view->created_ms = body.created_ms;
-  if (view->run_at_ms == 0) {
+  // Of a scheduled job the live entry knows better: it may wait for a retry.
+  if (view->run_at_ms == 0 || view->state != State::scheduled) {
     view->run_at_ms = job.run_at_ms != 0 ? job.run_at_ms : body.created_ms;
   }
   view->timeout_ms = job.timeout_ms;
