@@ -176,10 +176,14 @@ class ShardImpl final : public Shard {
   void run_command(const CallPtr& call, Command command, Millis wait_ms);
   void enqueue(const CallPtr& call, EnqueueCommand command, Millis wait_ms,
                int round);
-  bool gather_facts(EnqueueCommand* command, std::vector<JobId>* missing) const;
+  std::vector<JobId> gather_facts(const std::vector<NewJob>& jobs,
+                                  std::vector<Fact>* facts) const;
+  void fetch_facts(const CallPtr& call, std::vector<JobId> missing, int round,
+                   std::function<void(const std::vector<Fact>&)> then);
   void lease(const CallPtr& call, LeaseCommand command, Millis wait_ms);
   void heartbeat(const CallPtr& call, HeartbeatCommand command, Millis wait_ms);
-  void complete(const CallPtr& call, CompleteCommand command, Millis wait_ms);
+  void complete(const CallPtr& call, CompleteCommand command, Millis wait_ms,
+                int round);
   void change(const CallPtr& call, const Command& command, Purpose purpose);
   void retry(const CallPtr& call, RetryCommand command);
   void get(const CallPtr& call, const GetQuery& query);

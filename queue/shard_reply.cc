@@ -204,8 +204,17 @@ void ShardImpl::fetch(const CallPtr& call) {
 
 void ShardImpl::fetched(const CallPtr& call, std::vector<Need>* needs) {
   std::vector<Fence> unreadable;
+  bool again = false;
   for (Need& need : *needs) {
     pin(need, -1);
+    // An explicit retry may have taken it out of history while we looked.
+    if (need.what == Need::What::finished && !need.finished &&
+        need.error.empty() &&
+        (core_.live(need.id) || find_ended(need.id) != nullptr)) {
+      want_view(call.get(), need.index, need.id);
+      again = true;
+      continue;
+    }
     settle(call.get(), &need, &unreadable);
   }
   // A job whose body cannot be read is not sent. Its lease is left to expire,
@@ -215,6 +224,8 @@ void ShardImpl::fetched(const CallPtr& call, std::vector<Need>* needs) {
                   [&](const LeaseView& l) { return l.fence == fence; });
     std::erase(call->grants, fence);
   }
+  // What was looked for twice is newer than what the call was held for.
+  if (again) return answer(call);
   send(call);
 }
 

@@ -48,7 +48,7 @@ void ShardImpl::run_command(const CallPtr& call, Command command,
           [&](EnqueueCommand& c) { enqueue(call, std::move(c), wait_ms, 0); },
           [&](LeaseCommand& c) { lease(call, std::move(c), wait_ms); },
           [&](HeartbeatCommand& c) { heartbeat(call, std::move(c), wait_ms); },
-          [&](CompleteCommand& c) { complete(call, std::move(c), wait_ms); },
+          [&](CompleteCommand& c) { complete(call, std::move(c), wait_ms, 0); },
           [&](RetryCommand& c) { retry(call, std::move(c)); },
           [&](CancelCommand&) { change(call, command, Purpose::cancel); },
           [&](UnblockCommand&) { change(call, command, Purpose::change); },
@@ -77,42 +77,15 @@ void ShardImpl::enqueue(const CallPtr& call, EnqueueCommand command,
     return refuse(call, Response::Status::disk_low,
                   std::to_string(disk_free_) + " bytes are free");
   }
-  std::vector<JobId> missing;
-  if (!gather_facts(&command, &missing)) {
-    if (round >= kFactRoundsMax) {
-      return refuse(call, Response::Status::failed,
-                    "the facts about depends_on kept changing");
-    }
+  auto missing = gather_facts(command.jobs, &command.facts);
+  if (!missing.empty()) {
     auto shared = std::make_shared<EnqueueCommand>(std::move(command));
-    Millis at = now();
-    bool posted = store_->post([=, this] {
-      auto facts = std::make_shared<std::vector<Fact>>();
-      std::string error;
-      for (const JobId& id : missing) {
-        auto found = history_->find(id, at);
-        if (!found) {
-          error = found.error().what;
-          break;
-        }
-        Fact fact;
-        fact.id = id;
-        fact.known = found->has_value();
-        if (fact.known) fact.state = (*found)->end.state;
-        facts->push_back(fact);
-      }
-      return [=, this] {
-        if (!error.empty()) {
-          return refuse(call, Response::Status::failed, error);
-        }
-        if (log_->poisoned()) {
-          return refuse(call, Response::Status::poisoned, log_->poison_cause());
-        }
-        shared->facts.insert(shared->facts.end(), facts->begin(), facts->end());
-        enqueue(call, std::move(*shared), wait_ms, round + 1);
-      };
-    });
-    if (!posted) refuse(call, Response::Status::failed, "too many file reads");
-    return;
+    return fetch_facts(call, std::move(missing), round,
+                       [=, this](const std::vector<Fact>& facts) {
+                         shared->facts.insert(shared->facts.end(),
+                                              facts.begin(), facts.end());
+                         enqueue(call, std::move(*shared), wait_ms, round + 1);
+                       });
   }
 
   auto decision = decide(Command(std::move(command)));
@@ -130,7 +103,8 @@ void ShardImpl::enqueue(const CallPtr& call, EnqueueCommand command,
     if (item.answer != Answer::ok && item.answer != Answer::duplicate) continue;
     JobView& view = call->response.views[i];
     // Of many jobs, clients are told id, state and duplicate: no bodies.
-    if (Body body = plain ? body_of(item.id) : nullptr) {
+    Body body = plain ? body_of(item.id) : nullptr;
+    if (body != nullptr && body->state == item.state) {
       view = view_of_new(*body, options_.core.fsync, call->with_payload);
       view.waiting_for_level = view.state == State::ready &&
                                view.min_level > 0 &&
@@ -155,30 +129,66 @@ void ShardImpl::enqueue(const CallPtr& call, EnqueueCommand command,
   answer(call);
 }
 
-// What the shard knows at once about dependencies that are not live; false
-// where history must be asked for `missing`.
-bool ShardImpl::gather_facts(EnqueueCommand* command,
-                             std::vector<JobId>* missing) const {
-  for (const NewJob& job : command->jobs) {
+// Adds what the shard knows at once about dependencies that are not live;
+// returns those that history must be asked about.
+std::vector<JobId> ShardImpl::gather_facts(const std::vector<NewJob>& jobs,
+                                           std::vector<Fact>* facts) const {
+  std::vector<JobId> missing;
+  for (const NewJob& job : jobs) {
     for (const JobId& id : job.depends_on) {
       if (core_.live(id)) continue;
-      auto fact = std::find_if(command->facts.begin(), command->facts.end(),
+      auto fact = std::find_if(facts->begin(), facts->end(),
                                [&](const Fact& f) { return f.id == id; });
       // Newer than any fact that history gave.
       if (EndedPtr ended = find_ended(id)) {
-        if (fact == command->facts.end()) {
-          fact = command->facts.insert(fact, Fact{id, true, ended->state});
-        }
+        if (fact == facts->end()) fact = facts->insert(fact, Fact{id});
         fact->known = true;
         fact->state = ended->state;
-      } else if (fact == command->facts.end() &&
-                 std::find(missing->begin(), missing->end(), id) ==
-                     missing->end()) {
-        missing->push_back(id);
+      } else if (fact == facts->end() &&
+                 std::find(missing.begin(), missing.end(), id) ==
+                     missing.end()) {
+        missing.push_back(id);
       }
     }
   }
-  return missing->empty();
+  return missing;
+}
+
+// Asks history on a store thread; then goes on with what it said.
+void ShardImpl::fetch_facts(
+    const CallPtr& call, std::vector<JobId> missing, int round,
+    std::function<void(const std::vector<Fact>&)> then) {
+  if (round >= kFactRoundsMax) {
+    return refuse(call, Response::Status::failed,
+                  "the facts about depends_on kept changing");
+  }
+  Millis at = now();
+  bool posted = store_->post([=, this, missing = std::move(missing)] {
+    auto facts = std::make_shared<std::vector<Fact>>();
+    std::string error;
+    for (const JobId& id : missing) {
+      auto found = history_->find(id, at);
+      if (!found) {
+        error = found.error().what;
+        break;
+      }
+      Fact fact;
+      fact.id = id;
+      fact.known = found->has_value();
+      if (fact.known) fact.state = (*found)->end.state;
+      facts->push_back(fact);
+    }
+    return [=, this] {
+      if (!error.empty()) {
+        return refuse(call, Response::Status::failed, error);
+      }
+      if (log_->poisoned()) {
+        return refuse(call, Response::Status::poisoned, log_->poison_cause());
+      }
+      then(*facts);
+    };
+  });
+  if (!posted) refuse(call, Response::Status::failed, "too many file reads");
 }
 
 void ShardImpl::lease(const CallPtr& call, LeaseCommand command,
@@ -240,7 +250,22 @@ void ShardImpl::heartbeat(const CallPtr& call, HeartbeatCommand command,
 }
 
 void ShardImpl::complete(const CallPtr& call, CompleteCommand command,
-                         Millis wait_ms) {
+                         Millis wait_ms, int round) {
+  std::vector<JobId> missing;
+  for (const auto& item : command.items) {
+    if (item.children.empty()) continue;
+    auto more = gather_facts(item.children, &command.facts);
+    missing.insert(missing.end(), more.begin(), more.end());
+  }
+  if (!missing.empty()) {
+    auto shared = std::make_shared<CompleteCommand>(std::move(command));
+    return fetch_facts(call, std::move(missing), round,
+                       [=, this](const std::vector<Fact>& facts) {
+                         shared->facts.insert(shared->facts.end(),
+                                              facts.begin(), facts.end());
+                         complete(call, std::move(*shared), wait_ms, round + 1);
+                       });
+  }
   call->number = next_call_++;
   if (draining_) command.lease.reset();
   if (command.lease) {
@@ -343,15 +368,21 @@ void ShardImpl::retry(const CallPtr& call, RetryCommand command) {
     command.attempt = ended->attempt;
     return run(std::move(command), UINT64_MAX);
   }
+  if (ended && ended->lsn > log_->durable()) {
+    return refuse(call, Response::Status::lagging,
+                  "the job's end is not written yet");
+  }
   Need fact;
   fact.id = id;
   fact.what = ended ? Need::What::ended : Need::What::finished;
   fact.ended = ended;
+  pin(fact, +1);
   auto shared = std::make_shared<Need>(std::move(fact));
   Millis at = now();
   bool posted = store_->post([=, this] {
     fetch_need(*log_, *history_, at, shared.get());
     return [=, this] {
+      pin(*shared, -1);
       RetryCommand ready;
       ready.id = id;
       if (!shared->error.empty()) {
@@ -367,7 +398,9 @@ void ShardImpl::retry(const CallPtr& call, RetryCommand command) {
       run(std::move(ready), lsn);
     };
   });
-  if (!posted) refuse(call, Response::Status::failed, "too many file reads");
+  if (posted) return;
+  pin(*shared, -1);
+  refuse(call, Response::Status::failed, "too many file reads");
 }
 
 // --- queries ---
