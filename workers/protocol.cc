@@ -152,12 +152,12 @@ Result<std::vector<HeartbeatAnswer>> parse_heartbeat(std::string_view reply) {
   return out;
 }
 
-Result<std::vector<ItemAnswer>> parse_items(std::string_view reply) {
-  std::vector<ItemAnswer> out;
+Result<std::vector<ItemReply>> parse_items(std::string_view reply) {
+  std::vector<ItemReply> out;
   const bool good = json::members(reply, [&](auto key, auto list) {
     if (key != "items") return true;
     return json::elements(list, [&](auto raw) {
-      ItemAnswer& answer = out.emplace_back();
+      ItemReply& answer = out.emplace_back();
       return json::members(raw, [&](auto name, auto value) {
         if (name == "token") answer.token = text_or(value, "");
         if (name == "problem" && value != "null") {

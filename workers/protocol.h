@@ -55,9 +55,9 @@ struct HeartbeatAnswer {
 Result<std::vector<HeartbeatAnswer>> parse_heartbeat(std::string_view reply);
 
 // Per item of a batch: the token, and whether the server refused it.
-struct ItemAnswer {
+struct ItemReply {
   std::string token, problem;
 };
-Result<std::vector<ItemAnswer>> parse_items(std::string_view reply);
+Result<std::vector<ItemReply>> parse_items(std::string_view reply);
 
 }  // namespace machina

@@ -348,7 +348,7 @@ class Worker::Impl : public kinds::Host {
     if (body.find("\"problem\"") == std::string::npos) return;
     const auto answers = parse_items(body);
     if (!answers) return;
-    for (const ItemAnswer& answer : *answers) {
+    for (const ItemReply& answer : *answers) {
       if (answer.problem.empty()) continue;
       say("complete " + answer.token.substr(0, 16) + ": " + answer.problem);
     }
