@@ -501,9 +501,12 @@ void Log::Impl::roll(std::size_t need) {
     unused = tail_offset_ == kSegmentDataOffset;
     spare_wanted_ = true;
   }
-  if (spare.empty())
-    bytes =
-        std::max(std::min(options_.segment_bytes, kPlainSegmentBytes), least);
+  if (spare.empty()) {
+    // With fsync on it is the slower kind; the next spare should not wait long.
+    std::uint64_t plain = options_.segment_bytes;
+    if (options_.fsync) plain = std::min(plain, kPlainSegmentBytes);
+    bytes = std::max(plain, least);
+  }
   Place base = tail_->header.base + tail_->header.bytes;
   if (unused) {  // the new one takes its name, and its file goes
     std::unique_lock hold(table_mutex_);
@@ -977,6 +980,7 @@ Result<void> Log::Impl::close() {
   manifest_.durable_lsn = appended_;
   manifest_.time_ms = time_ms_;
   if (ok) ok = write_manifest(storage_, manifest_);
+  if (ok) ok = sweep(true);  // the spare: the next start makes its own
   if (!ok) poison(ok.error());
   lock_.reset();
   return ok;

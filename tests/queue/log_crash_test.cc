@@ -103,7 +103,7 @@ void live(std::uint64_t seed, Tally* tally) {
 // turns up, and the log opens.
 TEST(LogUnderChance, SurvivesKillsPowerCutsErrorsAndFullDisks) {
   Tally tally;
-  std::uint64_t count = seeds(1200);
+  std::uint64_t count = seeds(800);
   for (std::uint64_t seed = 1; seed <= count; ++seed) {
     live(seed, &tally);
     if (HasFatalFailure()) FAIL() << "seed " << seed;
@@ -118,7 +118,7 @@ TEST(LogUnderChance, SurvivesKillsPowerCutsErrorsAndFullDisks) {
 
 // Detect: one flipped bit anywhere either changes nothing or is refused.
 TEST(LogUnderChance, FlippedBitsNeverLoseARecordInSilence) {
-  std::uint64_t count = seeds(800);
+  std::uint64_t count = seeds(500);
   int refused = 0, harmless = 0;
   for (std::uint64_t seed = 1; seed <= count; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));

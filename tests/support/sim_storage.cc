@@ -189,13 +189,16 @@ Result<void> SimStorage::write(Node& node, const std::string& name,
   if (offset + size > node.cache.size()) node.cache.resize(offset + size);
   std::copy_n(bytes.begin(), size,
               node.cache.begin() + static_cast<std::ptrdiff_t>(offset));
-  std::set<std::uint64_t> touched;
-  for (std::uint64_t at = offset / kSector; at * kSector < offset + size; ++at)
-    touched.insert(at);
-  if (durable) {
-    land(node, touched);
+  std::uint64_t first = offset / kSector, end = offset + size;
+  if (durable) {  // whole sectors, and on the disk at once
+    if (node.disk.size() < end) node.disk.resize(end);
+    std::copy_n(bytes.begin(), size,
+                node.disk.begin() + static_cast<std::ptrdiff_t>(offset));
+    node.dirty.erase(node.dirty.lower_bound(first),
+                     node.dirty.lower_bound((end + kSector - 1) / kSector));
   } else {
-    node.dirty.insert(touched.begin(), touched.end());
+    for (std::uint64_t at = first; at * kSector < end; ++at)
+      node.dirty.insert(node.dirty.end(), at);
   }
   return result;
 }
