@@ -41,7 +41,12 @@ Pending* Connection::pending(std::uint64_t sequence) {
 }
 
 std::string& Connection::reply(std::uint64_t sequence) {
-  return sequence == base_ ? out_ : slot(sequence)->bytes;
+  Slot* s = slot(sequence);
+  if (s == nullptr || s->done) {
+    nowhere_.clear();
+    return nowhere_;
+  }
+  return sequence == base_ ? out_ : s->bytes;
 }
 
 bool Connection::closes(std::uint64_t sequence) const {
@@ -199,7 +204,7 @@ bool Connection::take_head(std::string_view* bytes) {
     while (bytes->size() >= 2 && (*bytes)[0] == '\r' && (*bytes)[1] == '\n') {
       bytes->remove_prefix(2);
     }
-    if (bytes->empty()) return false;
+    if (bytes->empty() || *bytes == "\r") return false;
     head_begun_ = true;
     since_ = now_;
     scanned_ = 0;

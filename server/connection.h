@@ -93,7 +93,7 @@ class Connection {
   bool wants_pause() const { return held_ || blocked_; }
 
   // A reply is written by appending to reply(sequence), then finish(). `close`
-  // makes it the last. Both ignore sequences that are not open.
+  // makes it the last. What is for a sequence that is not open goes nowhere.
   bool open(std::uint64_t sequence) const { return slot(sequence) != nullptr; }
   Pending* pending(std::uint64_t sequence);
   std::string& reply(std::uint64_t sequence);
@@ -138,6 +138,7 @@ class Connection {
 
   ConnectionSink& sink_;
   std::string& out_;
+  std::string nowhere_;  // where bytes go that nobody waits for
   HeadParser parser_;
   std::string in_;  // what was read and not yet used
   std::size_t scanned_ = 0;

@@ -50,6 +50,13 @@ std::optional<HttpError> check_lines(std::string_view bytes) {
                              " bytes; at most " +
                              std::to_string(kRequestLineMax)};
       }
+      std::size_t first = line.find(' '), last = line.rfind(' ');
+      if (first == line.npos || first == last || first == 0 ||
+          line.find(' ', first + 1) != last || last == first + 1 ||
+          line.find('\t') != line.npos) {
+        return HttpError{400, "bad-request",
+                         "the request line is not METHOD TARGET VERSION"};
+      }
     } else if (!line.empty()) {
       if (line[0] == ' ' || line[0] == '\t') {
         return HttpError{400, "bad-request", "a header line is folded"};

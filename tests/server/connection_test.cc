@@ -1,0 +1,421 @@
+#include "server/connection.h"
+
+#include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
+
+namespace machina {
+namespace {
+
+// Answers each request with what it was; can keep answers back.
+class Sink final : public ConnectionSink {
+ public:
+  BodyPlan on_head(std::uint64_t, const Head& head) override {
+    if (head.path == "/stream") return {BodyPlan::stream, 1000};
+    if (head.path == "/discard") return {BodyPlan::discard, max};
+    return {BodyPlan::buffer, max};
+  }
+  void on_piece(std::uint64_t, std::string_view piece) override {
+    streamed += piece;
+  }
+  void on_request(std::uint64_t sequence, const Head& head,
+                  std::string_view body) override {
+    requests.push_back(std::string(name(head.method)) + " " +
+                       std::string(head.path) + "?" + std::string(head.query) +
+                       " " + std::string(head.idempotency_key) + " [" +
+                       std::string(body) + "]");
+    if (!keep) answer(sequence);
+  }
+  void on_error(std::uint64_t sequence, const Head&,
+                const HttpError& error) override {
+    requests.push_back("error " + std::to_string(error.status));
+    connection->reply(sequence) += "E" + std::to_string(error.status) + ";";
+    connection->finish(sequence);
+  }
+  void answer(std::uint64_t sequence) {
+    connection->reply(sequence) += "R" + std::to_string(sequence) + ";";
+    connection->finish(sequence);
+  }
+
+  Connection* connection = nullptr;
+  std::vector<std::string> requests;
+  std::string streamed;
+  std::uint64_t max = 100;
+  bool keep = false;
+};
+
+struct Rig {
+  Sink sink;
+  std::string out;
+  Connection connection{sink, out, 0};
+  Rig() { sink.connection = &connection; }
+  void feed(std::string_view bytes, Millis now = 0) {
+    connection.feed(bytes, now);
+  }
+};
+
+const char kThree[] =
+    "POST /a?x=1 HTTP/1.1\r\nHost: h\r\nIdempotency-Key: k\r\n"
+    "Content-Length: 5\r\n\r\nhello"
+    "GET /b HTTP/1.1\r\nhost:h\r\n\r\n"
+    "\r\nPOST /c HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+    "3\r\nabc\r\nA;x=y\r\n0123456789\r\n0\r\nTrailer: t\r\n\r\n";
+
+TEST(ConnectionTest, AnySplitOfTheBytesGivesTheSameRequests) {
+  const std::string text = kThree;
+  Rig whole;
+  whole.feed(text);
+  ASSERT_EQ(whole.sink.requests.size(), 3u);
+  EXPECT_EQ(whole.sink.requests[0], "POST /a?x=1 k [hello]");
+  EXPECT_EQ(whole.sink.requests[1], "GET /b?  []");
+  EXPECT_EQ(whole.sink.requests[2], "POST /c?  [abc0123456789]");
+  EXPECT_EQ(whole.out, "R0;R1;R2;");
+  for (std::size_t cut = 1; cut < text.size(); ++cut) {
+    Rig rig;
+    rig.feed(text.substr(0, cut));
+    rig.feed(text.substr(cut));
+    ASSERT_EQ(rig.sink.requests, whole.sink.requests) << "cut at " << cut;
+    ASSERT_EQ(rig.out, whole.out);
+  }
+  Rig bytes;
+  for (char c : text) bytes.feed(std::string(1, c));
+  EXPECT_EQ(bytes.sink.requests, whole.sink.requests);
+}
+
+TEST(ConnectionTest, RepliesLeaveInRequestOrder) {
+  Rig rig;
+  rig.sink.keep = true;
+  rig.feed(kThree);
+  rig.sink.answer(2);
+  rig.sink.answer(1);
+  EXPECT_EQ(rig.out, "");
+  rig.sink.answer(0);
+  EXPECT_EQ(rig.out, "R0;R1;R2;");
+  rig.sink.answer(1);  // a second answer is none
+  EXPECT_EQ(rig.out, "R0;R1;R2;");
+}
+
+TEST(ConnectionTest, AReplyInPiecesKeepsItsPlace) {
+  Rig rig;
+  rig.sink.keep = true;
+  rig.feed(kThree);
+  rig.connection.reply(1) += "first ";
+  rig.sink.answer(2);
+  rig.sink.answer(0);
+  EXPECT_EQ(rig.out, "R0;first ");
+  rig.connection.reply(1) += "second;";
+  rig.connection.finish(1);
+  EXPECT_EQ(rig.out, "R0;first second;R2;");
+}
+
+TEST(ConnectionTest, PipelineIsBounded) {
+  Rig rig;
+  rig.sink.keep = true;
+  std::string many;
+  for (int i = 0; i < kPipelineMax + 10; ++i) {
+    many += "GET / HTTP/1.1\r\nHost: h\r\n\r\n";
+  }
+  rig.feed(many);
+  EXPECT_EQ(rig.sink.requests.size(), static_cast<std::size_t>(kPipelineMax));
+  EXPECT_TRUE(rig.connection.wants_pause());
+  for (int i = 0; i < kPipelineMax; ++i) rig.sink.answer(std::uint64_t(i));
+  rig.connection.resume(0);
+  EXPECT_EQ(rig.sink.requests.size(),
+            static_cast<std::size_t>(kPipelineMax) + 10);
+  EXPECT_FALSE(rig.connection.wants_pause());
+}
+
+// What one reader could take for another request than the next reader does.
+TEST(ConnectionTest, AmbiguousMessagesAreRefused) {
+  const std::pair<const char*, int> cases[] = {
+      {"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n"
+       "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+       400},
+      {"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n"
+       "Content-Length: 5\r\n\r\n0\r\n\r\n",
+       400},
+      {"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n"
+       "Content-Length: 5\r\n\r\nhello",
+       400},
+      {"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n"
+       "Content-Length: 6\r\n\r\nhello",
+       400},
+      {"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5, 5\r\n\r\nhello", 400},
+      {"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: +5\r\n\r\nhello", 400},
+      {"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: -1\r\n\r\n", 400},
+      {"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 0x5\r\n\r\nhello", 400},
+      {"POST / HTTP/1.1\r\nHost: h\r\nContent-Length:\r\n\r\n", 400},
+      {"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: "
+       "99999999999999999999\r\n\r\n",
+       400},
+      {"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n"
+       "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+       400},
+      {"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip\r\n\r\n", 501},
+      {"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip, "
+       "chunked\r\n\r\n0\r\n\r\n",
+       501},
+      {"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked, "
+       "identity\r\n\r\n0\r\n\r\n",
+       400},
+      {"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: xchunked\r\n\r\n",
+       501},
+      {"POST / HTTP/1.0\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+       "0\r\n\r\n",
+       400},
+      {"GET / HTTP/1.1\r\n\r\n", 400},
+      {"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400},
+      {"GET / HTTP/1.1\r\nHost: h\r\nX: a\r\n b\r\n\r\n", 400},
+      {"GET / HTTP/1.1\r\nHost: h\r\nX: a\r\n\tb\r\n\r\n", 400},
+      {"GET / HTTP/1.1\r\n Host: h\r\n\r\n", 400},
+      {"GET / HTTP/1.1\r\nHost : h\r\n\r\n", 400},
+      {"GET / HTTP/1.1\nHost: h\n\n", 400},
+      {"GET / HTTP/1.1\r\nHost: h\n\r\n", 400},
+      {"GET / HTTP/1.1\r\nHost: h\r\nX: a\rContent-Length: 5\r\n\r\n", 400},
+      {"GET / HTTP/1.1\r\nHost: h\r\nX: a\x01"
+       "b\r\n\r\n",
+       400},
+      {"GET / HTTP/1.1\r\nHost: h\r\nno colon\r\n\r\n", 400},
+      {"GET / HTTP/1.1\r\nHost: h\r\n: empty\r\n\r\n", 400},
+      {"GET  / HTTP/1.1\r\nHost: h\r\n\r\n", 400},
+      {"GET / HTTP/2.0\r\nHost: h\r\n\r\n", 400},
+      {"GET / HTTP/1.2\r\nHost: h\r\n\r\n", 400},
+      {"GET / HTTP/11\r\nHost: h\r\n\r\n", 400},
+      {"GET /\r\nHost: h\r\n\r\n", 400},
+      {"g\xffT / HTTP/1.1\r\nHost: h\r\n\r\n", 400},
+      {"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+       "g\r\n",
+       400},
+      {"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+       "3\nabc\r\n",
+       400},
+      {"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+       "3\r\nabcd\r\n",
+       400},
+      {"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+       "3 \r\nabc\r\n",
+       400},
+      {"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+       "0x3\r\nabc\r\n",
+       400},
+      {"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+       "ffffffffffffffff3\r\n",
+       400},
+      {"POST / HTTP/1.1\r\nHost: h\r\nExpect: teapot\r\n\r\n", 417},
+  };
+  for (const auto& [text, status] : cases) {
+    for (bool slowly : {false, true}) {
+      Rig rig;
+      std::string bytes = text;
+      // What follows must never be taken for a request.
+      bytes += "GET /smuggled HTTP/1.1\r\nHost: h\r\n\r\n";
+      if (slowly) {
+        for (char c : bytes) rig.feed(std::string(1, c));
+      } else {
+        rig.feed(bytes);
+      }
+      std::string expected = "error " + std::to_string(status);
+      ASSERT_EQ(rig.sink.requests.size(), 1u) << text;
+      EXPECT_EQ(rig.sink.requests[0].substr(0, 6), "error ") << text;
+      if (std::string(text).find("HTTP/2.0") == std::string::npos) {
+        EXPECT_EQ(rig.sink.requests[0], expected) << text;
+      }
+      EXPECT_TRUE(rig.connection.lingering()) << text;
+    }
+  }
+}
+
+TEST(ConnectionTest, LimitsOfTheHead) {
+  {
+    Rig rig;
+    rig.feed("GET /" + std::string(kRequestLineMax, 'a'));
+    EXPECT_EQ(rig.sink.requests, std::vector<std::string>{"error 414"});
+  }
+  {
+    Rig rig;
+    rig.feed("GET /" + std::string(kRequestLineMax, 'a') +
+             " HTTP/1.1\r\nHost: h\r\n\r\n");
+    EXPECT_EQ(rig.sink.requests, std::vector<std::string>{"error 414"});
+  }
+  {
+    Rig rig;
+    rig.feed("GET / HTTP/1.1\r\nHost: h\r\nX: " +
+             std::string(kHeadBytesMax, 'a') + "\r\n\r\n");
+    EXPECT_EQ(rig.sink.requests, std::vector<std::string>{"error 431"});
+  }
+  {
+    Rig rig;
+    rig.feed("GET / HTTP/1.1\r\nHost: h\r\nX: ");
+    for (int i = 0; i < 100 && rig.sink.requests.empty(); ++i) {
+      rig.feed(std::string(1000, 'a'));
+    }
+    EXPECT_EQ(rig.sink.requests, std::vector<std::string>{"error 431"});
+  }
+  {
+    Rig rig;
+    std::string head = "GET / HTTP/1.1\r\nHost: h\r\n";
+    for (std::size_t i = 0; i < kHeaderCountMax; ++i) head += "A: b\r\n";
+    rig.feed(head + "\r\n");
+    EXPECT_EQ(rig.sink.requests, std::vector<std::string>{"error 431"});
+  }
+  {
+    Rig rig;
+    std::string head = "GET / HTTP/1.1\r\nHost: h\r\n";
+    for (std::size_t i = 0; i < kHeaderCountMax - 1; ++i) head += "A: b\r\n";
+    rig.feed(head + "\r\n");
+    EXPECT_EQ(rig.out, "R0;");
+  }
+}
+
+TEST(ConnectionTest, OversizeBodyIsRefusedBeforeItIsHere) {
+  Rig rig;
+  rig.feed("POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 101\r\n\r\n");
+  EXPECT_EQ(rig.out, "E413;");
+  EXPECT_TRUE(rig.connection.lingering());
+  rig.feed(std::string(101, 'x') + "GET / HTTP/1.1\r\nHost: h\r\n\r\n");
+  EXPECT_EQ(rig.sink.requests.size(), 1u);
+
+  Rig chunked;
+  chunked.feed(
+      "POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n"
+      "\r\n60\r\n" +
+      std::string(0x60, 'x') + "\r\n5\r\n");
+  EXPECT_EQ(chunked.out, "");
+  chunked.feed("abcde");
+  EXPECT_EQ(chunked.out, "E413;");
+
+  Rig exact;
+  exact.feed("POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 100\r\n\r\n" +
+             std::string(100, 'x'));
+  EXPECT_EQ(exact.out, "R0;");
+}
+
+TEST(ConnectionTest, ContinueIsSentOnlyToWhoWaits) {
+  Rig rig;
+  rig.feed(
+      "POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n"
+      "Expect: 100-continue\r\n\r\n");
+  EXPECT_EQ(rig.out, "HTTP/1.1 100 Continue\r\n\r\n");
+  rig.out.clear();
+  rig.feed("ab");
+  EXPECT_EQ(rig.out, "R0;");
+
+  Rig eager;
+  eager.feed(
+      "POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n"
+      "Expect: 100-continue\r\n\r\nab");
+  EXPECT_EQ(eager.out, "R0;");
+
+  Rig unwanted;
+  unwanted.feed(
+      "POST /discard HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n"
+      "Expect: 100-continue\r\n\r\n");
+  EXPECT_EQ(unwanted.out, "R0;");
+  EXPECT_TRUE(unwanted.connection.lingering());
+
+  Rig large;
+  large.feed(
+      "POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 200\r\n"
+      "Expect: 100-continue\r\n\r\n");
+  EXPECT_EQ(large.out, "E413;");
+}
+
+TEST(ConnectionTest, CloseIsHonoured) {
+  Rig rig;
+  rig.feed(
+      "GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+      "GET /again HTTP/1.1\r\nHost: h\r\n\r\n");
+  EXPECT_EQ(rig.out, "R0;");
+  EXPECT_TRUE(rig.connection.lingering());
+  Rig old;
+  old.feed("GET / HTTP/1.0\r\n\r\n");
+  EXPECT_EQ(old.out, "R0;");
+  EXPECT_TRUE(old.connection.lingering());
+  Rig kept;
+  kept.feed("GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n");
+  EXPECT_FALSE(kept.connection.lingering());
+}
+
+TEST(ConnectionTest, StreamsHandOverPiecesAndCanBeHeld) {
+  Rig rig;
+  rig.sink.max = 10;
+  rig.feed("POST /stream HTTP/1.1\r\nHost: h\r\nContent-Length: 20\r\n\r\n");
+  rig.feed("0123456789");
+  EXPECT_EQ(rig.sink.streamed, "0123456789");
+  rig.connection.hold();
+  rig.feed("abcde");
+  EXPECT_EQ(rig.sink.streamed, "0123456789");
+  rig.connection.resume(0);
+  EXPECT_EQ(rig.sink.streamed, "0123456789abcde");
+  rig.feed("fghij");
+  EXPECT_EQ(rig.out, "R0;");
+}
+
+TEST(ConnectionTest, DeadlinesEndTheSlow) {
+  {
+    Rig rig;
+    rig.feed("GET / HT", 1000);
+    EXPECT_EQ(rig.connection.check_deadline(1000 + kHeadMs),
+              Connection::Due::nothing);
+    EXPECT_EQ(rig.out, "");
+    // Trickling does not help: the head's time runs from its first byte.
+    rig.feed("T", 1000 + kHeadMs);
+    rig.connection.check_deadline(1001 + kHeadMs);
+    EXPECT_EQ(rig.out, "E408;");
+    rig.connection.check_deadline(2000 + kHeadMs);
+    EXPECT_EQ(rig.connection.check_deadline(2001 + kHeadMs + kLingerMs),
+              Connection::Due::close);
+  }
+  {
+    Rig rig;
+    rig.feed("POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\na", 0);
+    rig.feed("b", kBodyPauseMs - 1);
+    rig.connection.check_deadline(kBodyPauseMs + 5);
+    EXPECT_EQ(rig.out, "");
+    rig.connection.check_deadline(2 * kBodyPauseMs);
+    EXPECT_EQ(rig.out, "E408;");
+  }
+  {
+    Rig rig;
+    EXPECT_EQ(rig.connection.check_deadline(kIdleMs), Connection::Due::nothing);
+    EXPECT_EQ(rig.connection.check_deadline(kIdleMs + 1),
+              Connection::Due::close);
+  }
+  {
+    Rig rig;
+    rig.sink.keep = true;
+    rig.feed("GET / HTTP/1.1\r\nHost: h\r\n\r\n", 0);
+    // A long poll is not idle, however long; after it the time starts anew.
+    EXPECT_EQ(rig.connection.check_deadline(10 * kIdleMs),
+              Connection::Due::nothing);
+    rig.sink.answer(0);
+    rig.connection.check_deadline(10 * kIdleMs + 10);
+    EXPECT_EQ(rig.connection.check_deadline(11 * kIdleMs),
+              Connection::Due::nothing);
+    EXPECT_EQ(rig.connection.check_deadline(11 * kIdleMs + 11),
+              Connection::Due::close);
+  }
+}
+
+TEST(ConnectionTest, HangingUpKeepsOnlyWhatCanStillBeUsed) {
+  Rig rig;
+  rig.sink.keep = true;
+  rig.feed("GET / HTTP/1.1\r\nHost: h\r\n\r\n");
+  EXPECT_FALSE(rig.connection.end());
+  rig.sink.answer(0);
+  EXPECT_TRUE(rig.connection.lingering());
+
+  Rig lease;
+  lease.sink.keep = true;
+  lease.feed("GET / HTTP/1.1\r\nHost: h\r\n\r\n");
+  lease.connection.pending(0)->holds_lease_call = true;
+  EXPECT_TRUE(lease.connection.end());
+
+  Rig half;
+  half.feed("POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\na");
+  EXPECT_TRUE(half.connection.end());
+}
+
+}  // namespace
+}  // namespace machina

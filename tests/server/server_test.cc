@@ -1,0 +1,318 @@
+// Starting, authentication, draining, poison: a whole life of a server.
+
+#include <sys/stat.h>
+
+#include <fstream>
+
+#include "server/tokens.h"
+#include "tests/server/server_fixture.h"
+
+namespace machina::test {
+namespace {
+
+class ServerLife : public ServerTest {};
+
+TEST_F(ServerLife, BearerIsNeededOnTcpOnly) {
+  options_.api_token = "s3cret";
+  start();
+  Client c = tcp();
+  for (const char* header :
+       {"", "Authorization: Bearer wrong\r\n", "Authorization: Bearer \r\n",
+        "Authorization: Basic s3cret\r\n", "Authorization: Bearer s3cre\r\n",
+        "Authorization: Bearer s3crets3cret\r\n",
+        "Authorization: s3cret\r\n"}) {
+    for (const char* path : {"/v1/jobs", "/stats", "/nowhere"}) {
+      Reply r = c.call("GET", path, {}, header);
+      EXPECT_EQ(r.status, 401) << header;
+      EXPECT_EQ(r.headers["www-authenticate"], "Bearer");
+      EXPECT_EQ(r.code(), "unauthorized");
+    }
+    EXPECT_EQ(c.post("/v1/jobs", R"({"kind":"a"})", header).status, 401);
+  }
+  EXPECT_EQ(
+      c.call("GET", "/v1/jobs", {}, "Authorization: Bearer s3cret\r\n").status,
+      200);
+  EXPECT_EQ(
+      c.call("GET", "/v1/jobs", {}, "authorization: bearer s3cret\r\n").status,
+      200);
+  for (const char* open : {"/health", "/ready", "/metrics"}) {
+    EXPECT_EQ(c.get(open).status, 200);
+  }
+  Client l = local();
+  EXPECT_EQ(l.get("/v1/jobs").status, 200);
+}
+
+TEST_F(ServerLife, UnauthorizedBodiesAreNotWaitedFor) {
+  options_.api_token = "s3cret";
+  start();
+  Client c = tcp();
+  c.send(
+      "POST /v1/jobs HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n"
+      "Expect: 100-continue\r\n\r\n");
+  EXPECT_EQ(c.reply().status, 401);
+}
+
+TEST_F(ServerLife, SocketIsOursAlone) {
+  start();
+  struct stat info;
+  ASSERT_EQ(stat(options_.socket_path.c_str(), &info), 0);
+  EXPECT_EQ(info.st_mode & 0777, 0600u);
+}
+
+TEST_F(ServerLife, StaleSocketIsReplacedButNothingElse) {
+  {
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    sockaddr_un to{};
+    to.sun_family = AF_UNIX;
+    options_.socket_path.copy(to.sun_path, sizeof to.sun_path - 1);
+    ASSERT_EQ(bind(fd, reinterpret_cast<sockaddr*>(&to), sizeof to), 0);
+    close(fd);
+  }
+  start();
+  EXPECT_EQ(local().get("/health").status, 200);
+  EXPECT_EQ(stop(), 0);
+  std::ofstream(options_.socket_path) << "mine";
+  exited_ = false;
+  start();
+  EXPECT_EQ(join(), 2);
+  EXPECT_TRUE(std::filesystem::is_regular_file(options_.socket_path));
+}
+
+TEST_F(ServerLife, PortFileNamesThePort) {
+  options_.port_file = root_ + "/port";
+  start();
+  int port = 0;
+  std::ifstream(options_.port_file) >> port;
+  EXPECT_EQ(port, port_);
+}
+
+TEST_F(ServerLife, TakenPortIsExit2) {
+  int fd = socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in at{};
+  at.sin_family = AF_INET;
+  at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  ASSERT_EQ(bind(fd, reinterpret_cast<sockaddr*>(&at), sizeof at), 0);
+  ASSERT_EQ(listen(fd, 1), 0);
+  socklen_t size = sizeof at;
+  getsockname(fd, reinterpret_cast<sockaddr*>(&at), &size);
+  options_.port = ntohs(at.sin_port);
+  start();
+  EXPECT_EQ(join(), 2);
+  EXPECT_EQ(control_.closed, 1);  // the log was left clean
+  close(fd);
+}
+
+TEST_F(ServerLife, OpenAddressWithoutTokenIsExit2) {
+  options_.host = "0.0.0.0";
+  start();
+  EXPECT_EQ(join(), 2);
+  EXPECT_EQ(control_.closed, 0);
+}
+
+TEST_F(ServerLife, OpenErrorsHaveTheirExitCodes) {
+  const std::pair<Code, int> cases[] = {{Code::conflict, 75},
+                                        {Code::corrupt, 65},
+                                        {Code::newer, 2},
+                                        {Code::invalid, 2},
+                                        {Code::io, 74}};
+  for (const auto& [code, exit_code] : cases) {
+    ServerHooks hooks;
+    hooks.signals = false;
+    Code c = code;
+    hooks.open_shard = [c](RecoveryReport*) -> Result<std::unique_ptr<Shard>> {
+      return Error{c, "no"};
+    };
+    EXPECT_EQ(run_server(options_, hooks), exit_code);
+  }
+}
+
+TEST_F(ServerLife, TokenKeySurvivesRestartsAndIsOurs) {
+  start();
+  Client c = local();
+  std::string token = leased_token(c);
+  c.shut();
+  stop();
+  struct stat info;
+  ASSERT_EQ(stat((root_ + "/queue/token.key").c_str(), &info), 0);
+  EXPECT_EQ(info.st_mode & 0777, 0600u);
+  EXPECT_EQ(info.st_size, 32);
+  auto tokens = Tokens::open(root_ + "/queue/token.key");
+  ASSERT_TRUE(tokens);
+  EXPECT_TRUE((*tokens)->check(token).ours);
+  auto others = Tokens::open(root_ + "/other.key");
+  ASSERT_TRUE(others);
+  EXPECT_TRUE((*others)->check(token).formed);
+  EXPECT_FALSE((*others)->check(token).ours);
+  chmod((root_ + "/queue/token.key").c_str(), 0644);
+  auto loose = Tokens::open(root_ + "/queue/token.key");
+  ASSERT_FALSE(loose);
+  EXPECT_EQ(loose.error().code, Code::corrupt);
+}
+
+TEST_F(ServerLife, DrainLetsJobsFinish) {
+  options_.drain_ms = 5000;
+  start();
+  Client w = local(), parked = local(), pool = local(), c = tcp();
+  std::string token = leased_token(w);
+  parked.start("POST", "/v1/leases",
+               R"({"worker":"v","kinds":["zzz"],"wait_ms":30000})");
+  pool.post("/v1/pools/p/sync", R"({"wait_ms":30000})");
+  pool.start("POST", "/v1/pools/p/sync", R"({"wait_ms":30000})");
+  EXPECT_TRUE(pool.quiet(50));
+  Reply r = c.post("/shutdown", R"({"mode":"drain"})");
+  EXPECT_EQ(r.status, 200);
+  EXPECT_EQ(pool.reply(2000).json()["drain"], true);
+  EXPECT_EQ(parked.reply(2000).status, 204);
+  r = c.get("/ready");
+  EXPECT_EQ(r.status, 503);
+  EXPECT_NE(r.body.find("draining"), std::string::npos);
+  EXPECT_EQ(parked.post("/v1/leases", R"({"worker":"v","kinds":["*"]})").status,
+            503);
+  EXPECT_FALSE(exited_);
+  EXPECT_EQ(w.post("/v1/leases/" + token + "/complete", "").status, 200);
+  pool.shut();
+  EXPECT_EQ(join(), 0);
+  EXPECT_EQ(control_.released, 0);
+  EXPECT_EQ(control_.closed, 1);
+}
+
+TEST_F(ServerLife, DrainGivesBackWhatDoesNotFinish) {
+  options_.drain_ms = 100;
+  start();
+  Client w = local();
+  leased_token(w);
+  EXPECT_EQ(w.post("/shutdown", "").status, 200);
+  EXPECT_EQ(join(), 0);
+  EXPECT_EQ(control_.released, 1);
+}
+
+TEST_F(ServerLife, HandoverLeavesJobsAndPoolsAlone) {
+  start();
+  Client w = local(), pool = local();
+  leased_token(w);
+  pool.post("/v1/pools/p/sync", R"({"wait_ms":30000})");
+  pool.start("POST", "/v1/pools/p/sync", R"({"wait_ms":30000})");
+  EXPECT_EQ(w.post("/shutdown", R"({"mode":"handover"})").status, 200);
+  EXPECT_EQ(pool.reply(2000).json()["drain"], false);
+  EXPECT_EQ(join(), 0);
+  EXPECT_EQ(control_.released, 0);
+}
+
+TEST_F(ServerLife, ShutdownIsStrict) {
+  start();
+  Client c = tcp();
+  EXPECT_EQ(c.post("/shutdown", R"({"mode":"now"})").field(), "mode");
+  EXPECT_EQ(c.post("/shutdown", R"({"moed":"drain"})").code(), "unknown-field");
+  EXPECT_EQ(c.get("/ready").status, 200);
+}
+
+TEST_F(ServerLife, PoisonAnswersUnknownAndExits74) {
+  start();
+  control_.hold = true;
+  Client c = tcp();
+  c.start("POST", "/v1/jobs", R"({"kind":"a"})");
+  EXPECT_TRUE(c.quiet(50));
+  control_.poison = true;
+  control_.poke();
+  Reply r = c.reply(2000);
+  EXPECT_EQ(r.status, 503);
+  EXPECT_EQ(r.code(), "poisoned");
+  EXPECT_EQ(join(), 74);
+  EXPECT_EQ(control_.closed, 0);
+}
+
+TEST_F(ServerLife, ProdIsReadyOnceAWorkerProvedItsLevel) {
+  options_.prod = true;
+  options_.workers = 1;
+  options_.min_level = 3;
+  start();
+  Client c = local();
+  Reply r = c.get("/ready");
+  EXPECT_EQ(r.status, 503);
+  EXPECT_NE(r.body.find("L3"), std::string::npos);
+  c.post("/v1/pools/p/sync", R"({"workers":[{"name":"w","level":"L3"}]})");
+  EXPECT_EQ(c.get("/ready").status, 200);
+}
+
+TEST_F(ServerLife, ProdWithTooWeakSandboxIsExit2) {
+  options_.prod = true;
+  options_.workers = 2;
+  options_.min_level = 3;
+  start();
+  Client c = local();
+  c.post("/v1/pools/p/sync", R"({"workers":[{"name":"w","level":"L1"}]})");
+  usleep(700'000);
+  EXPECT_FALSE(exited_);  // the other may be better
+  c.post("/v1/pools/p/sync", R"({"workers":[{"name":"w","level":"L1"},)"
+                             R"({"name":"v","level":"L2"}]})");
+  c.shut();
+  EXPECT_EQ(join(), 2);
+}
+
+TEST_F(ServerLife, PoolIsStartedAndStartedAgain) {
+  options_.workers = 1;
+  options_.pool_argv = {"/bin/sh", "-c", "echo up $X >> \"$0\"; exit 3",
+                        root_ + "/starts"};
+  options_.pool_env = {"X=env"};
+  start();
+  std::string text;
+  for (int i = 0; i < 300; ++i) {
+    std::ifstream in(root_ + "/starts");
+    text.assign(std::istreambuf_iterator<char>(in), {});
+    if (text.size() >= 14) break;
+    usleep(10'000);
+  }
+  EXPECT_EQ(text.substr(0, 14), "up env\nup env\n");
+}
+
+TEST_F(ServerLife, ConnectionsAreCapped) {
+  options_.connections_max = 2;
+  start();
+  Client a = tcp(), b = tcp();
+  EXPECT_EQ(a.get("/health").status, 200);
+  EXPECT_EQ(b.get("/health").status, 200);
+  Client d = tcp();
+  Reply r = d.reply();
+  EXPECT_EQ(r.status, 503);
+  EXPECT_TRUE(d.at_end());
+  EXPECT_EQ(local().get("/health").status, 200);  // workers still get in
+  a.shut();
+  for (int i = 0; i < 50; ++i) {
+    Client e = tcp();
+    if (e.get("/health").status == 200) return;
+    usleep(10'000);
+  }
+  FAIL() << "no room was made";
+}
+
+TEST_F(ServerLife, HalfClosedClientStillGetsItsAnswer) {
+  start();
+  Client c = tcp();
+  c.start("POST", "/v1/jobs", R"({"kind":"a"})");
+  c.end();
+  EXPECT_EQ(c.reply().status, 201);
+  EXPECT_TRUE(c.at_end());
+}
+
+TEST_F(ServerLife, SmugglingIsAnsweredOnceAndClosed) {
+  start();
+  for (const char* text :
+       {"POST /v1/jobs HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\n"
+        "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "POST /v1/jobs HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\n"
+        "Content-Length: 30\r\n\r\n{}  ",
+        "GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        "GET /health HTTP/1.1\r\n\r\n"}) {
+    Client c = tcp();
+    c.send(text);
+    c.send("GET /health HTTP/1.1\r\nHost: h\r\n\r\n");
+    Reply r = c.reply();
+    EXPECT_EQ(r.status, 400) << text;
+    EXPECT_EQ(r.headers["connection"], "close");
+    EXPECT_EQ(r.headers["content-type"], "application/problem+json");
+    EXPECT_EQ(c.reply(2000).status, 0) << "a second answer";
+  }
+}
+
+}  // namespace
+}  // namespace machina::test
