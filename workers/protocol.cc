@@ -77,7 +77,7 @@ Result<std::vector<Lease>> parse_leases(std::string_view reply) {
   return out;
 }
 
-std::string write_lease_request(const LeaseRequest& request) {
+std::string write_lease_request(const LeaseAsk& request) {
   std::string out =
       "{\"worker\":" + json::quoted(request.worker) + ",\"kinds\":[";
   for (std::size_t i = 0; i < request.kinds.size(); ++i) {

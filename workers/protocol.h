@@ -25,7 +25,7 @@ struct Lease {
 // The `leases` member of a reply. Code::invalid on anything else.
 Result<std::vector<Lease>> parse_leases(std::string_view reply);
 
-struct LeaseRequest {
+struct LeaseAsk {
   std::string worker;
   std::vector<std::string> kinds;
   int max = 1;
@@ -33,7 +33,7 @@ struct LeaseRequest {
   Level level = 0;
   bool forget_others = false;  // `holding`: none; what else it has is released
 };
-std::string write_lease_request(const LeaseRequest& request);
+std::string write_lease_request(const LeaseAsk& request);
 
 // One item of POST /v1/leases/complete. `isolation` is raw JSON.
 void append_completion(std::string& out, const std::string& token,

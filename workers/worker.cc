@@ -179,9 +179,9 @@ class Worker::Impl : public kinds::Host {
 
   // --- leasing ---
 
-  LeaseRequest lease_request(const std::vector<std::string>& kinds, int max,
+  LeaseAsk lease_request(const std::vector<std::string>& kinds, int max,
                              Millis wait_ms) const {
-    LeaseRequest request;
+    LeaseAsk request;
     request.worker = options_.name;
     request.kinds = kinds;
     request.max = max;
@@ -246,7 +246,7 @@ class Worker::Impl : public kinds::Host {
   // attempt: a lease call that wants nothing and holds nothing.
   void forget_stray_grants() {
     if (!strays_) return;
-    LeaseRequest request = lease_request({"machina.none"}, 1, 0);
+    LeaseAsk request = lease_request({"machina.none"}, 1, 0);
     (void)client_.post("/v1/leases", write_lease_request(request), 2000);
   }
 
