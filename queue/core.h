@@ -135,8 +135,9 @@ enum class Answer : std::uint8_t {
   dedup_full,      // 429
   unknown_dependency,  // 400; `detail` is the id
   bad_token,           // unblock: not the blocked token
-  need_facts,          // enqueue, complete with children: a dependency is not
-                       // live and has no fact; nothing was decided, come again
+  need_facts,  // a dependency (`detail`) is not live and has no fact. enqueue:
+               // nothing was decided, come again with it. complete: this item
+               // was refused because of a child's; its job still runs.
 };
 
 struct ItemAnswer {

@@ -194,8 +194,9 @@ void Draft::decide(const EnqueueCommand& c) {
   if (need_facts) decide_again();
 }
 
-// All of the command will be, once the facts are here.
+// All of the command will be, once the facts are here: nobody is told "ok".
 void Draft::decide_again() {
+  for (ItemAnswer& item : out_.items) item.answer = Answer::need_facts;
   out_.records.clear();
   new_ready_.clear();
   new_ready_left_ = 0;
@@ -393,7 +394,6 @@ void Draft::end_now(std::uint32_t slot, State state, EndCode code,
 
 void Draft::decide(const CompleteCommand& c) {
   will_lease_ = c.lease.has_value();
-  bool need_facts = false;
   for (const CompleteCommand::Item& done : c.items) {
     ItemAnswer& item = out_.items.emplace_back();
     std::uint32_t lease = lease_of(done.fence);
@@ -411,7 +411,6 @@ void Draft::decide(const CompleteCommand& c) {
     item.state = State::running;
     if (!done.children.empty()) {
       admit_children(done, c.facts, &r, &item);
-      need_facts |= item.answer == Answer::need_facts;
       if (item.answer != Answer::ok) continue;
     }
     item.state = r.state;
@@ -419,7 +418,6 @@ void Draft::decide(const CompleteCommand& c) {
     ended_leases_.insert(r.fence);
     record(std::move(r));
   }
-  if (need_facts) return decide_again();
   if (c.lease) lease(*c.lease);
 }
 
