@@ -205,6 +205,26 @@ time.sleep(3); sys.exit(1)
   });
 }
 
+// Memory that no process has mapped.
+TEST_P(SandboxTest, HiddenMemoryIsCountedByTheCgroup) {
+  if (!as_root()) GTEST_SKIP() << "needs a memory cgroup";
+  with([&] {
+    Stand stand;
+    for (const char* script :
+         {"import os\nfds=[]\nwhile True:\n f=os.memfd_create('x')\n "
+          "fds.append(f)\n for _ in range(8): os.write(f, bytes(1<<20))",
+          "import socket\nall=[]\nwhile True:\n a,b=socket.socketpair()\n "
+          "all+=[a,b]\n a.setsockopt(1,7,1<<22)\n a.setblocking(False)\n "
+          "try:\n  while True: a.send(bytes(65536))\n except "
+          "BlockingIOError: pass"}) {
+      auto session = stand.open(small());
+      const auto r = python(*session, script);
+      EXPECT_EQ(r.ended, Ended::oom) << script << shown(r);
+      EXPECT_EQ(sh(*session, "echo alive").out, "alive\n");
+    }
+  });
+}
+
 TEST_P(SandboxTest, ForksEndAsPids) {
   with([&] {
     Stand stand;

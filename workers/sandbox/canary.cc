@@ -393,11 +393,6 @@ Result<Report> run_canary(Slot& slot) {
     // No sandbox can be made here: that is an answer, not a failure.
     report.mechanisms = mechanisms_of(reply.mechs);
     report.attacks.emplace_back("sandbox", false);
-    for (auto& m : report.mechanisms) {
-      if (m.name == "mountns" && m.error == 0) {
-        m.why = session.error().what;
-      }
-    }
     return report;
   }
   report.provider.assign(reply.provider,

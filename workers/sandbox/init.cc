@@ -58,6 +58,8 @@ class Init {
 
  private:
   void build() {
+    // kill(-1) below must never mean the host.
+    if (getpid() != 1) _exit(1);
     prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
     // The keeper writes one byte once our identity is mapped; end-of-file says
     // that it died before the line above was in force.

@@ -13,6 +13,23 @@ const char* const kNames[kMechs] = {
     "utsns",  "seccomp", "landlock", "cgroup_memory", "cgroup_pids",
     "uid",    "caps",    "rlimits"};
 
+// What to do about a mechanism that is missing; for doctor.
+const char* hint(const std::string& name) {
+  if (name == "userns") {
+    return "allow unprivileged user namespaces (sysctl, AppArmor profile)";
+  }
+  if (name == "mountns" || name == "pidns" || name == "netns") {
+    return "allow namespaces and mounts (CAP_SYS_ADMIN, container profile)";
+  }
+  if (name == "landlock") return "boot with landlock in lsm=";
+  if (name.starts_with("cgroup")) {
+    return "run as root, or delegate a cgroup with memory and pids";
+  }
+  if (name == "seccomp") return "set MACHINA_SECCOMP_ENABLE=1";
+  if (name == "uid") return "run as root for a uid per slot";
+  return "";
+}
+
 const char* word(MechanismState state) {
   switch (state) {
     case MechanismState::active:
@@ -64,7 +81,11 @@ std::vector<Mechanism> mechanisms_of(const MechWire (&mechs)[kMechs]) {
     m.name = kNames[i];
     m.state = static_cast<MechanismState>(mechs[i].state);
     m.error = mechs[i].error;
-    if (m.error) m.why = std::strerror(m.error);
+    if (m.state == MechanismState::degraded ||
+        m.state == MechanismState::unavailable) {
+      if (m.error) m.why = std::string(std::strerror(m.error)) + ": ";
+      m.why += hint(m.name);
+    }
     all.push_back(std::move(m));
   }
   return all;

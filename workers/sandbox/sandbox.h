@@ -149,9 +149,11 @@ class Session {
   // Runs a step to its end. Never blocks past its timeout + 3 s.
   virtual StepResult run(const Step& step, const Watch& watch) = 0;
 
-  // A built-in that stays: a socket to talk to it. When it dies the socket
+  // A built-in that stays: a stream socket to talk to it, its in_fd and
+  // out_fd. When it dies the socket
   // reads end-of-file and wait_service() says how.
   virtual Result<int> start_service(BuiltinId id) = 0;
+  // Kills it after the time: Ended::timeout.
   virtual StepResult wait_service(Millis timeout_ms) = 0;
 
   // Writes `bytes` to a path below /work before the next step, inside the

@@ -31,6 +31,7 @@ constexpr Millis kTermMs = 2000;  // between TERM and KILL on cancel
 constexpr Millis kKillMs = 1500;  // init's time to answer after a KILL
 constexpr std::uint64_t kFloodFactor = 16;
 constexpr Millis kBuiltinMs = 30'000;  // put and collect
+constexpr Millis kTimeoutMax = Millis{30} * 86'400'000;
 
 Millis now_ms() {
   using namespace std::chrono;
@@ -385,7 +386,8 @@ StepResult SessionImpl::run_capped(const Step& step, const Watch& watch,
   writers[0].reset();
   writers[1].reset();
 
-  const Millis deadline = started + step.timeout_ms;
+  const Millis deadline =
+      started + std::clamp<Millis>(step.timeout_ms, 0, kTimeoutMax);
   const std::uint64_t flood =
       kFloodFactor * std::max<std::uint64_t>(output_bytes, 4096);
   std::optional<Ended> killed;
@@ -500,7 +502,8 @@ StepResult SessionImpl::wait_service(Millis timeout_ms) {
   }
   service_ = false;
   std::optional<Ended> killed;
-  if (!readable_within(control_.get(), static_cast<int>(timeout_ms))) {
+  if (!readable_within(control_.get(), static_cast<int>(std::clamp<Millis>(
+                                           timeout_ms, 0, 1 << 30)))) {
     killed = Ended::timeout;
     order(SIGKILL);
   }

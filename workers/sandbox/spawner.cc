@@ -58,6 +58,7 @@ class SpawnerProcess {
       sigemptyset(&none);
       const int n = ppoll(&item, 1, &tick, &none);
       reap();
+      tell();
       if (n > 0 && item.revents && !serve()) leave();
     }
   }
@@ -120,8 +121,17 @@ class SpawnerProcess {
         if (keeper != pid) continue;
         keeper = 0;
         empty(slot);
-        send_struct(events_, SlotEmpty{slot});
+        untold_[static_cast<std::size_t>(slot)] = true;
       }
+    }
+  }
+
+  // A pool that does not read its events must not stop us: what does not fit
+  // is told at a later tick.
+  void tell() {
+    for (int slot = 0; slot < kSlotsMax; ++slot) {
+      auto& untold = untold_[static_cast<std::size_t>(slot)];
+      if (untold && send_struct(events_, SlotEmpty{slot}) == 0) untold = false;
     }
   }
 
@@ -160,12 +170,14 @@ class SpawnerProcess {
   const int control_, events_;
   Host host_;
   std::array<pid_t, kSlotsMax> keepers_{};
+  std::array<bool, kSlotsMax> untold_{};
   pid_t* init_pids_ = nullptr;
 };
 
 [[noreturn]] void spawner_process(const SpawnerOptions& options, int control,
                                   int events) {
   close_all_but({control, events});
+  fcntl(events, F_SETFL, O_NONBLOCK);
   const int null = open("/dev/null", O_RDWR | O_CLOEXEC);
   if (null >= 0) {
     dup2(null, 0);

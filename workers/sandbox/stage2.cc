@@ -71,10 +71,11 @@ int set_limits(const StepPlan& plan) {
     // Per process; the whole tree's sum is watched by init.
     error = set_limit(RLIMIT_CPU, l.cpu_ms / 1000 + 2);
   }
-  // Behind the pids cgroup, whose counter tells why a fork failed; alone where
-  // there is none.
+  // Alone where there is no pids cgroup. Behind one it is far away: the
+  // cgroup's counter tells why a fork failed, and another pool's slot may have
+  // our uid.
   const bool cgroup = plan.host->active(Mech::cgroup_pids);
-  if (!error) error = set_limit(RLIMIT_NPROC, cgroup ? l.pids + 64 : l.pids);
+  if (!error) error = set_limit(RLIMIT_NPROC, cgroup ? l.pids + 4096 : l.pids);
   return error;
 }
 
