@@ -11,6 +11,13 @@ namespace {
 
 constexpr Millis kCloseWaitMs = 30'000;  // for a stuck disk or SQLite
 
+// The log takes time and chance from where the shard does.
+ShardOptions with_sources(ShardOptions options, Clock& clock, Random& random) {
+  if (options.log.clock == nullptr) options.log.clock = &clock;
+  if (options.log.random == nullptr) options.log.random = &random;
+  return options;
+}
+
 }  // namespace
 
 Result<std::unique_ptr<Shard>> Shard::open(Storage& storage, Clock& clock,
@@ -30,7 +37,7 @@ ShardImpl::ShardImpl(Storage& storage, Clock& clock, Random& random,
     : storage_(storage),
       clock_(clock),
       random_(random),
-      options_(options),
+      options_(with_sources(options, clock, random)),
       core_(options.core),
       cache_(options.body_cache_bytes) {}
 
@@ -160,6 +167,10 @@ void ShardImpl::turn() {
   run_due();
   run_timers();
   log_->flush();
+  if (!options_.log.own_thread) {
+    while (log_->write_one()) {
+    }
+  }
   log_->poll();
   release_held();
   feed();
@@ -276,6 +287,7 @@ Result<void> ShardImpl::close() {
   auto closed = log_->close();
   history_thread_ = std::make_unique<StoreThreads>(0);
   store_ = std::make_unique<StoreThreads>(0);
+  history_.reset();
   if (!closed) return closed;
   if (!ok) {
     return Error{Code::unavailable,

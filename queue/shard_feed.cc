@@ -91,9 +91,8 @@ void ShardImpl::feed() {
 
 namespace {
 
-// On the history thread. A job that must be read from the log and cannot be is
-// left out, loudly: its damage must not keep all later ones out of history.
-std::optional<HistoryChange> change_of(const Log& log, const Ended& ended) {
+// On the history thread. Reads from the log what was not kept in memory.
+Result<HistoryChange> change_of(const Log& log, const Ended& ended) {
   HistoryChange change;
   change.id = ended.id;
   change.lsn = ended.lsn;
@@ -101,29 +100,46 @@ std::optional<HistoryChange> change_of(const Log& log, const Ended& ended) {
   if (ended.left) return change;
   change.body = ended.body;
   change.end = ended.end;
-  std::string error;
   if (change.body == nullptr) {
     auto body = read_body(log, ended.id, ended.body_place, ended.body_bytes);
-    if (body) {
-      change.body = std::move(*body);
-    } else {
-      error = body.error().what;
-    }
+    if (!body) return body.error();
+    change.body = std::move(*body);
   }
-  if (change.end == nullptr && error.empty()) {
+  if (change.end == nullptr) {
     auto record = read_record(log, ended.end_place, ended.end_bytes);
-    if (record && std::holds_alternative<EndRecord>(record->body)) {
-      change.end = std::make_shared<const EndRecord>(
-          std::move(std::get<EndRecord>(record->body)));
+    if (!record) return record.error();
+    auto* end = std::get_if<EndRecord>(&record->body);
+    if (end == nullptr) {
+      return Error{Code::corrupt, "the end of " + to_string(ended.id) +
+                                      ": another record lies there"};
+    }
+    change.end = std::make_shared<const EndRecord>(std::move(*end));
+  }
+  return change;
+}
+
+// Damage of one job's bytes must not keep all later ones out of history: it is
+// left out, loudly. A disk that does not answer is another matter: the whole
+// batch is tried again, for its rows would otherwise be lost.
+Result<void> apply_batch(const Log& log, History& history,
+                         const std::vector<EndedPtr>& batch, Lsn through) {
+  std::vector<HistoryChange> changes;
+  changes.reserve(batch.size());
+  for (const EndedPtr& ended : batch) {
+    auto change = change_of(log, *ended);
+    if (change) {
+      changes.push_back(std::move(*change));
+    } else if (change.error().code != Code::corrupt) {
+      return change.error();
     } else {
-      error = record ? "no end lies there" : record.error().what;
+      std::fprintf(stderr,
+                   "machina: history: job %s (lsn %llu) is left out: %s\n",
+                   to_string(ended->id).c_str(),
+                   static_cast<unsigned long long>(ended->lsn),
+                   change.error().what.c_str());
     }
   }
-  if (error.empty()) return change;
-  std::fprintf(stderr, "machina: history: job %s (lsn %llu) is left out: %s\n",
-               to_string(ended.id).c_str(),
-               static_cast<unsigned long long>(ended.lsn), error.c_str());
-  return std::nullopt;
+  return history.apply(changes, through);
 }
 
 }  // namespace
@@ -137,15 +153,8 @@ void ShardImpl::post_feed(std::vector<EndedPtr> batch, Lsn through) {
   Millis at = now();
   auto shared = std::make_shared<std::vector<EndedPtr>>(std::move(batch));
   bool posted = history_thread_->post([=, this] {
-    std::vector<HistoryChange> changes;
-    changes.reserve(shared->size());
-    for (const EndedPtr& ended : *shared) {
-      if (auto change = change_of(*log_, *ended)) {
-        changes.push_back(std::move(*change));
-      }
-    }
-    auto result =
-        std::make_shared<Result<void>>(history_->apply(changes, through));
+    auto result = std::make_shared<Result<void>>(
+        apply_batch(*log_, *history_, *shared, through));
     if (*result && expire) *result = history_->expire(at);
     return [=, this] { fed(*shared, through, *result); };
   });

@@ -224,6 +224,10 @@ void ShardImpl::fetched(const CallPtr& call, std::vector<Need>* needs) {
                   [&](const LeaseView& l) { return l.fence == fence; });
     std::erase(call->grants, fence);
   }
+  if (call->response.status == Response::Status::failed) {
+    return refuse(call, Response::Status::failed,
+                  std::string(call->response.detail));
+  }
   // What was looked for twice is newer than what the call was held for.
   if (again) return answer(call);
   send(call);
@@ -234,7 +238,8 @@ void ShardImpl::settle(Call* call, Need* need, std::vector<Fence>* unreadable) {
     std::fprintf(stderr, "machina: %s\n", need->error.c_str());
     if (need->of_lease) {
       unreadable->push_back(need->fence);
-    } else if (call->purpose == Purpose::get) {
+    } else {
+      // Half a stored answer would be a wrong one.
       call->response.status = Response::Status::failed;
       call->response.detail = need->error;
     }
