@@ -209,7 +209,7 @@ class Pool {
   PoolSlots slots_;
   int target_;
   bool drain_asked_ = false, dirty_ = false, in_call_ = false, quit_ = false;
-  Millis synced_ms_ = 0;    // when a sync was last begun
+  Millis synced_ms_ = 0;      // when a sync was last begun
   Millis away_since_ms_ = 0;  // since when none was answered; 0: not away
   Mode mode_ = Mode::serving;
   Millis release_at_ms_ = 0, kill_at_ms_ = 0, empty_since_ms_ = 0;
@@ -598,7 +598,7 @@ bool Pool::finished() {
     changed(true);
   }
   const Millis waited = now_ms() - empty_since_ms_;
-  return slots_.gone().empty() || waited >= 1000;
+  return slots_.gone().empty() || away_since_ms_ > 0 || waited >= 1000;
 }
 
 }  // namespace

@@ -51,11 +51,22 @@ void append_end(std::string& out, const kinds::End& end,
                 const std::string& isolation) {
   if (!end.message.empty()) {
     out += ",\"message\":";
-    json::quote(out, std::string_view(end.message).substr(0, kMessageBytesMax));
+    // A byte that is not UTF-8 takes three when it is quoted.
+    json::quote(out,
+                std::string_view(end.message).substr(0, kMessageBytesMax / 3));
   }
   if (!end.result.empty()) out += ",\"result\":" + end.result;
   if (!isolation.empty()) out += ",\"isolation\":" + isolation;
   out += ",\"usage\":" + end.usage.json();
+  if (!end.side_effects.empty()) out += ",\"side_effects\":" + end.side_effects;
+  if (!end.artifacts.empty()) {
+    out += ",\"artifacts\":[";
+    for (std::size_t i = 0; i < end.artifacts.size(); ++i) {
+      if (i > 0) out += ',';
+      json::quote(out, end.artifacts[i]);
+    }
+    out += ']';
+  }
 }
 
 }  // namespace
@@ -97,15 +108,6 @@ void append_completion(std::string& out, const std::string& token,
   json::quote(out, token);
   if (end.code == EndCode::verdict) out += ",\"verdict\":\"fail\"";
   append_end(out, end, isolation);
-  if (!end.side_effects.empty()) out += ",\"side_effects\":" + end.side_effects;
-  if (!end.artifacts.empty()) {
-    out += ",\"artifacts\":[";
-    for (std::size_t i = 0; i < end.artifacts.size(); ++i) {
-      if (i > 0) out += ',';
-      json::quote(out, end.artifacts[i]);
-    }
-    out += ']';
-  }
   out += '}';
 }
 
@@ -162,6 +164,13 @@ Result<std::vector<ItemReply>> parse_items(std::string_view reply) {
         if (name == "token") answer.token = text_or(value, "");
         if (name == "problem" && value != "null") {
           answer.problem = std::string(value.substr(0, 500));
+          json::members(value, [&](auto field, auto number) {
+            if (field == "status") {
+              answer.status =
+                  static_cast<int>(json::integer(number).value_or(0));
+            }
+            return true;
+          });
         }
         return true;
       });

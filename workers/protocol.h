@@ -57,6 +57,7 @@ Result<std::vector<HeartbeatAnswer>> parse_heartbeat(std::string_view reply);
 // Per item of a batch: the token, and whether the server refused it.
 struct ItemReply {
   std::string token, problem;
+  int status = 0;  // of the problem
 };
 Result<std::vector<ItemReply>> parse_items(std::string_view reply);
 

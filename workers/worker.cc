@@ -344,13 +344,23 @@ class Worker::Impl : public kinds::Host {
     }
   }
 
-  void note_refusals(const std::string& body) const {
+  // A lease that is another's by now needs nothing more. A completion that the
+  // server does not take would leave its job running until the lease is out.
+  void note_refusals(const std::string& body) {
     if (body.find("\"problem\"") == std::string::npos) return;
     const auto answers = parse_items(body);
     if (!answers) return;
     for (const ItemReply& answer : *answers) {
       if (answer.problem.empty()) continue;
       say("complete " + answer.token.substr(0, 16) + ": " + answer.problem);
+      if (answer.status / 100 != 4 || answer.status == 409 ||
+          answer.status == 404) {
+        continue;
+      }
+      fail(answer.token,
+           kinds::failed(EndCode::sandbox,
+                         "the server refused the result: " + answer.problem),
+           "");
     }
   }
 

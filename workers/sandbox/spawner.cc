@@ -51,6 +51,9 @@ class SpawnerProcess {
     sigemptyset(&chld);
     sigaddset(&chld, SIGCHLD);
     sigprocmask(SIG_BLOCK, &chld, nullptr);
+    // An ignored signal, its default, would not end the wait below: a slot
+    // would be found empty only at the next tick.
+    signal(SIGCHLD, [](int) {});
     for (;;) {
       pollfd item{control_, POLLIN, 0};
       timespec tick{1, 0};

@@ -1,0 +1,286 @@
+// The pool with workers that are a script: starting, scaling, replacing,
+// leaving. In a process of its own, as it is in life.
+
+#include "workers/pool.h"
+
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "tests/workers/fake_server.h"
+#include "workers/pool_slots.h"
+
+namespace machina {
+namespace {
+
+namespace fs = std::filesystem;
+
+// Says who it is, then what a worker says after its canary; leaves on TERM.
+constexpr char kWorker[] = R"SH(#!/bin/sh
+echo "$(id -u) $* $(env | grep -c SECRET)" >>"$NOTES"
+echo '{"state":"idle","isolation":{"level":"L3","mechanisms":{}}}' >&4
+trap 'exit 0' TERM
+while :; do sleep 0.02 3>&- 4>&-; done
+)SH";
+
+class PoolTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    char name[] = "/var/tmp/machina-pool-XXXXXX";
+    ASSERT_NE(mkdtemp(name), nullptr);
+    root_ = name;
+    chmod(name, 0777);
+    setenv("SECRET", "s", 1);
+    options_.root = root_;
+    options_.socket_path = root_ + "/machina.sock";
+    options_.self_exe = root_ + "/worker.sh";
+    options_.count = 2;
+    options_.worker_env = {"NOTES=" + root_ + "/notes", "PATH=/usr/bin:/bin"};
+    script(kWorker);
+  }
+  void TearDown() override {
+    if (pool_ > 0) {
+      kill(pool_, SIGKILL);
+      waitpid(pool_, nullptr, 0);
+    }
+    server_.reset();
+    fs::remove_all(root_);
+  }
+
+  void script(const std::string& text) {
+    std::ofstream(options_.self_exe) << text;
+    chmod(options_.self_exe.c_str(), 0755);
+    std::ofstream(root_ + "/notes");
+    chmod((root_ + "/notes").c_str(), 0666);
+  }
+
+  // Forked before the server's threads exist.
+  void start(int target) {
+    pool_ = fork();
+    if (pool_ == 0) _exit(run_pool(options_));
+    server_ = std::make_unique<FakeServer>(options_.socket_path);
+    server_->set_target(target);
+  }
+
+  // The pool's exit code, or -1 when it stays.
+  int exit_code(int ms = 10'000) {
+    int status = 0;
+    const bool left =
+        wait([&] { return waitpid(pool_, &status, WNOHANG) == pool_; }, ms);
+    if (!left) return -1;
+    pool_ = -1;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -2;
+  }
+
+  static bool wait(const std::function<bool()>& done, int ms = 10'000) {
+    for (int i = 0; i < ms / 5; ++i) {
+      if (done()) return true;
+      usleep(5000);
+    }
+    return done();
+  }
+
+  bool idle(std::size_t count) {
+    return wait([&] {
+      const auto workers = server_->workers();
+      if (workers.size() != count) return false;
+      for (const auto& w : workers) {
+        if (w["state"] != "idle" || w["level"] != "L3") return false;
+      }
+      return true;
+    });
+  }
+
+  std::vector<std::string> notes() {
+    std::ifstream file(root_ + "/notes");
+    std::vector<std::string> out;
+    for (std::string line; std::getline(file, line);) out.push_back(line);
+    return out;
+  }
+
+  std::string log() {
+    std::ifstream file(root_ + "/pool.log");
+    return {std::istreambuf_iterator<char>(file), {}};
+  }
+
+  bool nobody_left() {
+    const auto workers = server_->workers();
+    return wait([&] {
+      for (const auto& w : workers) {
+        const int pid = w["pid"];
+        if (pid > 0 && kill(pid, 0) == 0) return false;
+      }
+      return true;
+    });
+  }
+
+  std::string root_;
+  PoolOptions options_;
+  std::unique_ptr<FakeServer> server_;
+  pid_t pool_ = -1;
+};
+
+TEST_F(PoolTest, ScalesBothWaysAsTheServerSays) {
+  start(3);
+  ASSERT_TRUE(idle(3)) << log();
+  server_->set_target(5);
+  ASSERT_TRUE(idle(5)) << log();
+  server_->set_target(1);
+  ASSERT_TRUE(idle(1)) << log();
+  EXPECT_TRUE(wait([&] { return server_->gone().size() == 4; })) << log();
+  server_->set_target(0);
+  ASSERT_TRUE(idle(0)) << log();
+}
+
+TEST_F(PoolTest, WorkersHoldNoPrivilegeAndNoSecret) {
+  start(1);
+  ASSERT_TRUE(idle(1)) << log();
+  const auto lines = notes();
+  ASSERT_FALSE(lines.empty()) << log();
+  const std::string uid = geteuid() == 0 ? "199999" : std::to_string(geteuid());
+  EXPECT_TRUE(lines[0].starts_with(uid + " worker --name p")) << lines[0];
+  EXPECT_TRUE(
+      lines[0].ends_with(" --channel 3 --facts 4 --root " + root_ + " 0"))
+      << lines[0];
+}
+
+TEST_F(PoolTest, KilledWorkerIsReportedGoneAndReplacedAtOnce) {
+  start(2);
+  ASSERT_TRUE(idle(2)) << log();
+  const auto victim = server_->workers()[0];
+  kill(victim["pid"].get<int>(), SIGKILL);
+  ASSERT_TRUE(wait([&] { return !server_->gone().empty(); }, 2000)) << log();
+  EXPECT_EQ(server_->gone()[0], victim["name"]);
+  ASSERT_TRUE(idle(2)) << log();
+  for (const auto& w : server_->workers()) EXPECT_NE(w["name"], victim["name"]);
+}
+
+TEST_F(PoolTest, WorkerThatCannotStartIsTriedEverMoreSlowly) {
+  script("#!/bin/sh\necho x >>\"$NOTES\"\nexit 1\n");
+  start(1);
+  usleep(2'000'000);
+  // 0, 0, 100, 200, 400, 800 ms: some six in two seconds, never hundreds.
+  EXPECT_GE(notes().size(), 4) << log();
+  EXPECT_LE(notes().size(), 16) << log();
+}
+
+TEST_F(PoolTest, DrainLetsWorkersLeaveAndExitsZero) {
+  start(2);
+  ASSERT_TRUE(idle(2)) << log();
+  server_->set_target(2, true);
+  EXPECT_EQ(exit_code(), 0) << log();
+  EXPECT_EQ(server_->gone().size(), 2) << log();
+  EXPECT_TRUE(nobody_left());
+}
+
+TEST_F(PoolTest, TermIsADrain) {
+  start(2);
+  ASSERT_TRUE(idle(2)) << log();
+  kill(pool_, SIGTERM);
+  EXPECT_EQ(exit_code(), 0) << log();
+}
+
+TEST_F(PoolTest, WorkerThatStaysIsKilledWhenTheDrainIsOver) {
+  script(std::string(kWorker).replace(std::string(kWorker).find("exit 0"), 6,
+                                      ":"));
+  options_.drain_ms = 500;
+  start(2);
+  ASSERT_TRUE(idle(2)) << log();
+  server_->set_target(2, true);
+  EXPECT_EQ(exit_code(), 0) << log();
+  EXPECT_TRUE(nobody_left());
+}
+
+TEST_F(PoolTest, OutlivesAShortAbsenceOfItsServerAndNotALongOne) {
+  options_.orphan_ms = 1500;
+  start(2);
+  ASSERT_TRUE(idle(2)) << log();
+  const auto before = server_->workers();
+  server_->go_away();
+  usleep(500'000);
+  server_->come_back();
+  const int syncs = server_->syncs();
+  ASSERT_TRUE(wait([&] { return server_->syncs() > syncs; })) << log();
+  EXPECT_EQ(server_->workers()[0]["pid"], before[0]["pid"]);
+  server_->go_away();
+  EXPECT_EQ(exit_code(), 0) << log();
+  EXPECT_TRUE(nobody_left());
+}
+
+TEST_F(PoolTest, LeavesWhenItsRootIsGone) {
+  start(1);
+  ASSERT_TRUE(idle(1)) << log();
+  fs::remove_all(root_);
+  EXPECT_EQ(exit_code(), 0);
+  EXPECT_TRUE(nobody_left());
+}
+
+TEST_F(PoolTest, SecondPoolOfOneRootIsRefused) {
+  start(1);
+  ASSERT_TRUE(idle(1)) << log();
+  const pid_t second = fork();
+  if (second == 0) _exit(run_pool(options_));
+  int status = 0;
+  waitpid(second, &status, 0);
+  EXPECT_EQ(WEXITSTATUS(status), 75);
+}
+
+TEST_F(PoolTest, NothingOutlivesAPoolThatIsKilled) {
+  start(2);
+  ASSERT_TRUE(idle(2)) << log();
+  kill(pool_, SIGKILL);
+  EXPECT_EQ(exit_code(), -2);
+  EXPECT_TRUE(nobody_left());
+}
+
+// --- the table alone ---
+
+TEST(PoolSlotsTest, GoneIsSaidOnlyWhenTheSlotIsEmpty) {
+  PoolSlots slots;
+  slots.started(0, "a", 100, 0, 0);
+  EXPECT_EQ(slots.exited(100, 10'000), 0);
+  EXPECT_TRUE(slots.gone().empty());
+  EXPECT_TRUE(slots.to_start(1, 10'000).empty());  // its place is taken
+  slots.emptied(0);
+  EXPECT_EQ(slots.gone(), std::vector<std::string>{"a"});
+  EXPECT_EQ(slots.to_start(1, 10'000), std::vector<int>{0});
+  slots.reported({"a"});
+  EXPECT_TRUE(slots.gone().empty());
+}
+
+TEST(PoolSlotsTest, IdleWorkersAreStoppedBeforeBusyOnes) {
+  PoolSlots slots;
+  for (int i = 0; i < 4; ++i) {
+    slots.started(i, "w" + std::to_string(i), 100 + i, 0, 0);
+  }
+  slots.at(3).job = "busy";
+  slots.at(1).job = "busy";
+  EXPECT_EQ(slots.to_stop(2), (std::vector<int>{2, 0}));
+  EXPECT_EQ(slots.to_stop(1), (std::vector<int>{2, 0, 3}));
+}
+
+TEST(PoolSlotsTest, EarlyDeathsPauseLongerEachTimeUpToTheBound) {
+  PoolSlots slots;
+  Millis now = 0, last = 0;
+  for (int i = 0; i < 20; ++i) {
+    slots.started(0, "w", 100, now, 0);
+    slots.exited(100, now + 1);
+    slots.emptied(0);
+    const Millis next = slots.next_start_ms(1, now + 1);
+    const Millis pause = next < 0 ? 0 : next - (now + 1);
+    EXPECT_GE(pause, last);
+    EXPECT_LE(pause, kBackoffMaxMs);
+    last = pause;
+    now += 1 + pause;
+  }
+  EXPECT_EQ(last, kBackoffMaxMs);
+}
+
+}  // namespace
+}  // namespace machina
