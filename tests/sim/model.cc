@@ -1,0 +1,261 @@
+#include "tests/sim/model.h"
+
+#include <algorithm>
+
+namespace machina::sim {
+namespace {
+
+void must(bool good, const std::string& why) {
+  if (!good) throw Wrong(why);
+}
+
+std::string show(const JobId& id) { return to_string(id); }
+
+}  // namespace
+
+void Model::fold(const Record& record) {
+  must(record.time_ms >= time, "logged time went back");
+  time = record.time_ms;
+  std::visit([&](const auto& body) { fold(record, body); }, record.body);
+}
+
+ModelJob& Model::job(const JobId& id, State must_be) {
+  auto found = live.find(id);
+  must(found != live.end(), show(id) + " is not live");
+  must(found->second.state == must_be,
+       show(id) + " is " + std::string(name(found->second.state)) + ", not " +
+           std::string(name(must_be)));
+  return found->second;
+}
+
+ModelJob& Model::held(const JobId& id, Fence fence) {
+  ModelJob& j = job(id, State::running);
+  must(fence != 0 && j.fence == fence, show(id) + ": a stale fence");
+  return j;
+}
+
+void Model::make_ready(const JobId& id, ModelJob& j) {
+  j.state = State::ready;
+  if (j.leased_before) return;
+  fresh_[{j.job.queue, j.job.kind, j.job.priority, j.job.min_level}].insert(
+      {++commits_, id});
+  j.commit = commits_;
+}
+
+void Model::make_due(const JobId& id, ModelJob& j) {
+  if (j.run_at > time) {
+    j.state = State::scheduled;
+  } else {
+    make_ready(id, j);
+  }
+}
+
+void Model::fold(const Record& record, const EnqueueRecord& r) {
+  must(!live.contains(r.id), show(r.id) + " exists twice");
+  ModelJob j;
+  j.job = r.job;
+  j.born = ++births_;
+  j.run_at = r.job.run_at_ms;
+  j.body_lsn = record.lsn;
+  j.body_place = record.place;
+  j.body_bytes = record.bytes;
+  if (r.revived) {
+    auto was = ended.find(r.id);
+    must(was != ended.end(), show(r.id) + " revived, but never ended");
+    must(was->second != State::succeeded &&
+             was->second == static_cast<State>(r.revived),
+         show(r.id) + " revived from another state");
+    ended.erase(was);
+    j.attempt = j.base = r.attempt;
+    j.run_at = 0;
+  } else {
+    must(!bodies.contains(r.id), show(r.id) + ": an id used twice");
+    if (!r.job.dedup_key.empty() && r.job.dedup_ttl_ms > 0) {
+      must(key_of(r.job, time) == nullptr,
+           "dedup key " + r.job.dedup_key + " was forgotten");
+      keys_[{r.job.tenant, r.job.queue, r.job.dedup_key}] = {
+          r.id,
+          time + r.job.dedup_ttl_ms,
+          r.job.kind,
+          {r.job.payload_digest[0], r.job.payload_digest[1]}};
+    }
+    for (const JobId& id : r.job.depends_on) {
+      bool unmet = std::count(r.unmet.begin(), r.unmet.end(), id) > 0;
+      if (live.contains(id)) {
+        must(unmet, show(r.id) + " does not wait for a live dependency");
+        j.unmet.insert(id);
+        continue;
+      }
+      auto was = ended.find(id);
+      must(was != ended.end(), show(r.id) + " depends on an unknown job");
+      bool well = was->second == State::succeeded;
+      must(well != unmet, show(r.id) + ": a finished dependency misjudged");
+      if (!well) j.doomed = true;
+    }
+  }
+  bodies[r.id] = r;
+  ModelJob& at = live.emplace(r.id, std::move(j)).first->second;
+  if (at.doomed || !at.unmet.empty()) {
+    at.state = State::waiting;
+  } else {
+    make_due(r.id, at);
+  }
+  must(at.state == r.state, show(r.id) + " begins in the wrong state");
+}
+
+void Model::fold(const Record&, const GrantRecord& r) {
+  ModelJob& j = job(r.id, State::ready);
+  must(r.fence > last_fence, "a fence did not rise");
+  last_fence = r.fence;
+  must(r.attempt == j.attempt + 1, show(r.id) + ": attempts are miscounted");
+  must(r.attempt <= j.base + j.job.max_attempts,
+       show(r.id) + " has more attempts than allowed");
+  must(j.run_at <= time, show(r.id) + " is leased before its time");
+  must(r.level >= j.job.min_level, show(r.id) + " is leased below its level");
+  if (!j.leased_before) {
+    auto& fifo =
+        fresh_[{j.job.queue, j.job.kind, j.job.priority, j.job.min_level}];
+    must(!fifo.empty() && fifo.begin()->second == r.id,
+         show(r.id) + " is leased before an older one");
+    fifo.erase(fifo.begin());
+  }
+  j.state = State::running;
+  j.leased_before = true;
+  j.attempt = r.attempt;
+  j.fence = r.fence;
+}
+
+void Model::fold(const Record& record, const EndRecord& r) {
+  auto found = live.find(r.id);
+  must(found != live.end(), show(r.id) + " ends, but is not live");
+  ModelJob& j = found->second;
+  must((j.state == State::running) == (r.fence != 0),
+       show(r.id) + " ends by a lease that it has not");
+  if (r.fence) held(r.id, r.fence);
+  must(r.body_place == j.body_place && r.body_bytes == j.body_bytes,
+       show(r.id) + " ends with another's body");
+  must(r.attempt == j.attempt, show(r.id) + " ends with a wrong attempt");
+  if (r.state == State::dead && r.fence) {
+    must(!j.cancel, show(r.id) + " died though it was cancelled");
+  }
+  if (r.outcome.code == EndCode::dependency) {
+    must(j.doomed, show(r.id) + " ends for a dependency that did not fail");
+  }
+  must(!j.doomed || r.state == State::cancelled, show(r.id) + " was doomed");
+  must(r.state != State::succeeded || r.by_complete, "success by nobody");
+  if (r.by_complete) {
+    must(completed.emplace(r.fence, r.state).second, "completed twice");
+  }
+  if (j.state == State::ready && !j.leased_before) {
+    fresh_[{j.job.queue, j.job.kind, j.job.priority, j.job.min_level}].erase(
+        {j.commit, r.id});
+  }
+  live.erase(found);
+  must(ended.emplace(r.id, r.state).second, show(r.id) + " ended twice");
+  std::vector<std::pair<std::uint64_t, JobId>> freed;
+  for (auto& [id, other] : live) {
+    if (other.unmet.erase(r.id) == 0) continue;
+    if (r.state != State::succeeded) {
+      other.doomed = true;
+    } else if (other.unmet.empty() && !other.doomed) {
+      freed.emplace_back(other.born, id);
+    }
+  }
+  // Children come first: the core tells dependents after the record is in.
+  for (const EnqueueRecord& child : r.children) fold(record, child);
+  std::sort(freed.begin(), freed.end());
+  for (const auto& [order, id] : freed) make_due(id, live.at(id));
+}
+
+void Model::fold(const Record&, const RetryRecord& r) {
+  ModelJob& j = held(r.id, r.fence);
+  must(!j.cancel, show(r.id) + " is retried though it was cancelled");
+  must(r.attempt == j.attempt && j.attempt < j.base + j.job.max_attempts,
+       show(r.id) + " is retried past its allowance");
+  j.fence = 0;
+  j.run_at = r.run_at_ms;
+  make_due(r.id, j);
+}
+
+void Model::fold(const Record&, const ReleaseRecord& r) {
+  ModelJob& j = held(r.id, r.fence);
+  must(!j.cancel, show(r.id) + " is released though it was cancelled");
+  j.fence = 0;
+  --j.attempt;
+  make_ready(r.id, j);
+}
+
+void Model::fold(const Record&, const BlockRecord& r) {
+  ModelJob& j = held(r.id, r.fence);
+  must(!j.cancel, show(r.id) + " is blocked though it was cancelled");
+  j.fence = 0;
+  --j.attempt;
+  j.state = State::blocked;
+  j.token = r.token;
+  j.deadline = r.deadline_ms;
+}
+
+void Model::fold(const Record&, const UnblockRecord& r) {
+  ModelJob& j = job(r.id, State::blocked);
+  j.deadline = 0;
+  make_ready(r.id, j);
+}
+
+void Model::fold(const Record&, const CancelRecord& r) {
+  job(r.id, State::running).cancel = true;
+}
+
+void Model::fold(const Record&, const PromoteRecord& r) {
+  for (const JobId& id : r.ids) {
+    ModelJob& j = job(id, State::scheduled);
+    must(j.run_at <= time, show(id) + " is promoted before its time");
+    make_ready(id, j);
+  }
+}
+
+void Model::fold(const Record&, const ForgetRecord& r) {
+  must(r.until_ms <= time, "keys are forgotten before their time");
+}
+
+const ModelKey* Model::key_of(const NewJob& job, Millis now) const {
+  auto found = keys_.find({job.tenant, job.queue, job.dedup_key});
+  bool known = found != keys_.end() && now < found->second.expiry;
+  return known ? &found->second : nullptr;
+}
+
+std::string Model::difference(const Core& core) const {
+  if (core.live_jobs() != live.size()) {
+    return std::to_string(core.live_jobs()) + " live jobs, not " +
+           std::to_string(live.size());
+  }
+  for (const auto& [id, j] : live) {
+    auto look = core.look(id);
+    if (!look) return show(id) + " is lost";
+    const JobView& v = look->view;
+    State state = j.doomed ? State::cancelled : j.state;
+    bool same =
+        v.state == state && v.attempt == j.attempt && v.kind == j.job.kind &&
+        v.queue == j.job.queue && v.priority == j.job.priority &&
+        v.fence == j.fence && v.cancel_requested == j.cancel &&
+        v.blocked_deadline_ms == j.deadline &&
+        v.max_attempts == j.base + j.job.max_attempts &&
+        look->body_place == j.body_place && look->body_bytes == j.body_bytes;
+    if (!same) {
+      return show(id) + " is " + std::string(name(v.state)) + " attempt " +
+             std::to_string(v.attempt) + " fence " + fence_hex(v.fence) +
+             ", not " + std::string(name(state)) + " attempt " +
+             std::to_string(j.attempt) + " fence " + fence_hex(j.fence);
+    }
+  }
+  std::uint64_t finals = 0;
+  for (const QueueCounts& q : core.counts()) {
+    for (int s = 5; s < kStates; ++s) finals += q.by_state[s];
+  }
+  if (finals != ended.size()) {
+    return std::to_string(finals) + " ended, not " +
+           std::to_string(ended.size());
+  }
+  return "";
+}
+
+}  // namespace machina::sim

@@ -1,0 +1,94 @@
+// The oracle: what the records mean, written a second time and simply, with
+// maps and strings, sharing no code with the core. It folds each record that
+// the core decides, and complains (throws Wrong) of one that breaks a promise:
+//
+//   - no job but what was asked for; an id is never used twice
+//   - a job has at most one current lease; fences rise strictly over all lives
+//   - attempts <= allowed; attempts = leases - releases since the last retry
+//   - nothing is leased before its time or before what it depends on
+//   - first leases per (queue, priority, kind, level) are in commit order
+//   - final states are final, but for an explicit retry
+//   - a dedup key is given to a new job only after its window
+//   - logged time never goes back
+
+#pragma once
+
+#include <map>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "queue/core.h"
+
+namespace machina::sim {
+
+struct Wrong : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct ModelJob {
+  NewJob job;
+  State state = State::ready;
+  std::set<JobId> unmet;
+  bool doomed = false, cancel = false, leased_before = false;
+  int attempt = 0, base = 0;
+  Fence fence = 0;
+  Millis run_at = 0, deadline = 0;
+  std::uint64_t commit = 0;  // order of commit among all jobs
+  std::uint64_t born = 0;    // order of enqueue
+  std::string token;
+  Lsn body_lsn = 0;
+  Place body_place = 0;
+  std::uint32_t body_bytes = 0;
+};
+
+struct ModelKey {
+  JobId id;
+  Millis expiry = 0;
+  std::string kind;
+  std::uint64_t digest[2] = {0, 0};
+};
+
+class Model {
+ public:
+  void fold(const Record&);
+
+  // The unexpired entry of a job's key, or null.
+  const ModelKey* key_of(const NewJob&, Millis now) const;
+  // How the core differs from this, or empty.
+  std::string difference(const Core&) const;
+
+  std::map<JobId, ModelJob> live;
+  std::map<JobId, State> ended;
+  std::map<JobId, EnqueueRecord> bodies;  // of all that ever were
+  std::map<Fence, State> completed;       // by /complete, and how
+  Fence last_fence = 0;
+  Millis time = 0;
+
+ private:
+  using Key = std::tuple<std::string, std::string, std::string>;
+  using Fifo = std::tuple<std::string, std::string, int, Level>;
+
+  void fold(const Record&, const EnqueueRecord&);
+  void fold(const Record&, const GrantRecord&);
+  void fold(const Record&, const EndRecord&);
+  void fold(const Record&, const RetryRecord&);
+  void fold(const Record&, const ReleaseRecord&);
+  void fold(const Record&, const BlockRecord&);
+  void fold(const Record&, const UnblockRecord&);
+  void fold(const Record&, const CancelRecord&);
+  void fold(const Record&, const PromoteRecord&);
+  void fold(const Record&, const ForgetRecord&);
+  ModelJob& job(const JobId&, State must_be);
+  ModelJob& held(const JobId&, Fence);
+  void make_ready(const JobId&, ModelJob&);
+  void make_due(const JobId&, ModelJob&);
+
+  std::map<Key, ModelKey> keys_;
+  std::map<Fifo, std::set<std::pair<std::uint64_t, JobId>>> fresh_;
+  std::uint64_t commits_ = 0, births_ = 0;
+};
+
+}  // namespace machina::sim
