@@ -283,6 +283,7 @@ void ShardImpl::complete(const CallPtr& call, CompleteCommand command,
   }
   call->response.items = std::move(decision->items);
   auto& items = call->response.items;
+  call->light = items.size() > 1;
   call->response.views.resize(items.size());
   for (std::size_t i = 0; i < items.size() && i < fences.size(); ++i) {
     if (items[i].answer == Answer::stale_lease) {
