@@ -651,6 +651,34 @@ TEST_F(ShardTest, LowDiskRefusesEnqueueAndNothingElse) {
   EXPECT_EQ(enqueue(noop()).status, Status::done);
 }
 
+TEST_F(ShardTest, HistoryThatLagsRefusesEnqueueUntilItHasCaughtUp) {
+  options_.history_lag_max_bytes = 100;
+  open();
+  enqueued(noop());
+  Fence fence = lease_one().fence;
+  EXPECT_EQ(complete(fence).items.at(0).answer, Answer::ok);
+  // The clock stands still, so the row waits for company.
+  EXPECT_EQ(enqueue(noop()).status, Status::lagging);
+  EXPECT_GT(shard_->stats().history_lag_bytes, 100u);
+  wait_for_history();
+  EXPECT_EQ(shard_->stats().history_lag_bytes, 0u);
+  EXPECT_EQ(enqueue(noop()).status, Status::done);
+}
+
+TEST_F(ShardTest, IdleShardSleeps) {
+  open();
+  enqueued(noop());
+  complete(lease_one().fence);
+  wait_for_history();
+  for (int i = 0; i < 20; ++i) {
+    clock_.advance(1000);
+    turn_for(5);
+  }
+  clock_.advance(1000);
+  turn_for(20);
+  EXPECT_GT(shard_->next_due_ms(), 500);
+}
+
 TEST_F(ShardTest, DrainAnswersTheParkedAndLeasesNoMore) {
   open();
   JobId held = enqueued(noop());
