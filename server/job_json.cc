@@ -630,7 +630,7 @@ MaybeProblem read_block(const JsonValue& json, BlockCommand* block) {
   return std::nullopt;
 }
 
-MaybeProblem read_lease(const JsonValue& json, LeaseRequest* lease) {
+MaybeProblem read_lease(const JsonValue& json, LeaseBody* lease) {
   if (auto p = not_an_object(json)) return p;
   LeaseCommand& command = lease->command;
   bool kinds = false;
@@ -674,7 +674,7 @@ MaybeProblem read_lease(const JsonValue& json, LeaseRequest* lease) {
   return std::nullopt;
 }
 
-MaybeProblem read_heartbeat(const JsonValue& json, HeartbeatRequest* out) {
+MaybeProblem read_heartbeat(const JsonValue& json, HeartbeatBody* out) {
   if (auto p = not_an_object(json)) return p;
   JsonValue items;
   for (JsonValue m = json.first(); m; m = m.next()) {
@@ -696,7 +696,7 @@ MaybeProblem read_heartbeat(const JsonValue& json, HeartbeatRequest* out) {
                        "more than " + std::to_string(kLeasesPerCallMax));
     }
     if (!item.is_object()) return wrong_type("items", item, "objects");
-    HeartbeatRequest::Item one;
+    HeartbeatBody::Item one;
     for (JsonValue m = item.first(); m; m = m.next()) {
       if (m.key() == "token") {
         if (auto p = read_string(m, "items.token", 64, &one.token)) return p;

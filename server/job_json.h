@@ -56,13 +56,13 @@ MaybeProblem read_completion(const JsonValue& json, const JobContext& context,
 MaybeProblem read_failure(const JsonValue& json, Outcome* outcome);
 MaybeProblem read_block(const JsonValue& json, BlockCommand* block);
 // Tokens of `holding` are left as text.
-struct LeaseRequest {
+struct LeaseBody {
   LeaseCommand command;
   std::optional<std::vector<std::string>> holding;
   Millis wait_ms = 0;
 };
-MaybeProblem read_lease(const JsonValue& json, LeaseRequest* lease);
-struct HeartbeatRequest {
+MaybeProblem read_lease(const JsonValue& json, LeaseBody* lease);
+struct HeartbeatBody {
   struct Item {
     std::string token;
     int percent = -1;
@@ -71,7 +71,7 @@ struct HeartbeatRequest {
   std::vector<Item> items;
   Millis wait_ms = 0;
 };
-MaybeProblem read_heartbeat(const JsonValue& json, HeartbeatRequest* out);
+MaybeProblem read_heartbeat(const JsonValue& json, HeartbeatBody* out);
 
 // Single members; `field` is their full name for problems.
 MaybeProblem read_integer(const JsonValue& v, std::string_view field,

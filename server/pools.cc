@@ -29,7 +29,7 @@ bool lock_is_free(const std::string& path) {
 
 // --- What pools say --------------------------------------------------------
 
-bool Service::read_sync(const Call& call, const JsonValue& json, Pool* pool,
+bool Service::read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
                         std::vector<std::string>* gone, Millis* wait_ms) {
   auto fail = [&](const Problem& p) {
     refuse(call.peer, call.sequence, p);
@@ -89,7 +89,7 @@ bool Service::read_sync(const Call& call, const JsonValue& json, Pool* pool,
   return true;
 }
 
-void Service::post_sync(const Call& call) {
+void Service::post_sync(const Exchange& call) {
   if (!valid_name(call.args[0]) || call.args[0].size() > kWorkerBytesMax) {
     Problem p;
     p.status = 404;
@@ -123,7 +123,7 @@ void Service::post_sync(const Call& call) {
   if (Peer* p = peer(old.peer)) answer_sync(*p, old.sequence);
 
   Pending* pending = call.peer.connection.pending(call.sequence);
-  pending->op = static_cast<std::uint8_t>(Op::sync);
+  pending->op = static_cast<std::uint8_t>(PendingOp::sync);
   pending->holds_lease_call = true;
   check_levels();
   // What this connection was told before need not be told again; a new one may
@@ -131,7 +131,7 @@ void Service::post_sync(const Call& call) {
   bool news = call.peer.told_pool != id || call.peer.told_target != target_ ||
               call.peer.told_drain != (draining_ && !handover_);
   call.peer.told_pool = id;
-  if (news || wait_ms == 0 || (draining_ && handover_)) {
+  if (news || wait_ms == 0 || draining_) {
     return answer_sync(call.peer, call.sequence);
   }
   pool.parked = {call.peer.id, call.sequence};
@@ -183,7 +183,7 @@ WorkerNumbers Service::worker_numbers() const {
   return numbers;
 }
 
-void Service::get_workers(const Call& call) {
+void Service::get_workers(const Exchange& call) {
   WorkerNumbers numbers = worker_numbers();
   std::string body;
   JsonWriter json(body);
@@ -221,7 +221,7 @@ void Service::get_workers(const Call& call) {
   reply(call.peer, call.sequence, 200, body);
 }
 
-void Service::put_scale(const Call& call) {
+void Service::put_scale(const Exchange& call) {
   JsonValue json;
   if (!parse_body(call, true, &json)) return;
   std::int64_t count = -1;

@@ -174,7 +174,7 @@ BodyPlan Service::head_read(Peer& peer, std::uint64_t sequence,
     if (peer.route->max_body != 0) plan.max = peer.route->max_body;
     if ((peer.route->flags & Route::stream) != 0) {
       // A streamed body's handler begins here and ends in dispatch().
-      (this->*peer.route->handle)(Call{peer, sequence, head, {}, args});
+      (this->*peer.route->handle)(Exchange{peer, sequence, head, {}, args});
       if (!peer.refusal) plan.kind = BodyPlan::stream;
     }
   }
@@ -197,7 +197,7 @@ void Service::dispatch(Peer& peer, std::uint64_t sequence, const Head& head,
   }
   std::array<std::string_view, 2> args;
   matches(peer.route->pattern, head.path, &args);
-  (this->*peer.route->handle)(Call{peer, sequence, head, body, args});
+  (this->*peer.route->handle)(Exchange{peer, sequence, head, body, args});
 }
 
 // --- Query strings ---------------------------------------------------------

@@ -88,7 +88,7 @@ void Service::with_job(const Where& where, const JobId& id,
 
 // --- Logs ------------------------------------------------------------------
 
-void Service::post_log(const Call& call) {
+void Service::post_log(const Exchange& call) {
   auto fence = lease_of(call);
   if (!fence) return;
   auto parameters = parse_query(call.head.query);
@@ -130,7 +130,7 @@ void Service::post_log(const Call& call) {
                });
 }
 
-void Service::get_logs(const Call& call) {
+void Service::get_logs(const Exchange& call) {
   auto id = job_of(call);
   if (!id) return;
   auto parameters = parse_query(call.head.query);
@@ -188,7 +188,7 @@ void Service::get_logs(const Call& call) {
 // --- Artifacts in ----------------------------------------------------------
 
 // Called when the head is read; the body follows in pieces.
-void Service::put_artifact(const Call& call) {
+void Service::put_artifact(const Exchange& call) {
   Fence fence = 0;
   if (auto p = check_token(call.args[0], &fence)) {
     call.peer.refusal = std::move(*p);
@@ -308,7 +308,7 @@ void Service::with_artifacts(const Where& where, const JobId& id,
   });
 }
 
-void Service::list_artifacts(const Call& call) {
+void Service::list_artifacts(const Exchange& call) {
   auto id = job_of(call);
   if (!id) return;
   Where where{call.peer.id, call.sequence};
@@ -329,7 +329,7 @@ void Service::list_artifacts(const Call& call) {
   });
 }
 
-void Service::get_artifact(const Call& call) {
+void Service::get_artifact(const Exchange& call) {
   auto id = job_of(call);
   if (!id) return;
   Where where{call.peer.id, call.sequence};
@@ -374,7 +374,7 @@ void Service::send_file(const Where& where, OpenedFile file, Extras extras) {
   auto download = std::make_unique<Download>();
   download->fd = std::move(file.fd);
   download->size = file.size;
-  pending->op = static_cast<std::uint8_t>(Op::stream);
+  pending->op = static_cast<std::uint8_t>(PendingOp::stream);
   pending->stage = 1;
   pending->extra = std::move(download);
   p->streams.push_back(where.sequence);

@@ -100,7 +100,7 @@ Problem malformed(const JsonError& error) {
 
 // --- Bodies ----------------------------------------------------------------
 
-bool Service::parse_body(const Call& call, bool empty_is_object,
+bool Service::parse_body(const Exchange& call, bool empty_is_object,
                          JsonValue* json) {
   std::string_view text = call.body;
   if (text.empty() && empty_is_object) text = "{}";
@@ -119,7 +119,7 @@ bool Service::parse_body(const Call& call, bool empty_is_object,
 }
 
 // For actions that take no members.
-bool Service::no_members(const Call& call) {
+bool Service::no_members(const Exchange& call) {
   JsonValue json;
   if (!parse_body(call, true, &json)) return false;
   if (JsonValue m = json.first()) {
@@ -129,7 +129,7 @@ bool Service::no_members(const Call& call) {
   return true;
 }
 
-JobContext Service::context_of(const Call& call) {
+JobContext Service::context_of(const Exchange& call) {
   JobContext context{options_, clock_.wall_ms()};
   if (valid_traceparent(call.head.traceparent)) {
     context.traceparent = call.head.traceparent;
@@ -142,7 +142,7 @@ JobContext Service::context_of(const Call& call) {
   return context;
 }
 
-std::optional<JobId> Service::job_of(const Call& call) {
+std::optional<JobId> Service::job_of(const Exchange& call) {
   auto id = parse_job_id(call.args[0]);
   if (!id) {
     Problem p;
@@ -156,7 +156,7 @@ std::optional<JobId> Service::job_of(const Call& call) {
 
 // --- Submitting ------------------------------------------------------------
 
-void Service::post_jobs(const Call& call) {
+void Service::post_jobs(const Exchange& call) {
   if (is_ndjson(call.head.content_type)) return enqueue_many(call, true);
   JsonValue json;
   if (!parse_body(call, false, &json)) return;
@@ -170,20 +170,20 @@ void Service::post_jobs(const Call& call) {
   enqueue_one(call, json, wait > 0 ? wait * Millis{1000} : 0, kPlain);
 }
 
-void Service::post_enqueue(const Call& call) {
+void Service::post_enqueue(const Exchange& call) {
   call.peer.connection.pending(call.sequence)->plain_errors = true;
   JsonValue json;
   if (!parse_body(call, false, &json)) return;
   enqueue_one(call, json, 0, kEnqueueForm);
 }
 
-void Service::post_run_sync(const Call& call) {
+void Service::post_run_sync(const Exchange& call) {
   JsonValue json;
   if (!parse_body(call, false, &json)) return;
   enqueue_one(call, json, kRunSyncWaitMs, kRunSync);
 }
 
-void Service::enqueue_one(const Call& call, const JsonValue& json,
+void Service::enqueue_one(const Exchange& call, const JsonValue& json,
                           Millis wait_ms, std::uint8_t form) {
   JobContext context = context_of(call);
   if (call.head.idempotency_key.size() > kDedupKeyBytesMax) {
@@ -205,7 +205,7 @@ void Service::enqueue_one(const Call& call, const JsonValue& json,
     return refuse(call.peer, call.sequence, *p);
   }
   Pending* pending = call.peer.connection.pending(call.sequence);
-  pending->op = static_cast<std::uint8_t>(Op::enqueue);
+  pending->op = static_cast<std::uint8_t>(PendingOp::enqueue);
   pending->stage = form;
   Request request = request_of(call);
   request.what.emplace<Command>(std::move(command));
@@ -253,7 +253,7 @@ void Service::enqueued(Peer& peer, std::uint64_t sequence, Pending& pending,
 
 // An array, or a job a line. What can be read goes to the shard in one
 // command: one commit; the rest is answered with its problem.
-void Service::enqueue_many(const Call& call, bool lines) {
+void Service::enqueue_many(const Exchange& call, bool lines) {
   if (!call.head.idempotency_key.empty()) {
     return refuse(call.peer, call.sequence,
                   bad_field("Idempotency-Key",
@@ -308,7 +308,7 @@ void Service::enqueue_many(const Call& call, bool lines) {
   }
   Pending* pending = call.peer.connection.pending(call.sequence);
   bool nothing = command.jobs.empty();
-  pending->op = static_cast<std::uint8_t>(Op::enqueue_many);
+  pending->op = static_cast<std::uint8_t>(PendingOp::enqueue_many);
   pending->extra = std::move(bulk);
   if (nothing) {
     Response none;
@@ -372,11 +372,11 @@ void Service::enqueued_many(Peer& peer, std::uint64_t sequence,
 
 // --- Looking ---------------------------------------------------------------
 
-void Service::get_job(const Call& call) {
+void Service::get_job(const Exchange& call) {
   auto id = job_of(call);
   if (!id) return;
   Pending* pending = call.peer.connection.pending(call.sequence);
-  pending->op = static_cast<std::uint8_t>(Op::get);
+  pending->op = static_cast<std::uint8_t>(PendingOp::get);
   pending->stage = 0;
   GetQuery get;
   get.id = *id;
@@ -541,14 +541,14 @@ std::string percent_encoded(std::string_view text) {
 
 }  // namespace
 
-void Service::list_jobs(const Call& call) {
+void Service::list_jobs(const Exchange& call) {
   ListQuery query;
   auto page = std::make_unique<ListPage>();
   if (auto p = read_list(call.head.query, &query, &page->query)) {
     return refuse(call.peer, call.sequence, *p);
   }
   Pending* pending = call.peer.connection.pending(call.sequence);
-  pending->op = static_cast<std::uint8_t>(Op::list);
+  pending->op = static_cast<std::uint8_t>(PendingOp::list);
   pending->extra = std::move(page);
   Request request = request_of(call);
   request.what = std::move(query);
@@ -583,21 +583,21 @@ void Service::listed(Peer& peer, std::uint64_t sequence, Pending& pending,
 
 // --- Acting ----------------------------------------------------------------
 
-void Service::cancel_job(const Call& call) {
+void Service::cancel_job(const Exchange& call) {
   auto id = job_of(call);
   if (!id || !no_members(call)) return;
   call.peer.connection.pending(call.sequence)->op =
-      static_cast<std::uint8_t>(Op::act);
+      static_cast<std::uint8_t>(PendingOp::act);
   Request request = request_of(call);
   request.what.emplace<Command>(CancelCommand{*id});
   submit(std::move(request));
 }
 
-void Service::retry_job(const Call& call) {
+void Service::retry_job(const Exchange& call) {
   auto id = job_of(call);
   if (!id || !no_members(call)) return;
   call.peer.connection.pending(call.sequence)->op =
-      static_cast<std::uint8_t>(Op::act);
+      static_cast<std::uint8_t>(PendingOp::act);
   RetryCommand retry;
   retry.id = *id;
   Request request = request_of(call);
@@ -605,7 +605,7 @@ void Service::retry_job(const Call& call) {
   submit(std::move(request));
 }
 
-void Service::unblock_job(const Call& call) {
+void Service::unblock_job(const Exchange& call) {
   auto id = job_of(call);
   JsonValue json;
   if (!id || !parse_body(call, true, &json)) return;
@@ -634,7 +634,7 @@ void Service::unblock_job(const Call& call) {
                   bad_field("token", "it is missing"));
   }
   call.peer.connection.pending(call.sequence)->op =
-      static_cast<std::uint8_t>(Op::act);
+      static_cast<std::uint8_t>(PendingOp::act);
   Request request = request_of(call);
   request.what.emplace<Command>(std::move(unblock));
   submit(std::move(request));
@@ -649,7 +649,7 @@ void Service::acted(Peer& peer, std::uint64_t sequence, Pending& pending,
   }
   const ItemAnswer& answer = response.items.front();
   if (auto p = problem_of(answer, "job")) return refuse(peer, sequence, *p);
-  bool worker = static_cast<Op>(pending.op) == Op::lease_act;
+  bool worker = static_cast<PendingOp>(pending.op) == PendingOp::lease_act;
   if (!response.views.empty() && !response.views.front().id.is_nil()) {
     return reply_job(peer, sequence, 200, response.views.front(),
                      worker ? Show::no_payload : Show::all);

@@ -4,7 +4,7 @@
 
 namespace machina {
 
-void Service::get_health(const Call& call) {
+void Service::get_health(const Exchange& call) {
   reply(call.peer, call.sequence, 200, R"({"status":"ok","ok":true})");
 }
 
@@ -19,7 +19,7 @@ std::string Service::unready() const {
   return "";
 }
 
-void Service::get_ready(const Call& call) {
+void Service::get_ready(const Exchange& call) {
   std::string why = unready();
   if (why.empty()) {
     reply(call.peer, call.sequence, 200, R"({"ready":true})");
@@ -33,7 +33,7 @@ void Service::get_ready(const Call& call) {
   refuse(call.peer, call.sequence, p);
 }
 
-void Service::get_root(const Call& call) {
+void Service::get_root(const Exchange& call) {
   std::string body;
   JsonWriter json(body);
   json.begin_object();
@@ -43,7 +43,7 @@ void Service::get_root(const Call& call) {
   reply(call.peer, call.sequence, 200, body);
 }
 
-void Service::get_stats(const Call& call) {
+void Service::get_stats(const Exchange& call) {
   ShardStats stats = shard_->stats();
   metrics_.absorb(stats);
   WorkerNumbers workers = worker_numbers();
@@ -112,7 +112,7 @@ void Service::get_stats(const Call& call) {
   reply(call.peer, call.sequence, 200, body);
 }
 
-void Service::get_metrics(const Call& call) {
+void Service::get_metrics(const Exchange& call) {
   ShardStats stats = shard_->stats();
   metrics_.absorb(stats);
   Extras extras;
@@ -123,7 +123,7 @@ void Service::get_metrics(const Call& call) {
         extras);
 }
 
-void Service::post_shutdown(const Call& call) {
+void Service::post_shutdown(const Exchange& call) {
   JsonValue json;
   if (!parse_body(call, true, &json)) return;
   std::string mode = "drain";
@@ -141,7 +141,7 @@ void Service::post_shutdown(const Call& call) {
   begin_drain(mode == "handover");
 }
 
-void Service::not_built(const Call& call) {
+void Service::not_built(const Exchange& call) {
   refuse(call.peer, call.sequence,
          not_implemented("", std::string(name(call.head.method)) + " " +
                                  std::string(call.peer.route->pattern) +

@@ -7,7 +7,7 @@ namespace machina {
 namespace {
 
 // Which items of a batch went to the shard; the others have their problem.
-struct Batch final : PendingExtra {
+struct TokenBatch final : PendingExtra {
   struct Item {
     std::string token;
     MaybeProblem problem;
@@ -42,7 +42,7 @@ MaybeProblem Service::check_token(std::string_view text, Fence* fence) {
   return std::nullopt;
 }
 
-std::optional<Fence> Service::lease_of(const Call& call) {
+std::optional<Fence> Service::lease_of(const Exchange& call) {
   Fence fence = 0;
   if (auto p = check_token(call.args[0], &fence)) {
     refuse(call.peer, call.sequence, *p);
@@ -53,7 +53,7 @@ std::optional<Fence> Service::lease_of(const Call& call) {
 
 // --- Leasing ---------------------------------------------------------------
 
-MaybeProblem Service::finish_lease(LeaseRequest* lease) {
+MaybeProblem Service::finish_lease(LeaseBody* lease) {
   if (!lease->holding) return std::nullopt;
   lease->command.holding.emplace();
   for (const std::string& token : *lease->holding) {
@@ -66,15 +66,15 @@ MaybeProblem Service::finish_lease(LeaseRequest* lease) {
   return std::nullopt;
 }
 
-void Service::post_leases(const Call& call) {
+void Service::post_leases(const Exchange& call) {
   JsonValue json;
   if (!parse_body(call, true, &json)) return;
-  LeaseRequest lease;
+  LeaseBody lease;
   MaybeProblem p = read_lease(json, &lease);
   if (!p) p = finish_lease(&lease);
   if (p) return refuse(call.peer, call.sequence, *p);
   Pending* pending = call.peer.connection.pending(call.sequence);
-  pending->op = static_cast<std::uint8_t>(Op::lease);
+  pending->op = static_cast<std::uint8_t>(PendingOp::lease);
   pending->holds_lease_call = true;
   Request request = request_of(call);
   request.what.emplace<Command>(std::move(lease.command));
@@ -122,14 +122,14 @@ void Service::leased(Peer& peer, std::uint64_t sequence, Pending&,
   reply(peer, sequence, 200, body);
 }
 
-void Service::post_heartbeat(const Call& call) {
+void Service::post_heartbeat(const Exchange& call) {
   JsonValue json;
   if (!parse_body(call, true, &json)) return;
-  HeartbeatRequest heartbeat;
+  HeartbeatBody heartbeat;
   if (auto p = read_heartbeat(json, &heartbeat)) {
     return refuse(call.peer, call.sequence, *p);
   }
-  auto batch = std::make_unique<Batch>();
+  auto batch = std::make_unique<TokenBatch>();
   HeartbeatCommand command;
   bool all_good = true;
   for (auto& item : heartbeat.items) {
@@ -143,7 +143,7 @@ void Service::post_heartbeat(const Call& call) {
     batch->items.push_back({std::move(item.token), std::move(problem)});
   }
   Pending* pending = call.peer.connection.pending(call.sequence);
-  pending->op = static_cast<std::uint8_t>(Op::heartbeat);
+  pending->op = static_cast<std::uint8_t>(PendingOp::heartbeat);
   pending->holds_lease_call = true;
   pending->extra = std::move(batch);
   if (command.items.empty()) {
@@ -158,14 +158,14 @@ void Service::post_heartbeat(const Call& call) {
 
 void Service::heartbeaten(Peer& peer, std::uint64_t sequence, Pending& pending,
                           Response& response) {
-  auto& batch = static_cast<Batch&>(*pending.extra);
+  auto& batch = static_cast<TokenBatch&>(*pending.extra);
   Millis expires = clock_.wall_ms() + options_.shard.core.lease_ms;
   std::string body;
   JsonWriter json(body);
   json.begin_object();
   json.key("items").begin_array();
   std::size_t next = 0;
-  for (Batch::Item& item : batch.items) {
+  for (TokenBatch::Item& item : batch.items) {
     MaybeProblem problem = std::move(item.problem);
     bool cancel = false;
     if (!problem) {
@@ -234,7 +234,7 @@ void Service::check_artifacts(
   on_store<std::vector<MaybeProblem>>(where, std::move(work), std::move(then));
 }
 
-void Service::post_complete(const Call& call) {
+void Service::post_complete(const Exchange& call) {
   auto fence = lease_of(call);
   JsonValue json;
   if (!fence || !parse_body(call, true, &json)) return;
@@ -244,7 +244,7 @@ void Service::post_complete(const Call& call) {
     return refuse(call.peer, call.sequence, *p);
   }
   call.peer.connection.pending(call.sequence)->op =
-      static_cast<std::uint8_t>(Op::complete);
+      static_cast<std::uint8_t>(PendingOp::complete);
   Request request = request_of(call);
   request.with_payload = false;
   if (item->outcome.artifacts.empty()) {
@@ -279,12 +279,12 @@ void Service::completed(Peer& peer, std::uint64_t sequence, Pending&,
   reply_with_job(peer, sequence, answer.id, false);
 }
 
-void Service::post_complete_many(const Call& call) {
+void Service::post_complete_many(const Exchange& call) {
   JsonValue json;
   if (!parse_body(call, true, &json)) return;
   auto fail = [&](const Problem& p) { refuse(call.peer, call.sequence, p); };
   JsonValue items;
-  LeaseRequest lease;
+  LeaseBody lease;
   bool with_lease = false;
   for (JsonValue m = json.first(); m; m = m.next()) {
     if (m.key() == "items") {
@@ -306,7 +306,7 @@ void Service::post_complete_many(const Call& call) {
   if (!items || !items.is_array()) {
     return fail(bad_field("items", "an array of completions is needed"));
   }
-  auto batch = std::make_unique<Batch>();
+  auto batch = std::make_unique<TokenBatch>();
   auto command = std::make_shared<CompleteCommand>();
   JobContext context = context_of(call);
   bool artifacts = false;
@@ -317,7 +317,7 @@ void Service::post_complete_many(const Call& call) {
           bad_field("items", "more than " + std::to_string(kLeasesPerCallMax)));
     }
     CompleteCommand::Item item;
-    Batch::Item entry;
+    TokenBatch::Item entry;
     entry.problem = read_completion(v, context, &item, &entry.token);
     if (!entry.problem) entry.problem = check_token(entry.token, &item.fence);
     if (!entry.problem) {
@@ -330,7 +330,7 @@ void Service::post_complete_many(const Call& call) {
   }
   if (with_lease) command->lease = std::move(lease.command);
   Pending* pending = call.peer.connection.pending(call.sequence);
-  pending->op = static_cast<std::uint8_t>(Op::complete_many);
+  pending->op = static_cast<std::uint8_t>(PendingOp::complete_many);
   // A peer that hangs up loses nothing but the leases, which abandon() takes
   // back; its completions count all the same.
   pending->holds_lease_call = false;
@@ -368,10 +368,10 @@ void Service::post_complete_many(const Call& call) {
         Pending* waiting =
             p == nullptr ? nullptr : p->connection.pending(where.sequence);
         if (waiting == nullptr) return;
-        auto& entries = static_cast<Batch&>(*waiting->extra).items;
+        auto& entries = static_cast<TokenBatch&>(*waiting->extra).items;
         std::vector<CompleteCommand::Item> kept;
         std::size_t at = 0;
-        for (Batch::Item& entry : entries) {
+        for (TokenBatch::Item& entry : entries) {
           if (entry.problem) continue;
           if (problems[at]) {
             entry.problem = std::move(problems[at]);
@@ -387,13 +387,13 @@ void Service::post_complete_many(const Call& call) {
 
 void Service::completed_many(Peer& peer, std::uint64_t sequence,
                              Pending& pending, Response& response) {
-  auto& batch = static_cast<Batch&>(*pending.extra);
+  auto& batch = static_cast<TokenBatch&>(*pending.extra);
   std::string body;
   JsonWriter json(body);
   json.begin_object();
   json.key("items").begin_array();
   std::size_t next = 0;
-  for (Batch::Item& item : batch.items) {
+  for (TokenBatch::Item& item : batch.items) {
     MaybeProblem problem = std::move(item.problem);
     json.begin_object();
     json.key("token").string(item.token);
@@ -427,7 +427,7 @@ void Service::completed_many(Peer& peer, std::uint64_t sequence,
 
 // --- Other ends of an attempt ----------------------------------------------
 
-void Service::post_fail(const Call& call) {
+void Service::post_fail(const Exchange& call) {
   auto fence = lease_of(call);
   JsonValue json;
   if (!fence || !parse_body(call, true, &json)) return;
@@ -437,7 +437,7 @@ void Service::post_fail(const Call& call) {
     return refuse(call.peer, call.sequence, *p);
   }
   call.peer.connection.pending(call.sequence)->op =
-      static_cast<std::uint8_t>(Op::lease_act);
+      static_cast<std::uint8_t>(PendingOp::lease_act);
   Where where{call.peer.id, call.sequence};
   auto go = [this, where, command] {
     Request request;
@@ -454,7 +454,7 @@ void Service::post_fail(const Call& call) {
                   });
 }
 
-void Service::post_block(const Call& call) {
+void Service::post_block(const Exchange& call) {
   auto fence = lease_of(call);
   JsonValue json;
   if (!fence || !parse_body(call, true, &json)) return;
@@ -464,18 +464,18 @@ void Service::post_block(const Call& call) {
     return refuse(call.peer, call.sequence, *p);
   }
   call.peer.connection.pending(call.sequence)->op =
-      static_cast<std::uint8_t>(Op::lease_act);
+      static_cast<std::uint8_t>(PendingOp::lease_act);
   Request request = request_of(call);
   request.with_payload = false;
   request.what.emplace<Command>(std::move(command));
   submit(std::move(request));
 }
 
-void Service::post_release(const Call& call) {
+void Service::post_release(const Exchange& call) {
   auto fence = lease_of(call);
   if (!fence || !no_members(call)) return;
   call.peer.connection.pending(call.sequence)->op =
-      static_cast<std::uint8_t>(Op::lease_act);
+      static_cast<std::uint8_t>(PendingOp::lease_act);
   ReleaseCommand command;
   command.fences.push_back(*fence);
   Request request = request_of(call);

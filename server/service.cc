@@ -208,9 +208,9 @@ void Service::housekeeping() {
         after(*p);
       }
     }
-    answer_parked(false);
     check_levels();
   }
+  answer_parked(false);
   supervise_pool();
 }
 
@@ -504,7 +504,7 @@ void Service::refuse(Peer& peer, std::uint64_t sequence,
   if (peer.closed) return;
   Pending* pending = peer.connection.pending(sequence);
   if (pending == nullptr) return;
-  if (pending->op == static_cast<std::uint8_t>(Op::stream) &&
+  if (pending->op == static_cast<std::uint8_t>(PendingOp::stream) &&
       pending->stage == 1) {
     close(peer);  // the head is out: only an early end tells the truth now
     return;
@@ -579,7 +579,7 @@ void Service::reply_job(Peer& peer, std::uint64_t sequence, int status,
 
 // --- The shard -------------------------------------------------------------
 
-Request Service::request_of(const Call& call) {
+Request Service::request_of(const Exchange& call) {
   Request request;
   request.from = Address{0, call.peer.id, call.sequence};
   return request;
@@ -740,29 +740,29 @@ void Service::on_response(Response response) {
     refuse(*p, sequence, *problem);
     return;
   }
-  switch (static_cast<Op>(pending->op)) {
-    case Op::enqueue:
+  switch (static_cast<PendingOp>(pending->op)) {
+    case PendingOp::enqueue:
       return enqueued(*p, sequence, *pending, response);
-    case Op::enqueue_many:
+    case PendingOp::enqueue_many:
       return enqueued_many(*p, sequence, *pending, response);
-    case Op::get:
+    case PendingOp::get:
       return got(*p, sequence, *pending, response);
-    case Op::act:
-    case Op::lease_act:
+    case PendingOp::act:
+    case PendingOp::lease_act:
       return acted(*p, sequence, *pending, response);
-    case Op::list:
+    case PendingOp::list:
       return listed(*p, sequence, *pending, response);
-    case Op::lease:
+    case PendingOp::lease:
       return leased(*p, sequence, *pending, response);
-    case Op::heartbeat:
+    case PendingOp::heartbeat:
       return heartbeaten(*p, sequence, *pending, response);
-    case Op::complete:
+    case PendingOp::complete:
       return completed(*p, sequence, *pending, response);
-    case Op::complete_many:
+    case PendingOp::complete_many:
       return completed_many(*p, sequence, *pending, response);
-    case Op::none:
-    case Op::sync:
-    case Op::stream:
+    case PendingOp::none:
+    case PendingOp::sync:
+    case PendingOp::stream:
       break;
   }
   CHECK(false);  // a response that nobody asked for
@@ -772,7 +772,7 @@ void Service::reply_with_job(Peer& peer, std::uint64_t sequence,
                              const JobId& id, bool payload) {
   Pending* pending = peer.connection.pending(sequence);
   if (pending == nullptr) return;
-  pending->op = static_cast<std::uint8_t>(Op::get);
+  pending->op = static_cast<std::uint8_t>(PendingOp::get);
   pending->stage = payload ? 1 : 2;
   Request request;
   request.from = Address{0, peer.id, sequence};

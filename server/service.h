@@ -50,7 +50,7 @@ constexpr Millis kPoolLeaveMs = 1'500;    // how long a drain waits for pools
 class Service;
 struct Peer;
 
-enum class Op : std::uint8_t {
+enum class PendingOp : std::uint8_t {
   none,
   enqueue,
   enqueue_many,
@@ -67,7 +67,7 @@ enum class Op : std::uint8_t {
 };
 
 // What a handler is given. The views die with the call.
-struct Call {
+struct Exchange {
   Peer& peer;
   std::uint64_t sequence;
   const Head& head;
@@ -78,7 +78,7 @@ struct Call {
 struct Route {
   Method method;
   std::string_view pattern;  // "/v1/jobs/{}/cancel"
-  void (Service::*handle)(const Call&);
+  void (Service::*handle)(const Exchange&);
   enum Flags : std::uint8_t { none = 0, open = 1, raw = 2, stream = 4 };
   std::uint8_t flags = none;
   std::uint64_t max_body = 0;  // 0: the configured one
@@ -178,7 +178,7 @@ class Service {
                  const JobView& view, Show show, std::string headers = {});
 
   // --- the shard ---
-  Request request_of(const Call& call);
+  Request request_of(const Exchange& call);
   void submit(Request request);
   // Asks on the server's own behalf.
   void ask(Request request, std::function<void(Response)> then);
@@ -191,17 +191,17 @@ class Service {
                       bool payload);
 
   // --- jobs (routes_jobs.cc) ---
-  void post_jobs(const Call& call);
-  void post_enqueue(const Call& call);
-  void post_run_sync(const Call& call);
-  void enqueue_one(const Call& call, const JsonValue& json, Millis wait_ms,
+  void post_jobs(const Exchange& call);
+  void post_enqueue(const Exchange& call);
+  void post_run_sync(const Exchange& call);
+  void enqueue_one(const Exchange& call, const JsonValue& json, Millis wait_ms,
                    std::uint8_t stage);
-  void enqueue_many(const Call& call, bool lines);
-  void get_job(const Call& call);
-  void list_jobs(const Call& call);
-  void cancel_job(const Call& call);
-  void retry_job(const Call& call);
-  void unblock_job(const Call& call);
+  void enqueue_many(const Exchange& call, bool lines);
+  void get_job(const Exchange& call);
+  void list_jobs(const Exchange& call);
+  void cancel_job(const Exchange& call);
+  void retry_job(const Exchange& call);
+  void unblock_job(const Exchange& call);
   void enqueued(Peer& peer, std::uint64_t sequence, Pending& pending,
                 Response& response);
   void enqueued_many(Peer& peer, std::uint64_t sequence, Pending& pending,
@@ -212,23 +212,23 @@ class Service {
              Response& response);
   void listed(Peer& peer, std::uint64_t sequence, Pending& pending,
               Response& response);
-  JobContext context_of(const Call& call);
+  JobContext context_of(const Exchange& call);
   // Parses a body that must be one JSON value; replies where it is not.
-  bool parse_body(const Call& call, bool empty_is_object, JsonValue* json);
-  bool no_members(const Call& call);
-  std::optional<JobId> job_of(const Call& call);
+  bool parse_body(const Exchange& call, bool empty_is_object, JsonValue* json);
+  bool no_members(const Exchange& call);
+  std::optional<JobId> job_of(const Exchange& call);
 
   // --- workers (routes_workers.cc) ---
-  void post_leases(const Call& call);
-  void post_heartbeat(const Call& call);
-  void post_complete(const Call& call);
-  void post_complete_many(const Call& call);
-  void post_fail(const Call& call);
-  void post_block(const Call& call);
-  void post_release(const Call& call);
-  std::optional<Fence> lease_of(const Call& call);
+  void post_leases(const Exchange& call);
+  void post_heartbeat(const Exchange& call);
+  void post_complete(const Exchange& call);
+  void post_complete_many(const Exchange& call);
+  void post_fail(const Exchange& call);
+  void post_block(const Exchange& call);
+  void post_release(const Exchange& call);
+  std::optional<Fence> lease_of(const Exchange& call);
   MaybeProblem check_token(std::string_view text, Fence* fence);
-  MaybeProblem finish_lease(LeaseRequest* lease);
+  MaybeProblem finish_lease(LeaseBody* lease);
   // Looks whether what completions claim was staged, then goes on.
   void check_artifacts(
       const Where& where,
@@ -246,13 +246,13 @@ class Service {
   void give_back(std::vector<Fence> fences);
 
   // --- files (routes_files.cc) ---
-  void post_log(const Call& call);
-  void put_artifact(const Call& call);
+  void post_log(const Exchange& call);
+  void put_artifact(const Exchange& call);
   void upload_piece(Peer& peer, std::string_view piece);
   void pump_upload(std::shared_ptr<Peer::Upload> upload);
-  void get_logs(const Call& call);
-  void list_artifacts(const Call& call);
-  void get_artifact(const Call& call);
+  void get_logs(const Exchange& call);
+  void list_artifacts(const Exchange& call);
+  void get_artifact(const Exchange& call);
   void with_attempt(const Where& where, Fence fence,
                     std::function<void(JobId, int)> then);
   void with_job(const Where& where, const JobId& id,
@@ -269,13 +269,13 @@ class Service {
   void refuse_error(const Where& where, const Error& error);
 
   // --- operations (routes_ops.cc) ---
-  void get_health(const Call& call);
-  void get_ready(const Call& call);
-  void get_stats(const Call& call);
-  void get_metrics(const Call& call);
-  void post_shutdown(const Call& call);
-  void get_root(const Call& call);
-  void not_built(const Call& call);
+  void get_health(const Exchange& call);
+  void get_ready(const Exchange& call);
+  void get_stats(const Exchange& call);
+  void get_metrics(const Exchange& call);
+  void post_shutdown(const Exchange& call);
+  void get_root(const Exchange& call);
+  void not_built(const Exchange& call);
   std::string unready() const;  // why; empty: ready
 
   // --- pools (pools.cc) ---
@@ -291,10 +291,10 @@ class Service {
     Where parked;  // its waiting sync
     Millis answer_at = 0;
   };
-  void post_sync(const Call& call);
-  void get_workers(const Call& call);
-  void put_scale(const Call& call);
-  bool read_sync(const Call& call, const JsonValue& json, Pool* pool,
+  void post_sync(const Exchange& call);
+  void get_workers(const Exchange& call);
+  void put_scale(const Exchange& call);
+  bool read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
                  std::vector<std::string>* gone, Millis* wait_ms);
   void answer_sync(Peer& peer, std::uint64_t sequence);
   void answer_parked(bool all);
