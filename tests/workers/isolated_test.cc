@@ -35,6 +35,7 @@ class IsolatedTest : public testing::Test {
     spawning.root = root_;
     spawning.repo_roots = {repos_};
     spawning.socket_path = root_ + "/machina.sock";
+    umask(077);  // as the pool does
     auto spawner = sandbox::Spawner::start(spawning);
     ASSERT_TRUE(spawner) << spawner.error().what;
     spawner_ = std::move(*spawner);

@@ -178,7 +178,11 @@ class Keeper {
     if (mkdirat(dir, ground_.mirror.c_str(), 0755) == 0) {
       const int made = openat(dir, ground_.mirror.c_str(),
                               O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-      if (made < 0 || (host_.root && fchown(made, uid, gid) < 0)) error = errno;
+      // Slots read it, whatever umask we were started with.
+      if (made < 0 || fchmod(made, 0755) < 0 ||
+          (host_.root && fchown(made, uid, gid) < 0)) {
+        error = errno;
+      }
       if (made >= 0) close(made);
     } else if (errno != EEXIST) {
       error = errno;
