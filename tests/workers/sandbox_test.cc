@@ -146,6 +146,16 @@ import pwd; print(pwd.getpwuid(os.getuid()).pw_name)
   });
 }
 
+TEST_P(SandboxTest, SignalsHaveTheirDefaults) {
+  with([&] {
+    Stand stand;
+    auto session = stand.open(small());
+    const auto r = sh(*session, "grep -E 'Sig(Ign|Blk)' /proc/self/status");
+    EXPECT_EQ(r.out, "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n")
+        << shown(r);
+  });
+}
+
 // --- how a step ends ---
 
 TEST_P(SandboxTest, TimeoutKillsWhatIgnoresEverything) {
@@ -202,6 +212,27 @@ time.sleep(3); sys.exit(1)
 )py");
     EXPECT_EQ(r.ended, Ended::oom) << shown(r);
     EXPECT_EQ(sh(*session, "echo alive").out, "alive\n");
+  });
+}
+
+// Without a cgroup: what forks share is one memory, not one per process.
+TEST_P(SandboxTest, SharedMemoryIsCountedOnce) {
+  with([&] {
+    SpawnerOptions options;
+    options.force_off = {"cgroup_memory", "cgroup_pids"};
+    Stand stand(options);
+    auto session = stand.open(small());
+    const auto r = python(*session, R"py(
+import os, time
+x = bytearray(b'1') * (30 << 20)
+for _ in range(10):
+    if os.fork() == 0:
+        time.sleep(60)
+time.sleep(0.7)
+print("shared")
+)py");
+    EXPECT_EQ(r.ended, Ended::exited) << shown(r);
+    EXPECT_EQ(r.out, "shared\n");
   });
 }
 

@@ -60,6 +60,8 @@ class Init {
   void build() {
     // kill(-1) below must never mean the host.
     if (getpid() != 1) _exit(1);
+    // What the spawner ignores its steps must not: ignoring survives exec.
+    for (int s = 1; s < 65; ++s) signal(s, SIG_DFL);
     prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
     // The keeper writes one byte once our identity is mapped; end-of-file says
     // that it died before the line above was in force.
@@ -90,6 +92,8 @@ class Init {
     if (host_.root) {
       keep =
           bit(CAP_KILL) | bit(CAP_SETUID) | bit(CAP_SETGID) | bit(CAP_SETPCAP);
+      // Without a memory cgroup init adds up what the steps really use.
+      if (!host_.active(Mech::cgroup_memory)) keep |= bit(CAP_SYS_PTRACE);
     }
     if (const int error = set_capabilities(keep)) {
       return Failure{Stage::init_caps, error};

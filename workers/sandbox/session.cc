@@ -28,7 +28,10 @@ namespace {
 
 constexpr int kReplyMs = 15'000;
 constexpr Millis kTermMs = 2000;  // between TERM and KILL on cancel
-constexpr Millis kKillMs = 1500;  // init's time to answer after a KILL
+// After a KILL: init's time to answer, then the keeper's to end the session.
+// Together less than the 3 s that run() may take beyond its timeout.
+constexpr Millis kKillMs = 2000;
+constexpr Millis kGiveUpMs = 900;
 constexpr std::uint64_t kFloodFactor = 16;
 constexpr Millis kBuiltinMs = 30'000;  // put and collect
 constexpr Millis kTimeoutMax = Millis{30} * 86'400'000;
@@ -272,7 +275,7 @@ SessionImpl::~SessionImpl() {
 
 void SessionImpl::give_up() {
   lost_ = true;
-  slot_.close_session(static_cast<int>(kKillMs));
+  slot_.close_session(static_cast<int>(kGiveUpMs));
 }
 
 std::optional<StepResult> SessionImpl::refusal() const {

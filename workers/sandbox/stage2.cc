@@ -229,10 +229,8 @@ int exec(const Program& program) {
   return error;
 }
 
-void default_signals() {
-  struct sigaction action {};
-  action.sa_handler = SIG_DFL;
-  for (int s = 1; s < 65; ++s) sigaction(s, &action, nullptr);
+// Handlers are the default already: init saw to it once.
+void take_all_signals() {
   sigset_t none;
   sigemptyset(&none);
   sigprocmask(SIG_SETMASK, &none, nullptr);
@@ -256,7 +254,7 @@ void enter_step(const StepPlan& given) {
   const auto must = [&](Stage stage, int error) {
     if (error) fail(plan, stage, error);
   };
-  default_signals();
+  take_all_signals();
   // No terminal, and a group of its own to be signalled.
   if (setsid() < 0) fail(plan, Stage::session_id, errno);
   Program program;
