@@ -45,11 +45,18 @@ constexpr Limits kLimits{64, 4, 16, 0, 1 << 16};
 // --- the attacks, inside the sandbox ---
 
 // What the outside tells: where the bait lies.
+// Nothing is planted in the file system: a worker killed here leaves nothing.
+constexpr const char* kHostPlaces[] = {"/",    "/etc",  "/etc/passwd", "/tmp",
+                                       "/var", "/home", "/root",       "/work"};
+struct Place {
+  dev_t device = 0;
+  ino_t inode = 0;
+};
 struct Bait {
   char mode = 'a';
   int worker_pid = 0;
-  char secret[256] = {};
-  char socket[64] = {};  // an abstract socket of the worker's
+  Place places[std::size(kHostPlaces)];  // what lies there on the host
+  char socket[64] = {};                  // an abstract socket of the worker's
 };
 
 bool cannot_open(const char* path, int flags) {
@@ -71,10 +78,20 @@ bool child_withstands(Act act) {
   return WIFSIGNALED(status) || WEXITSTATUS(status) == 0;
 }
 
-bool read_secret(const Bait& bait) {
-  return cannot_open(bait.secret, O_RDONLY) &&
-         cannot_open("/etc/shadow", O_RDONLY) &&
-         cannot_open("/root", O_RDONLY) && cannot_open("/home", O_RDONLY);
+bool reach_host(const Bait& bait) {
+  for (std::size_t i = 0; i < std::size(kHostPlaces); ++i) {
+    struct stat st {};
+    if (stat(kHostPlaces[i], &st) == 0 && st.st_dev == bait.places[i].device &&
+        st.st_ino == bait.places[i].inode) {
+      return false;
+    }
+  }
+  char path[64];
+  std::snprintf(path, sizeof(path), "/proc/%d/root", bait.worker_pid);
+  return cannot_open("/etc/shadow", O_RDONLY) &&
+         cannot_open("/root", O_RDONLY) && cannot_open("/home", O_RDONLY) &&
+         cannot_open("/proc/1/root/etc", O_RDONLY) &&
+         cannot_open(path, O_RDONLY);
 }
 
 bool write_outside(const Bait&) {
@@ -259,7 +276,7 @@ struct Attack {
   bool (*act)(const Bait&);
 };
 constexpr Attack kAttacks[] = {
-    {"read_secret", read_secret},     {"write_outside", write_outside},
+    {"host_files", reach_host},       {"write_outside", write_outside},
     {"new_namespace", new_namespace}, {"mount", mount_something},
     {"network", reach_network},       {"foreign_sockets", foreign_sockets},
     {"touch_others", touch_others},   {"syscalls", seccomp_holds},
@@ -271,32 +288,32 @@ constexpr Attack kAttacks[] = {
 // --- outside ---
 
 struct Planted {
-  std::string path;
   int listener = -1;
   Bait bait;
 
   bool plant() {
-    char name[] = "/tmp/machina-canary-XXXXXX";
-    const int fd = mkstemp(name);
-    if (fd < 0) return false;
-    path = name;
-    [[maybe_unused]] const ssize_t n = write(fd, "secret", 6);
-    close(fd);
-    std::snprintf(bait.secret, sizeof(bait.secret), "%s", name);
-    std::snprintf(bait.socket, sizeof(bait.socket), "%s", name);
+    for (std::size_t i = 0; i < std::size(kHostPlaces); ++i) {
+      struct stat st {};
+      if (stat(kHostPlaces[i], &st) < 0) continue;
+      bait.places[i] = Place{st.st_dev, st.st_ino};
+    }
     bait.worker_pid = getpid();
+    std::snprintf(bait.socket, sizeof(bait.socket), "machina-canary-%d",
+                  getpid());
     listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     sockaddr_un address{};
     address.sun_family = AF_UNIX;
-    std::memcpy(address.sun_path + 1, name, sizeof(name) - 1);
+    const std::size_t n = std::strlen(bait.socket);
+    std::memcpy(address.sun_path + 1, bait.socket, n);
     const auto size =
-        static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + sizeof(name));
-    return listener >= 0 &&
-           bind(listener, reinterpret_cast<sockaddr*>(&address), size) == 0 &&
-           listen(listener, 1) == 0;
+        static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + n);
+    if (listener < 0) return false;
+    // A name that is taken still serves: somebody else listens there.
+    return bind(listener, reinterpret_cast<sockaddr*>(&address), size) == 0
+               ? listen(listener, 1) == 0
+               : errno == EADDRINUSE;
   }
   ~Planted() {
-    if (!path.empty()) unlink(path.c_str());
     if (listener >= 0) close(listener);
   }
 };
@@ -327,7 +344,7 @@ Level judge(Report* report, const KeeperReply& reply) {
       m = MechWire{static_cast<std::uint8_t>(MechanismState::unavailable), 0};
     }
   };
-  needs("read_secret", Mech::mountns);
+  needs("host_files", Mech::mountns);
   needs("write_outside", Mech::mountns);
   needs("descriptors", Mech::mountns);
   needs("touch_others", Mech::pidns);
@@ -356,7 +373,6 @@ Level judge(Report* report, const KeeperReply& reply) {
 int canary_builtin(int in_fd, int out_fd) {
   Bait bait;
   if (read(in_fd, &bait, sizeof(bait)) != sizeof(bait)) return 2;
-  bait.secret[sizeof(bait.secret) - 1] = 0;
   bait.socket[sizeof(bait.socket) - 1] = 0;
   if (bait.mode == 'm') {
     fill_memory();
