@@ -1,0 +1,189 @@
+// Reports as runners write them, and as an attacker would.
+
+#include "workers/kinds/junit.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <random>
+#include <thread>
+
+namespace machina::kinds {
+namespace {
+
+using testing::HasSubstr;
+
+Result<Suite> parse(const std::string& xml) {
+  return decode_junit(encode_junit(xml));
+}
+
+constexpr char kReport[] = R"XML(<?xml version="1.0" encoding="utf-8"?>
+<testsuites><testsuite name="pytest" tests="5" time="0.1">
+<testcase classname="a.TestX" name="test_one" time="0.012" />
+<testcase classname="a.TestX" name="test_two[a&lt;b]" time="1.5">
+<failure message="assert 1 == 2">def test_two():
+&gt; assert 1 == 2</failure></testcase>
+<testcase classname="" name="a" time="0"><error message="collection failure">
+no module</error></testcase>
+<testcase classname="a" name="later" time="0.0"><skipped type="pytest.skip"
+message="not now">a.py:3</skipped></testcase>
+<testcase classname="a" name="teardown" time="0.0">
+<failure message="f">x</failure><error message="e">y</error></testcase>
+</testsuite></testsuites>)XML";
+
+TEST(JunitTest, EachOutcomeIsRead) {
+  const auto suite = parse(kReport);
+  ASSERT_TRUE(suite) << suite.error().what;
+  EXPECT_EQ(suite->passed, 1);
+  EXPECT_EQ(suite->failed, 1);
+  EXPECT_EQ(suite->errors, 2);
+  EXPECT_EQ(suite->skipped, 1);
+  ASSERT_EQ(suite->cases.size(), 5);
+  // What failed comes first; the order is otherwise the report's.
+  EXPECT_EQ(suite->cases[0].id, "a.TestX::test_two[a<b]");
+  EXPECT_EQ(suite->cases[0].duration_ms, 1500);
+  EXPECT_EQ(suite->cases[0].message,
+            "assert 1 == 2\ndef test_two():\n> assert 1 == 2");
+  EXPECT_EQ(suite->cases[1].id, "a");
+  EXPECT_EQ(suite->cases[2].outcome, Outcome::error);
+  EXPECT_EQ(suite->cases[3].id, "a.TestX::test_one");
+  EXPECT_EQ(suite->cases[3].duration_ms, 12);
+}
+
+TEST(JunitTest, TruncatedReportIsNoReport) {
+  const std::string whole = kReport;
+  for (const std::size_t size : {0ul, 1ul, 50ul, 200ul, whole.size() - 1}) {
+    const auto suite = parse(whole.substr(0, size));
+    ASSERT_FALSE(suite) << size;
+    EXPECT_THAT(suite.error().what, HasSubstr("not a JUnit report"));
+  }
+}
+
+TEST(JunitTest, EntitiesCannotBeDeclared) {
+  const auto laughs = parse(
+      R"(<!DOCTYPE x [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">
+<!ENTITY c "&b;&b;&b;&b;&b;&b;&b;&b;"><!ENTITY d "&c;&c;&c;&c;&c;&c;&c;">]>
+<testsuite><testcase name="&d;"/></testsuite>)");
+  ASSERT_FALSE(laughs);
+  EXPECT_THAT(laughs.error().what, HasSubstr("document type"));
+  const auto file = parse(
+      R"(<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]>
+<testsuite><testcase name="&e;"/></testsuite>)");
+  EXPECT_FALSE(file);
+}
+
+TEST(JunitTest, DepthIsBounded) {
+  std::string deep = "<testsuite>";
+  for (int i = 0; i < 100'000; ++i) deep += "<a>";
+  const auto suite = parse(deep);
+  ASSERT_FALSE(suite);
+  EXPECT_THAT(suite.error().what, HasSubstr("nested"));
+}
+
+TEST(JunitTest, AnotherRootIsNoReport) {
+  EXPECT_FALSE(parse("<html><testcase name='x'/></html>"));
+  EXPECT_FALSE(parse("TAP version 13\nok 1\n"));
+}
+
+TEST(JunitTest, HugeNamesAndMessagesAreCut) {
+  const std::string huge(3'000'000, 'x');
+  const auto suite = parse("<testsuite><testcase classname='" + huge +
+                           "' name='n'><failure message='" + huge + "'>" +
+                           huge + "END</failure></testcase></testsuite>");
+  ASSERT_TRUE(suite) << suite.error().what;
+  EXPECT_EQ(suite->cases[0].id.size(), kCaseIdBytesMax);
+  EXPECT_LE(suite->cases[0].message.size(), kCaseMessageBytesMax);
+  EXPECT_TRUE(suite->cases[0].message.ends_with("END"));
+}
+
+TEST(JunitTest, FailuresAreKeptThoughPassesFillTheirShare) {
+  std::string xml = "<testsuite>";
+  for (int i = 0; i < 200'000; ++i) {
+    xml += "<testcase classname='some.long.module.name' name='test_" +
+           std::to_string(i) + "' time='0.001'/>";
+  }
+  xml +=
+      "<testcase classname='a' name='bad'><failure message='m'/></testcase>"
+      "</testsuite>";
+  const std::string frames = encode_junit(xml);
+  EXPECT_LE(frames.size(), kJunitReplyBytesMax);
+  const auto suite = decode_junit(frames);
+  ASSERT_TRUE(suite);
+  EXPECT_EQ(suite->passed, 200'000);
+  EXPECT_EQ(suite->failed, 1);
+  EXPECT_EQ(suite->cases[0].id, "a::bad");
+  EXPECT_EQ(suite->dropped + suite->cases.size(), 200'001);
+  EXPECT_GT(suite->dropped, 0);
+}
+
+TEST(JunitTest, OddNumbersAreNoDurations) {
+  for (const char* time : {"nan", "inf", "-5", "1e300", "x", ""}) {
+    const auto suite = parse("<testsuite><testcase name='a' time='" +
+                             std::string(time) + "'/></testsuite>");
+    ASSERT_TRUE(suite) << time;
+    EXPECT_TRUE(suite->cases[0].duration_ms == 0 ||
+                suite->cases[0].duration_ms == 4'000'000'000)
+        << time;
+  }
+}
+
+// The worker does not trust the handler either.
+TEST(JunitTest, MalformedFramesAreRefused) {
+  const std::string good = encode_junit(kReport);
+  for (std::size_t size = 0; size < good.size(); ++size) {
+    EXPECT_FALSE(decode_junit(std::string_view(good).substr(0, size))) << size;
+  }
+  EXPECT_FALSE(decode_junit(good + "C"));
+  std::mt19937 random(7);
+  for (int round = 0; round < 20'000; ++round) {
+    std::string bent = good;
+    for (int i = 0; i < 3; ++i) {
+      bent[random() % bent.size()] = static_cast<char>(random());
+    }
+    (void)decode_junit(bent).has_value();  // must not read outside
+  }
+}
+
+TEST(JunitTest, BentXmlNeverCrashesTheParser) {
+  std::mt19937 random(11);
+  const std::string good = kReport;
+  for (int round = 0; round < 5000; ++round) {
+    std::string bent = good;
+    for (int i = 0; i < 4; ++i) {
+      bent[random() % bent.size()] = static_cast<char>(random());
+    }
+    const auto suite = parse(bent);
+    if (suite) {
+      EXPECT_LE(suite->cases.size(), 6);
+    }
+  }
+}
+
+TEST(JunitTest, HandlerAnswersOverItsSocket) {
+  int pair[2];
+  ASSERT_EQ(socketpair(AF_UNIX, SOCK_STREAM, 0, pair), 0);
+  std::thread handler([&] { EXPECT_EQ(junit_handler(pair[1], pair[1]), 0); });
+  // Larger than a socket holds, either way.
+  std::string xml = "<testsuite>";
+  for (int i = 0; i < 50'000; ++i) {
+    xml += "<testcase classname='c' name='" + std::to_string(i) + "'/>";
+  }
+  const auto suite = ask_junit(pair[0], xml + "</testsuite>", 10'000);
+  handler.join();
+  close(pair[1]);
+  ASSERT_TRUE(suite) << suite.error().what;
+  EXPECT_EQ(suite->passed, 50'000);
+}
+
+TEST(JunitTest, SilentHandlerIsNotWaitedForForEver) {
+  int pair[2];
+  ASSERT_EQ(socketpair(AF_UNIX, SOCK_STREAM, 0, pair), 0);
+  const auto suite = ask_junit(pair[0], "<testsuite/>", 100);
+  EXPECT_FALSE(suite);
+  close(pair[1]);
+}
+
+}  // namespace
+}  // namespace machina::kinds

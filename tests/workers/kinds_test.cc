@@ -1,0 +1,245 @@
+// What each kind refuses, and what it says about it.
+
+#include "workers/kinds/kinds.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "workers/kinds/fields.h"
+#include "workers/kinds/run.h"
+#include "workers/kinds/shell.h"
+#include "workers/kinds/test_run.h"
+
+namespace machina {
+namespace {
+
+namespace fs = std::filesystem;
+using testing::HasSubstr;
+using testing::StartsWith;
+
+class KindsTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    char name[] = "/tmp/machina-kinds-XXXXXX";
+    ASSERT_NE(mkdtemp(name), nullptr);
+    root_ = name;
+    settings_.repo_roots = {root_ + "/repos"};
+    fs::create_directories(root_ + "/repos/good/.git");
+    fs::create_directories(root_ + "/repos/plain");
+    fs::create_directories(root_ + "/outside/.git");
+    fs::create_directory_symlink(root_ + "/outside", root_ + "/repos/link");
+  }
+  void TearDown() override { fs::remove_all(root_); }
+
+  // What the check says; "" where it is content.
+  std::string check(const std::string& kind, const std::string& payload) {
+    const auto kinds = built_in_kinds(settings_);
+    const auto good = kinds.at(kind).check(payload);
+    if (good) return "";
+    EXPECT_EQ(good.error().code, Code::invalid);
+    return good.error().what;
+  }
+
+  std::string root_;
+  KindSettings settings_;
+};
+
+TEST_F(KindsTest, DefaultsAreThoseOfTheTable) {
+  const auto kinds = built_in_kinds(settings_);
+  ASSERT_EQ(kinds.size(), 3);
+  EXPECT_TRUE(kinds.at("noop").warmed);
+  EXPECT_EQ(kinds.at("noop").timeout_ms, 120'000);
+  EXPECT_EQ(kinds.at("tool.shell").limits.memory_mb, 512);
+  EXPECT_EQ(kinds.at("tool.shell").timeout_ms, settings_.shell_timeout_ms);
+  EXPECT_EQ(kinds.at("test.run").timeout_ms, 300'000);
+  EXPECT_EQ(kinds.at("test.run").limits.pids, 256);
+  EXPECT_EQ(kinds.at("test.run").limits.output_bytes, 8u << 20);
+}
+
+TEST_F(KindsTest, NoopNamesFieldValueAndBound) {
+  EXPECT_EQ(check("noop", "{}"), "");
+  EXPECT_EQ(check("noop", R"({"echo":[1,{"a":"}"}],"sleep_ms":5})"), "");
+  EXPECT_EQ(check("noop", R"({"sleep_ms":-1})"),
+            "sleep_ms: -1 is not an integer in 0..3600000");
+  EXPECT_EQ(check("noop", R"({"sleep_ms":1.5})"),
+            "sleep_ms: 1.5 is not an integer in 0..3600000");
+  EXPECT_EQ(check("noop", R"({"fail":1})"), "fail: 1 is not true or false");
+  EXPECT_EQ(check("noop", R"({"fail_attempts":1001})"),
+            "fail_attempts: 1001 is not an integer in 0..1000");
+  EXPECT_EQ(check("noop", R"({"nap":1})"),
+            "nap: not a member of this kind's payload");
+}
+
+TEST_F(KindsTest, ShellNamesFieldValueAndBound) {
+  EXPECT_EQ(check("tool.shell", R"({"argv":["/bin/true"]})"), "");
+  EXPECT_EQ(check("tool.shell", R"({"argv":["true"],"env":{"A":"b"},
+                   "cwd":"x/y","files":{"a/b":"c"},"stdin":"s"})"),
+            "");
+  EXPECT_THAT(check("tool.shell", "{}"), StartsWith("argv: "));
+  EXPECT_THAT(check("tool.shell", R"({"argv":"true"})"),
+              HasSubstr("\"true\" is not a list"));
+  EXPECT_THAT(check("tool.shell", R"({"argv":["true",1]})"),
+              StartsWith("argv[1]: 1 is not a string"));
+  EXPECT_THAT(check("tool.shell", R"({"argv":["true\u0000"]})"),
+              HasSubstr("NUL"));
+  EXPECT_THAT(check("tool.shell", R"({"argv":["no-such-program-x"]})"),
+              HasSubstr("not an executable file"));
+  EXPECT_THAT(check("tool.shell", R"({"argv":["./true"]})"),
+              HasSubstr("neither an absolute path nor a bare name"));
+  EXPECT_THAT(check("tool.shell", R"({"argv":["true"],"cwd":"../x"})"),
+              StartsWith("cwd: "));
+  EXPECT_THAT(check("tool.shell", R"({"argv":["true"],"files":{"/x":""}})"),
+              StartsWith("files./x: "));
+  EXPECT_THAT(check("tool.shell", R"({"argv":["true"],"files":{"a/../b":""}})"),
+              StartsWith("files.a/../b: "));
+  EXPECT_THAT(check("tool.shell", R"({"argv":["true"],"env":{"1A":""}})"),
+              StartsWith("env.1A: "));
+  EXPECT_THAT(check("tool.shell", R"({"argv":["true"],"shell":true})"),
+              StartsWith("shell: "));
+}
+
+TEST_F(KindsTest, LinkNamedAfterAnAllowedProgramIsNotThatProgram) {
+  settings_.prod = true;
+  EXPECT_EQ(check("tool.shell", R"({"argv":["true"]})"), "");
+  const std::string fake = root_ + "/true";
+  fs::create_symlink("/bin/sh", fake);
+  EXPECT_THAT(check("tool.shell", "{\"argv\":[\"" + fake + "\"]}"),
+              HasSubstr("MACHINA_SHELL_ALLOWED_EXE"));
+  for (const char* program : {"python3", "sh", "/bin/bash", "curl", "git"}) {
+    if (!fs::exists("/usr/bin/" + fs::path(program).filename().string())) {
+      continue;
+    }
+    EXPECT_THAT(
+        check("tool.shell", "{\"argv\":[\"" + std::string(program) + "\"]}"),
+        HasSubstr("argv[0]"))
+        << program;
+  }
+}
+
+TEST_F(KindsTest, AllowedListIsAllThereIs) {
+  settings_.shell_allowed_exe = {"/bin/sh", "sleep"};
+  EXPECT_EQ(check("tool.shell", R"({"argv":["sh"]})"), "");
+  EXPECT_EQ(check("tool.shell", R"({"argv":["/usr/bin/sleep"]})"), "");
+  EXPECT_THAT(check("tool.shell", R"({"argv":["true"]})"),
+              HasSubstr("not in MACHINA_SHELL_ALLOWED_EXE"));
+}
+
+TEST_F(KindsTest, DevRunsNothingOutsideUsr) {
+  const std::string own = root_ + "/own";
+  fs::copy_file("/usr/bin/true", own);
+  EXPECT_THAT(check("tool.shell", "{\"argv\":[\"" + own + "\"]}"),
+              HasSubstr("not below /usr"));
+}
+
+TEST_F(KindsTest, RepositoryMustLieBelowARoot) {
+  EXPECT_EQ(check("test.run", R"({"repo":"good"})"), "");
+  EXPECT_EQ(check("test.run", "{\"repo\":\"" + root_ + "/repos/good\"}"), "");
+  for (const std::string& repo :
+       {root_ + "/outside", std::string("/etc"), std::string("../outside"),
+        root_ + "/repos/../outside", root_ + "/reposX", root_ + "/repos"}) {
+    EXPECT_THAT(check("test.run", "{\"repo\":\"" + repo + "\"}"),
+                HasSubstr("not below one of the repository roots"))
+        << repo;
+  }
+  EXPECT_THAT(check("test.run", R"({"repo":"link"})"), HasSubstr("leads out"));
+  EXPECT_THAT(check("test.run", R"({"repo":"plain"})"),
+              HasSubstr("not a git repository"));
+  EXPECT_THAT(check("test.run", R"({"repo":"nothing"})"),
+              HasSubstr("does not exist"));
+}
+
+TEST_F(KindsTest, WhatComesLaterIsRefusedByName) {
+  const auto with = [&](const std::string& more) {
+    return check("test.run", R"({"files":{"t.py":""},)" + more + "}");
+  };
+  EXPECT_EQ(with(R"("coverage":false,"retries":0)"), "");
+  EXPECT_THAT(with(R"("coverage":true)"), StartsWith("coverage: "));
+  EXPECT_THAT(with(R"("scenario":"hostile_input")"), StartsWith("scenario: "));
+  EXPECT_THAT(with(R"("severity":"low")"), StartsWith("severity: "));
+  for (const char* runner : {"unittest", "ctest", "node", "tap"}) {
+    EXPECT_THAT(with("\"runner\":\"" + std::string(runner) + "\""),
+                HasSubstr("not available yet"));
+  }
+  EXPECT_THAT(check("test.run", R"({"repo":"https://example.com/x"})"),
+              HasSubstr("not available yet"));
+}
+
+TEST_F(KindsTest, TestRunMembersBelongTogether) {
+  const auto with = [&](const std::string& more) {
+    return check("test.run", R"({"files":{"t.py":""},)" + more + "}");
+  };
+  EXPECT_THAT(check("test.run", "{}"), StartsWith("repo: exactly one"));
+  EXPECT_THAT(with(R"("repo":"good")"), StartsWith("repo: exactly one"));
+  EXPECT_THAT(with(R"("base_rev":"x")"), StartsWith("base_rev: "));
+  EXPECT_THAT(check("test.run", R"({"repo":"good","base_rev":"--exec=x"})"),
+              StartsWith("base_rev: "));
+  EXPECT_THAT(with(R"("runner":"command")"), StartsWith("command: "));
+  EXPECT_THAT(with(R"("command":["x"])"), StartsWith("command: "));
+  EXPECT_THAT(with(R"("runner":"command","command":["x"],"args":["y"])"),
+              StartsWith("args: "));
+  EXPECT_THAT(with(R"("select":["-x"])"), StartsWith("select: "));
+  EXPECT_THAT(with(R"("setup":[[]])"), StartsWith("setup[0]: "));
+  EXPECT_THAT(with(R"("setup":["x"])"), StartsWith("setup[0]: "));
+  EXPECT_THAT(with(R"("retries":11)"),
+              StartsWith("retries: 11 is not an integer in 0..10"));
+  EXPECT_THAT(with(R"("runner":"make")"), StartsWith("runner: \"make\""));
+}
+
+TEST_F(KindsTest, SandboxMemberOverridesAndNetIsRefusedWithAReason) {
+  sandbox::Limits limits;
+  Level required = 0;
+  ASSERT_TRUE(kinds::apply_sandbox(
+      R"({"memory_mb":64,"pids":8,"min_level":"L3","profile":"strict"})",
+      limits, required));
+  EXPECT_EQ(limits.memory_mb, 64);
+  EXPECT_EQ(limits.pids, 8);
+  EXPECT_EQ(required, 3);
+  const auto net =
+      kinds::apply_sandbox(R"({"profile":"net"})", limits, required);
+  ASSERT_FALSE(net);
+  EXPECT_EQ(net.error().code, Code::unavailable);
+  EXPECT_THAT(net.error().what, HasSubstr("egress proxy"));
+  EXPECT_FALSE(kinds::apply_sandbox(R"({"memory_mb":0})", limits, required));
+  EXPECT_FALSE(kinds::apply_sandbox(R"({"gpu":1})", limits, required));
+}
+
+// --- the result of test.run ---
+
+TEST_F(KindsTest, ResultStaysBelowItsBoundAndKeepsWhatFailed) {
+  kinds::TestOutcome all;
+  for (int i = 0; i < 30'000; ++i) {
+    kinds::Case one;
+    one.id = "module.TestClass::test_number_" + std::to_string(i);
+    all.suite.cases.push_back(one);
+    ++all.suite.passed;
+  }
+  kinds::Case bad;
+  bad.id = "the::one";
+  bad.outcome = kinds::Outcome::failed;
+  bad.message = std::string(2000, '\x01');  // six bytes each in JSON
+  all.suite.cases.push_back(bad);
+  all.suite.failed = 1;
+  const std::string text = kinds::test_result(all, {});
+  EXPECT_LT(text.size(), kResultBytesMax);
+  const auto result = nlohmann::json::parse(text);
+  EXPECT_EQ(result["cases"][0]["id"], "the::one");
+  EXPECT_EQ(result["cases_truncated"], true);
+  EXPECT_EQ(result["passed"], 30'000);
+  EXPECT_EQ(result["ok"], false);
+}
+
+TEST_F(KindsTest, ErrorOutsideTheReportSpoilsAnOtherwiseGoodRun) {
+  kinds::TestOutcome all;
+  all.suite.passed = 3;
+  EXPECT_TRUE(kinds::passed(all));
+  kinds::add_error(all, "pytest", "exited with 3");
+  EXPECT_FALSE(kinds::passed(all));
+}
+
+}  // namespace
+}  // namespace machina
