@@ -75,8 +75,8 @@ class Draft {
   // A job that these records make ready.
   struct NewReady {
     JobId id;
-    std::uint32_t line = kNone;  // kNone: `place` says which
-    std::string queue, kind;     // of a line that is new
+    std::uint32_t line = kNone;
+    std::string queue, kind;  // where line is kNone: it is new
     Level level = 0;
     std::uint8_t priority = 0;
     bool returned = false;
@@ -120,6 +120,7 @@ class Draft {
 
   // handing out
   void ready_again(std::uint32_t slot, std::uint16_t attempt);
+  void foresee(std::uint32_t slot, bool succeeded);
   bool may_feed() const { return will_lease_ || !s_.waiters.empty(); }
   void sort_new_ready();
   Key key_of(const NewReady&, std::size_t i) const;
@@ -153,6 +154,8 @@ class Draft {
   bool will_lease_ = false;
   bool is_tick_ = false;  // feeds what apply() made ready by itself, too
 
+  std::map<std::uint32_t, int> met_;  // dependencies, of waiting jobs
+  bool foresees_ = true;
   std::vector<NewReady> new_ready_;
   bool new_ready_sorted_ = true;
   std::size_t new_ready_left_ = 0;
@@ -277,7 +280,8 @@ bool Draft::has_room(const NewJob& job, bool dedup, ItemAnswer* item) const {
     item->detail = std::move(bound) + " " + std::to_string(value);
     return false;
   };
-  if (s_.job_index.size() + new_jobs_ >= o.queue_max) {
+  // A job that ends in this command makes room for its child.
+  if (s_.job_index.size() + new_jobs_ >= o.queue_max + ended_jobs_.size()) {
     return full(Answer::queue_full, "live jobs: MACHINA_QUEUE_MAX",
                 o.queue_max);
   }
@@ -417,6 +421,7 @@ void Draft::decide(const CompleteCommand& c) {
     ended_jobs_[r.id] = r.state;
     ended_leases_.insert(r.fence);
     record(std::move(r));
+    foresee(slot, pass);
   }
   if (c.lease) lease(*c.lease);
 }
@@ -698,6 +703,29 @@ Draft::Key Draft::key_of(const JobEntry& e) const {
 }
 Draft::Key Draft::key_of(const NewReady& r, std::size_t i) const {
   return {kPriorityMax - r.priority, r.returned ? 0 : 1, s_.next_order + i};
+}
+
+// What apply() will make ready when this job has ended, so that it is handed
+// out in the same decision, and in its turn. Once there is more than one record
+// walks, apply() is behind and the rest is left to a Tick.
+void Draft::foresee(std::uint32_t slot, bool succeeded) {
+  if (!foresees_ || !may_feed() || s_.ended.head != kNone) return;
+  std::vector<std::uint32_t> freed;
+  std::size_t walked = 0;
+  for (std::uint32_t edge = s_.jobs[slot].dependents; edge != kNone;
+       edge = s_.edges[edge].next) {
+    foresees_ = ++walked <= kPumpMax;
+    if (!foresees_) return;
+    if (!succeeded) continue;
+    std::uint32_t dependent = s_.edges[edge].dependent;
+    const JobEntry& e = s_.jobs[dependent];
+    if (++met_[dependent] == e.unmet && e.time <= now_) {
+      freed.push_back(dependent);
+    }
+  }
+  for (std::uint32_t dependent : freed) {
+    ready_again(dependent, s_.jobs[dependent].attempt);
+  }
 }
 
 void Draft::sort_new_ready() {

@@ -857,18 +857,67 @@ TEST(CorePark, DelaysReleasesRetriesAndUnblocksFeedToo) {
   EXPECT_EQ(h.complete(g.fence).answer, Answer::ok);
 }
 
-TEST(CorePark, WhatAnEndFreesIsDueAtOnce) {
+TEST(CorePark, WhatACompletionFreesIsFedInTheSameDecision) {
   CoreHarness h;
   JobId a = h.add(CoreHarness::job());
-  GrantAnswer g = h.lease_one();
-  JobId b = h.add(after({a}));
+  JobId b = h.add(CoreHarness::job());
+  auto g = h.lease("w", 2);
+  JobId c = h.add(after({a, b}));
   park(h, parked(1));
-  h.complete(g.fence);
+  EXPECT_TRUE(
+      h.run(CompleteCommand{{{g[0].fence, {}, {}}}, {}, {}}).fed.empty());
+  Decision d = h.run(CompleteCommand{{{g[1].fence, {}, {}}}, {}, {}});
+  ASSERT_EQ(d.fed.size(), 1u);
+  EXPECT_EQ(d.fed[0].grants[0].id, c);
+}
+
+TEST(CorePark, ADependentGoesBeforeAYoungerChild) {
+  CoreHarness h;
+  JobId a = h.add(CoreHarness::job());
+  h.add(CoreHarness::job());
+  auto g = h.lease("w", 2);
+  JobId dependent = h.add(after({a}));
+  CompleteCommand c;
+  c.items = {{g[0].fence, {}, {}}, {g[1].fence, {}, {CoreHarness::job()}}};
+  c.lease = CoreHarness::lease_command();
+  Decision d = h.run(c);
+  ASSERT_EQ(d.grants.size(), 1u);
+  EXPECT_EQ(d.grants[0].id, dependent);
+}
+
+TEST(CorePark, WhatEndsBeyondOneRecordsWalkFreesIsFedByATick) {
+  CoreHarness h;
+  h.checked = false;
+  JobId root = h.add(CoreHarness::job("root"));
+  GrantAnswer g = h.lease_one();
+  std::vector<JobId> ids;
+  for (int i = 0; i < 300; ++i) ids.push_back(h.add(after({root})));
+  park(h, parked(1));
+  EXPECT_TRUE(h.run(CompleteCommand{{{g.fence, {}, {}}}, {}, {}}).fed.empty());
   EXPECT_LE(h.core.next_due_wall(), h.now);
   auto ticks = h.settle();
-  ASSERT_EQ(ticks.size(), 1u);
+  ASSERT_FALSE(ticks.empty());
   ASSERT_EQ(ticks[0].fed.size(), 1u);
-  EXPECT_EQ(ticks[0].fed[0].grants[0].id, b);
+  EXPECT_EQ(ticks[0].fed[0].grants[0].id, ids[0]);
+}
+
+TEST(CorePark, WhatApplyHasNotReachedIsNotGranted) {
+  for (EndCode code : {EndCode::none, EndCode::verdict}) {
+    CoreHarness h;
+    h.checked = false;
+    JobId root = h.add(CoreHarness::job("root"));
+    JobId other = h.add(CoreHarness::job("root"));
+    auto g = h.lease("w", 2);
+    for (int i = 0; i < 1000; ++i) h.add(after({root}));
+    h.add(after({other}));
+    CompleteCommand c;
+    c.items = {{g[0].fence, {}, {}}, {g[1].fence, {}, {}}};
+    c.items[0].outcome.code = code;
+    c.lease = CoreHarness::lease_command("w", 200);
+    EXPECT_TRUE(h.run(c).grants.empty());
+    h.settle();
+    h.core.check_invariants();
+  }
 }
 
 TEST(CorePark, AnUnparkedCallTakesNothing) {
@@ -906,6 +955,20 @@ TEST(CoreBounds, QueueFullNamesItsBound) {
   EXPECT_NE(d.items[2].detail.find("MACHINA_QUEUE_MAX 2"), std::string::npos);
   h.complete(h.lease_one().fence);
   EXPECT_EQ(h.add_item(CoreHarness::job()).answer, Answer::ok);
+}
+
+TEST(CoreBounds, AFullQueueStillTakesACompletionsChild) {
+  CoreOptions o;
+  o.queue_max = 2;
+  CoreHarness h(o);
+  h.add(CoreHarness::job());
+  h.add(CoreHarness::job());
+  Fence fence = h.lease_one().fence;
+  NewJob child = CoreHarness::job("child");
+  EXPECT_EQ(h.complete(fence, EndCode::none, {child, child}).answer,
+            Answer::queue_full);
+  EXPECT_EQ(h.complete(fence, EndCode::none, {child}).answer, Answer::ok);
+  EXPECT_EQ(h.core.live_jobs(), 2u);
 }
 
 TEST(CoreBounds, NamesAreBoundedAndUsedAgain) {

@@ -116,7 +116,8 @@ void Model::fold(const Record&, const GrantRecord& r) {
     auto& fifo =
         fresh_[{j.job.queue, j.job.kind, j.job.priority, j.job.min_level}];
     must(!fifo.empty() && fifo.begin()->second == r.id,
-         show(r.id) + " is leased before an older one");
+         show(r.id) + " is leased before an older one, " +
+             (fifo.empty() ? "none" : show(fifo.begin()->second)));
     fifo.erase(fifo.begin());
   }
   j.state = State::running;
