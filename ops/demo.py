@@ -579,6 +579,9 @@ class Demo:
     def kill_the_server(self, first):
         self.wait_for(first, {"running"} | FINAL, 30)
         time.sleep(3)
+        status, log = self.api.call("GET", f"/v1/jobs/{first['id']}/logs", raw=True)
+        self.expect("the log of the running test job can be read live",
+                    None if status == 200 and b"networkx" in log else f"{status} {log[:100]}")
         before = self.get(first)
         if before["state"] != "running":
             self.expect("the server is killed in the middle of a test job",

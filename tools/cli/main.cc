@@ -23,6 +23,14 @@ int main(int argc, char** argv) {
   add_operator_verbs(app, &exit);
   add_version(app, &exit);
 
+  // Said here, because the parser would only say that a verb is missing.
+  if (argc > 1 && argv[1][0] != '-' &&
+      app.get_subcommands(
+             [&](CLI::App* verb) { return verb->get_name() == argv[1]; })
+          .empty()) {
+    return fail(kUsage, "there is no verb \"" + harmless(argv[1]) +
+                            "\"; machina --help lists them");
+  }
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& asked_for_help) {

@@ -1,0 +1,333 @@
+// The tree tests itself: which folder may include which, one door per library,
+// own header first, a README in every folder, no stray debug output.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <regex>
+#include <set>
+#include <string>
+#include <vector>
+
+namespace {
+
+namespace fs = std::filesystem;
+
+const fs::path kTree = MACHINA_SOURCE_DIR;
+
+struct Source {
+  std::string path;  // relative to the tree
+  std::vector<std::string> lines;
+  struct Include {
+    std::string name;
+    bool quoted = false;
+    std::size_t line = 0;
+  };
+  std::vector<Include> includes;
+};
+
+std::vector<std::string> read_lines(const fs::path& path) {
+  std::ifstream file(path);
+  std::vector<std::string> lines;
+  for (std::string line; std::getline(file, line);) lines.push_back(line);
+  return lines;
+}
+
+Source read_source(const fs::path& path) {
+  static const std::regex kInclude(R"(^\s*#\s*include\s*([<"])([^>"]+)[>"])");
+  Source source;
+  source.path = fs::relative(path, kTree).string();
+  source.lines = read_lines(path);
+  for (std::size_t i = 0; i < source.lines.size(); ++i) {
+    std::smatch match;
+    if (std::regex_search(source.lines[i], match, kInclude)) {
+      source.includes.push_back({match[2], match[1] == "\"", i + 1});
+    }
+  }
+  return source;
+}
+
+std::vector<Source> sources_below(const std::vector<std::string>& folders) {
+  std::vector<Source> sources;
+  for (const auto& folder : folders) {
+    if (!fs::exists(kTree / folder)) continue;
+    for (const auto& entry : fs::recursive_directory_iterator(kTree / folder)) {
+      auto extension = entry.path().extension();
+      if (extension == ".h" || extension == ".cc") {
+        sources.push_back(read_source(entry.path()));
+      }
+    }
+  }
+  return sources;
+}
+
+const std::vector<std::string> kProduct = {"queue", "server", "workers",
+                                           "tools"};
+
+const std::vector<Source>& product() {
+  static const auto sources = sources_below(kProduct);
+  return sources;
+}
+
+bool starts(const std::string& text, const std::string& prefix) {
+  return text.rfind(prefix, 0) == 0;
+}
+
+// queue/ headers that workers and tools may know: values, not the queue.
+const std::set<std::string> kWorkersKnow = {"queue/job.h", "queue/result.h",
+                                            "queue/ids.h", "queue/clock.h",
+                                            "queue/check.h"};
+const std::set<std::string> kToolsKnow = {"queue/result.h", "queue/check.h"};
+
+bool allowed(const std::string& from, const std::string& to) {
+  if (starts(from, "queue/")) return starts(to, "queue/");
+  if (starts(from, "server/")) {
+    return starts(to, "server/") || starts(to, "queue/");
+  }
+  if (starts(from, "workers/sandbox/")) {
+    return starts(to, "workers/sandbox/") || kWorkersKnow.count(to) != 0;
+  }
+  if (starts(from, "workers/")) {
+    return starts(to, "workers/") || kWorkersKnow.count(to) != 0 ||
+           (starts(to, "tools/") && !starts(to, "tools/cli/"));
+  }
+  // The verbs put everything together; nothing includes them.
+  if (starts(from, "tools/cli/")) {
+    return starts(to, "tools/") || starts(to, "server/") ||
+           starts(to, "workers/") || kWorkersKnow.count(to) != 0;
+  }
+  return (starts(to, "tools/") && !starts(to, "tools/cli/")) ||
+         kToolsKnow.count(to) != 0;
+}
+
+TEST(Tidy, ThereIsATreeToLookAt) {
+  EXPECT_GT(product().size(), 10u) << "is MACHINA_SOURCE_DIR right?";
+}
+
+TEST(Tidy, IncludesFollowTheArrows) {
+  for (const auto& source : product()) {
+    for (const auto& include : source.includes) {
+      if (!include.quoted) continue;
+      EXPECT_TRUE(fs::exists(kTree / include.name))
+          << source.path << ":" << include.line << ": \"" << include.name
+          << "\" is not a path from the top of the tree";
+      EXPECT_TRUE(allowed(source.path, include.name))
+          << source.path << ":" << include.line << " may not include "
+          << include.name;
+    }
+  }
+}
+
+// The arrows as this test knows them, so that a slip in allowed() shows.
+TEST(Tidy, TheArrowsForbidWhatTheyShould) {
+  EXPECT_FALSE(allowed("queue/core.cc", "server/server.h"));
+  EXPECT_FALSE(allowed("queue/core.cc", "tools/config.h"));
+  EXPECT_FALSE(allowed("server/loop.cc", "workers/worker.h"));
+  EXPECT_FALSE(allowed("server/loop.cc", "tools/config.h"));
+  EXPECT_FALSE(allowed("workers/worker.cc", "queue/core.h"));
+  EXPECT_FALSE(allowed("workers/worker.cc", "server/server.h"));
+  EXPECT_FALSE(allowed("workers/worker.cc", "tools/cli/client.h"));
+  EXPECT_FALSE(allowed("workers/sandbox/stage2.cc", "workers/worker.h"));
+  EXPECT_FALSE(allowed("tools/config.cc", "queue/job.h"));
+  EXPECT_FALSE(allowed("tools/config.cc", "tools/cli/cli.h"));
+  EXPECT_TRUE(allowed("tools/cli/serve.cc", "server/server.h"));
+}
+
+// The types that a file defines for everyone to see: at the left margin,
+// outside unnamed namespaces.
+std::vector<std::string> types_of(const Source& source) {
+  static const std::regex kType(
+      R"(^(?:struct|class|enum class|enum) (\w+)(?: final)?(?: :[^:].*)?(?: \{.*)$)");
+  static const std::regex kNamespace(R"(^namespace ([\w:]+) \{)");
+  std::vector<std::string> names;
+  std::string inside;
+  bool hidden = false;
+  for (const auto& line : source.lines) {
+    std::smatch match;
+    if (starts(line, "namespace {")) hidden = true;
+    if (starts(line, "}  // namespace")) hidden = false;
+    if (std::regex_search(line, match, kNamespace)) inside = match[1];
+    if (!hidden && std::regex_search(line, match, kType)) {
+      names.push_back(inside + "::" + match[1].str());
+    }
+  }
+  return names;
+}
+
+// Two types of one name in two libraries link into one program without a word
+// from anybody, and then one's constructor builds the other.
+TEST(Tidy, NoTwoTypesShareAName) {
+  std::map<std::string, std::string> defined;
+  for (const auto& source : product()) {
+    for (const auto& name : types_of(source)) {
+      auto [at, is_new] = defined.emplace(name, source.path);
+      EXPECT_TRUE(is_new) << name << " is defined in " << at->second
+                          << " and in " << source.path;
+    }
+  }
+  EXPECT_GT(defined.size(), 50u) << "does it still recognise a type?";
+}
+
+// A third-party library is included by one folder's files only where a header
+// would spread it, and by one file where it is a door.
+TEST(Tidy, OneDoorPerLibrary) {
+  const std::map<std::string, std::string> kDoors = {
+      {"uv.h", "server/"},     {"llhttp.h", "server/"},
+      {"sqlite3.h", "queue/"}, {"seccomp.h", "workers/"},
+      {"expat.h", "workers/"}, {"hiredis", "queue/"},
+      {"yaml-cpp/", "tools/"}, {"prometheus/", "server/"},
+  };
+  std::map<std::string, std::set<std::string>> seen;
+  std::map<std::string, std::set<std::string>> curl_by_folder;
+  for (const auto& source : product()) {
+    for (const auto& include : source.includes) {
+      for (const auto& [library, folder] : kDoors) {
+        if (!starts(include.name, library)) continue;
+        seen[library].insert(source.path);
+        EXPECT_TRUE(starts(source.path, folder))
+            << source.path << " includes " << include.name
+            << ", whose door is in " << folder;
+      }
+      // Two programs in one: the client's verbs and the workers.
+      if (starts(include.name, "curl/")) {
+        curl_by_folder[source.path.substr(0, source.path.find('/'))].insert(
+            source.path);
+      }
+    }
+  }
+  for (const auto& [library, files] : seen) {
+    EXPECT_EQ(files.size(), 1u)
+        << library << " has more than one door: " << *files.begin() << ", "
+        << *files.rbegin();
+  }
+  for (const auto& [folder, files] : curl_by_folder) {
+    EXPECT_TRUE(folder == "tools" || folder == "workers") << folder;
+    EXPECT_EQ(files.size(), 1u) << folder << " includes curl more than once";
+  }
+}
+
+TEST(Tidy, HeavyLibrariesStayOutOfHeaders) {
+  const std::vector<std::string> kHeavy = {
+      "nlohmann/json.hpp", "CLI/",  "prometheus/",
+      "yaml-cpp/",         "uv.h",  "llhttp.h",
+      "sqlite3.h",         "curl/", "expat.h",
+      "seccomp.h"};
+  for (const auto& source : product()) {
+    if (fs::path(source.path).extension() != ".h") continue;
+    // Seen by the .cc files of kinds alone, all of which read JSON.
+    if (source.path == "workers/kinds/fields.h") continue;
+    for (const auto& include : source.includes) {
+      for (const auto& heavy : kHeavy) {
+        EXPECT_FALSE(starts(include.name, heavy))
+            << source.path << ":" << include.line << " includes "
+            << include.name;
+      }
+    }
+  }
+}
+
+TEST(Tidy, OwnHeaderComesFirst) {
+  for (const auto& source : product()) {
+    fs::path path = source.path;
+    if (path.extension() != ".cc") continue;
+    std::string own = fs::path(path).replace_extension(".h").string();
+    if (!fs::exists(kTree / own)) continue;
+    ASSERT_FALSE(source.includes.empty()) << source.path;
+    EXPECT_EQ(source.includes[0].name, own) << source.path;
+  }
+}
+
+TEST(Tidy, HeadersSayWhatTheyAreFor) {
+  for (const auto& source : product()) {
+    if (fs::path(source.path).extension() != ".h") continue;
+    ASSERT_FALSE(source.lines.empty()) << source.path;
+    EXPECT_EQ(source.lines[0], "// " + source.path);
+    bool once = std::find(source.lines.begin(), source.lines.end(),
+                          "#pragma once") != source.lines.end();
+    EXPECT_TRUE(once) << source.path << " lacks #pragma once";
+  }
+}
+
+TEST(Tidy, OnlyTheTableReadsTheEnvironment) {
+  static const std::regex kGetenv(R"(\bgetenv\s*\()");
+  for (const auto& source : product()) {
+    if (source.path == "tools/root.cc") continue;  // HOME, to refuse it
+    for (std::size_t i = 0; i < source.lines.size(); ++i) {
+      const std::string& line = source.lines[i];
+      if (line.find("//") < line.find("getenv")) continue;
+      EXPECT_FALSE(std::regex_search(line, kGetenv))
+          << source.path << ":" << i + 1
+          << " reads the environment; tools/config.h does that";
+    }
+  }
+}
+
+// Standard output is the verbs'; libraries talk through results and logs.
+TEST(Tidy, NoStrayDebugOutput) {
+  static const std::regex kStdout(
+      R"(std::cout|\bprintf\s*\(|\bputs\s*\(|fprintf\s*\(\s*stdout)");
+  for (const auto& source : product()) {
+    if (starts(source.path, "tools/cli/")) continue;
+    for (std::size_t i = 0; i < source.lines.size(); ++i) {
+      const std::string& line = source.lines[i];
+      std::smatch match;
+      if (!std::regex_search(line, match, kStdout)) continue;
+      bool comment =
+          line.find("//") < static_cast<std::size_t>(match.position());
+      EXPECT_TRUE(comment) << source.path << ":" << i + 1 << ": " << line;
+    }
+  }
+}
+
+bool is_build_or_hidden(const fs::path& path) {
+  for (const auto& part : path) {
+    std::string name = part.string();
+    if (name == "build" || name == "__pycache__" || name == "machina-data" ||
+        (name.size() > 1 && name[0] == '.')) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// Folders of one kind of file are described by the folder above them.
+TEST(Tidy, EveryFolderHasAReadme) {
+  const std::set<std::string> kOwnPage = {"workers/kinds", "workers/sandbox",
+                                          "tools/cli",     "tests/sim",
+                                          "tests/e2e",     "tests/bench"};
+  for (const auto& entry : fs::recursive_directory_iterator(kTree)) {
+    fs::path relative = fs::relative(entry.path(), kTree);
+    if (!entry.is_directory() || is_build_or_hidden(relative) ||
+        fs::is_empty(entry.path())) {
+      continue;
+    }
+    bool top = std::distance(relative.begin(), relative.end()) == 1;
+    if (!top && kOwnPage.count(relative.string()) == 0) continue;
+    EXPECT_TRUE(fs::exists(entry.path() / "README.md"))
+        << relative.string() << " has no README.md";
+  }
+  EXPECT_TRUE(fs::exists(kTree / "README.md"));
+}
+
+// A link in a page leads somewhere.
+TEST(Tidy, LinksInPagesLeadSomewhere) {
+  static const std::regex kLink(R"(\]\(([^)#\s]+)(#[^)]*)?\))");
+  for (const auto& entry : fs::recursive_directory_iterator(kTree)) {
+    fs::path relative = fs::relative(entry.path(), kTree);
+    if (is_build_or_hidden(relative) || relative.extension() != ".md") continue;
+    for (const auto& line : read_lines(entry.path())) {
+      for (std::sregex_iterator at(line.begin(), line.end(), kLink), end;
+           at != end; ++at) {
+        std::string target = (*at)[1];
+        if (target.find("://") != std::string::npos) continue;
+        EXPECT_TRUE(fs::exists(entry.path().parent_path() / target))
+            << relative.string() << " links to " << target;
+      }
+    }
+  }
+}
+
+}  // namespace
