@@ -51,8 +51,10 @@ class EndToEnd : public testing::TestWithParam<Who> {
     if (!product_->start(serve, &why)) throw std::runtime_error(why);
   }
   // As in production: token, fsync, and no level below the one promised.
-  void start_prod(int workers = 2) {
+  void start_prod(int workers = 2,
+                  const std::map<std::string, std::string>& env = {}) {
     Serve serve;
+    serve.env = env;
     serve.profile = "prod";
     serve.workers = workers;
     serve.token = "e2e-token";

@@ -129,6 +129,18 @@ double now_ms() {
 
 void sleep_ms(int ms) { usleep(static_cast<useconds_t>(ms) * 1000); }
 
+// Processes that were left to us (a killed server's pool) are buried, so that
+// nobody takes a zombie for a living process. Our own children are reaped by
+// whoever waits for them, and `known` names those.
+void bury_strangers(const std::set<pid_t>& known) {
+  for (;;) {
+    siginfo_t info{};
+    if (waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) != 0) return;
+    if (info.si_pid == 0 || known.count(info.si_pid) > 0) return;
+    waitpid(info.si_pid, nullptr, WNOHANG);
+  }
+}
+
 bool eventually(const std::function<bool()>& condition, int timeout_ms) {
   for (double end = now_ms() + timeout_ms;;) {
     if (condition()) return true;
@@ -193,8 +205,7 @@ Product::~Product() {
     std::vector<pid_t> left = processes();
     if (left.empty()) break;
     for (pid_t pid : left) kill(pid, SIGKILL);
-    while (waitpid(-1, nullptr, WNOHANG) > 0) {
-    }
+    bury_strangers(children_);
     sleep_ms(20);
   }
   for (const std::string& group : control_groups()) {
@@ -249,6 +260,7 @@ pid_t Product::spawn(const std::vector<std::string>& args,
   }
   close(out_fd);
   close(err_fd);
+  children_.insert(pid);
   return pid;
 }
 
@@ -258,6 +270,7 @@ int Product::reap(pid_t pid, int timeout_ms) {
                   timeout_ms)) {
     return -1;
   }
+  children_.erase(pid);
   return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
@@ -302,6 +315,10 @@ void Product::kill_server() {
 int Product::stop_server(int timeout_ms) {
   processes();  // to know later whose control groups are ours
   kill(server_, SIGTERM);
+  return wait_server(timeout_ms);
+}
+
+int Product::wait_server(int timeout_ms) {
   int code = reap(server_, timeout_ms);
   if (code == -1) {
     kill(server_, SIGKILL);
@@ -355,6 +372,7 @@ bool Product::owns(pid_t pid) const {
 }
 
 std::vector<pid_t> Product::processes() const {
+  bury_strangers(children_);
   std::vector<pid_t> mine;
   for (pid_t pid : all_pids()) {
     if (owns(pid)) mine.push_back(pid);
@@ -408,8 +426,6 @@ std::vector<std::string> Product::control_groups() const {
 std::vector<std::string> Product::leftovers(int within_ms) const {
   std::vector<std::string> left;
   auto look = [&] {
-    while (waitpid(-1, nullptr, WNOHANG) > 0) {
-    }
     left.clear();
     for (pid_t pid : processes()) {
       std::string line = read_file("/proc/" + std::to_string(pid) + "/cmdline");
@@ -502,6 +518,7 @@ Json Product::wait_until(const std::string& id,
   Json seen;
   eventually(
       [&] {
+        bury_strangers(children_);
         Json now = job(id);
         if (now.is_object()) seen = now;
         return seen.is_object() && until(seen);

@@ -69,6 +69,7 @@ class Product {
   void kill_server();  // SIGKILL, and reaped
   // SIGTERM; the exit code, or -1 where it took longer and was killed.
   int stop_server(int timeout_ms = 15000);
+  int wait_server(int timeout_ms = 15000);  // the same, without the signal
   // Runs the binary to its end with our identity and environment.
   Ended run(const std::vector<std::string>& args,
             const std::map<std::string, std::string>& env = {},
@@ -125,6 +126,7 @@ class Product {
   std::vector<std::string> control_groups() const;  // of processes seen
 
   Who who_;
+  std::set<pid_t> children_;      // started here and not yet reaped
   mutable std::set<pid_t> seen_;  // all that processes() ever found
   std::string dir_, root_, binary_;
   uid_t uid_ = 0;
