@@ -164,7 +164,7 @@ class KillLoop : public Crash {
       while (!stop_ && id.empty()) {
         Answer a = p().post("/v1/jobs", request);
         if (a.status == 201 || a.status == 200) id = a.json()["id"];
-        sleep_ms(4);
+        sleep_ms(12);
       }
       if (id.empty()) return;
       std::lock_guard lock(mutex_);
@@ -186,7 +186,8 @@ class KillLoop : public Crash {
       }
       std::map<std::string, std::string> id_of;
       Json items = Json::array();
-      for (const Json& l : a.json()["leases"]) {
+      const Json granted = a.json();
+      for (const Json& l : granted["leases"]) {
         id_of[l["token"]] = l["job"]["id"];
         items.push_back({{"token", l["token"]},
                          {"result", {{"key", l["job"]["payload"]["key"]}}}});
@@ -197,8 +198,9 @@ class KillLoop : public Crash {
         if (done.status != 200) sleep_ms(10);
       }
       if (done.status != 200) return;
+      const Json ended = done.json();
       std::lock_guard lock(mutex_);
-      for (const Json& item : done.json()["items"]) {
+      for (const Json& item : ended["items"]) {
         if (item.value("state", "") == "succeeded") {
           completed_.push_back(id_of[item["token"]]);
         }
@@ -262,6 +264,8 @@ TEST_P(KillLoop, UnderLoadLosesNothingThatWasAnswered) {
     audit(round);
   }
   stop();
+  RecordProperty("accepted", static_cast<int>(accepted_.size()));
+  RecordProperty("completed", static_cast<int>(completed_.size()));
   ASSERT_GT(accepted_.size(), 200u);
   ASSERT_GT(completed_.size(), 100u);
   // Healed, all of it drains.
