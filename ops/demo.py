@@ -493,6 +493,18 @@ class Demo:
             time.sleep(0.1)
         return view
 
+    def wait_for_log(self, job, part, limit):
+        """Until `part` is in the job's log while it runs; else what was seen."""
+        deadline = time.monotonic() + limit
+        while time.monotonic() < deadline:
+            status, log = self.api.call("GET", f"/v1/jobs/{job['id']}/logs", raw=True)
+            if self.get(job)["state"] in FINAL:
+                return "the job ended first"
+            if status == 200 and part in log:
+                return None
+            time.sleep(0.1)
+        return f"{status} {log[:100]} after {limit} s"
+
     # --- the main job ---
 
     def run(self):
@@ -577,11 +589,8 @@ class Demo:
                    lambda v: "daemon did not outlive it" if v.get("state") == "succeeded" else "?")
 
     def kill_the_server(self, first):
-        self.wait_for(first, {"running"} | FINAL, 30)
-        time.sleep(3)
-        status, log = self.api.call("GET", f"/v1/jobs/{first['id']}/logs", raw=True)
         self.expect("the log of the running test job can be read live",
-                    None if status == 200 and b"networkx" in log else f"{status} {log[:100]}")
+                    self.wait_for_log(first, b"networkx/", 25))
         before = self.get(first)
         if before["state"] != "running":
             self.expect("the server is killed in the middle of a test job",
