@@ -17,9 +17,12 @@
 #include <condition_variable>
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
+#include <fstream>
 #include <map>
 #include <mutex>
 #include <random>
+#include <sstream>
 #include <thread>
 
 #include "workers/http_client.h"
@@ -103,10 +106,52 @@ int take_root(const PoolOptions& options, Root& root) {
     say("%s/pool.lock: %s", options.root.c_str(), strerror(errno));
     return 2;
   }
-  (void)!ftruncate(root.lock, 0);
-  const std::string pid = std::to_string(getpid()) + "\n";
-  (void)!pwrite(root.lock, pid.data(), pid.size(), 0);
   return 0;
+}
+
+// What pool.lock holds beside the lock: a line with the pool's pid, one with
+// its spawner's, one for each worker that the server may believe in. A pool
+// that was killed leaves it to its successor.
+struct Predecessor {
+  int spawner = -1;
+  std::vector<std::string> workers;
+};
+
+Predecessor read_predecessor(const Root& root) {
+  Predecessor out;
+  char text[16384];
+  const ssize_t n = pread(root.lock, text, sizeof text, 0);
+  std::istringstream lines(std::string(text, n > 0 ? std::size_t(n) : 0));
+  std::string line;
+  if (!std::getline(lines, line) || !std::getline(lines, line)) return out;
+  out.spawner = std::atoi(line.c_str());
+  while (std::getline(lines, line)) {
+    if (valid_name(line)) out.workers.push_back(line);
+  }
+  return out;
+}
+
+void write_successor(const Root& root, int spawner,
+                     const std::vector<std::string>& workers) {
+  std::string text =
+      std::to_string(getpid()) + "\n" + std::to_string(spawner) + "\n";
+  for (const std::string& name : workers) text += name + "\n";
+  (void)!pwrite(root.lock, text.data(), text.size(), 0);
+  (void)!ftruncate(root.lock, static_cast<off_t>(text.size()));
+}
+
+// Its spawner ends by itself, after its sandboxes; what does not is killed.
+// The number may be another process's by now: its name tells.
+void outlast_spawner(int pid) {
+  const auto there = [&] {
+    std::ifstream file("/proc/" + std::to_string(pid) + "/comm");
+    std::string name;
+    return pid > 1 && std::getline(file, name) && name == "machina-spawner";
+  };
+  for (int round = 0; round < 1000 && there(); ++round) {
+    if (round == 500) kill(pid, SIGKILL);
+    usleep(10'000);
+  }
 }
 
 // stderr of the pool and its workers, from here on.
@@ -132,7 +177,8 @@ void log_to_root(const Root& root) {
 
 class Pool {
  public:
-  Pool(const PoolOptions& options, const Root& root, sandbox::Spawner& spawner,
+  Pool(const PoolOptions& options, const Root& root,
+       const Predecessor& predecessor, sandbox::Spawner& spawner,
        Program program)
       : options_(options),
         root_(root),
@@ -144,6 +190,8 @@ class Pool {
     char host[256] = "localhost";
     gethostname(host, sizeof host - 1);
     host_ = host;
+    slots_.inherit(predecessor.workers);
+    remember();
   }
 
   int run();
@@ -158,6 +206,11 @@ class Pool {
   Result<int> connect() {
     std::lock_guard lock(spawner_mutex_);
     return spawner_.connect_server();
+  }
+
+  // With mutex_ held.
+  void remember() const {
+    write_successor(root_, spawner_.pid(), slots_.unreported());
   }
 
   // --- the sync thread ---
@@ -271,6 +324,7 @@ void Pool::sync_loop() {
     if (reply && reply->status == 200) {
       away_since_ms_ = 0;
       slots_.reported(gone);
+      if (!gone.empty()) remember();
       take_answer(reply->body);
       wake_main();
     } else if (reply) {
@@ -521,6 +575,7 @@ void Pool::start_worker(int slot) {
   facts_[slot] = Facts{pipe[0], ""};
   std::lock_guard lock(mutex_);
   slots_.started(slot, name, *pid, now_ms(), wall_ms());
+  remember();
   changed(false);
 }
 
@@ -613,6 +668,8 @@ int run_pool(const PoolOptions& options) {
     say("%s", program.error().what.c_str());
     return 2;
   }
+  const Predecessor predecessor = read_predecessor(root);
+  outlast_spawner(predecessor.spawner);
   register_built_in_handlers();
   sandbox::SpawnerOptions spawning;
   spawning.root = options.root;
@@ -630,7 +687,7 @@ int run_pool(const PoolOptions& options) {
     say("%s", dropped.error().what.c_str());
     return 1;
   }
-  return Pool(options, root, **spawner, std::move(*program)).run();
+  return Pool(options, root, predecessor, **spawner, std::move(*program)).run();
 }
 
 }  // namespace machina

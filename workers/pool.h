@@ -15,7 +15,9 @@
 //   P3  A worker's leases are reported `gone` only when its slot is proven
 //       empty: local attempts never overlap.
 //   P4  A worker that dies early is replaced ever more slowly, up to 10 s.
-//   P5  Nothing of the pool outlives it: workers die with it.
+//   P5  Nothing of the pool outlives it: workers die with it, sandboxes with
+//       the spawner. The pool that comes next waits for that, and reports the
+//       workers of one that was killed, whose names it finds in pool.lock.
 
 #pragma once
 

@@ -142,6 +142,18 @@ void PoolSlots::emptied(int slot) {
   gone_.push_back(s.name);
 }
 
+void PoolSlots::inherit(const std::vector<std::string>& names) {
+  gone_.insert(gone_.end(), names.begin(), names.end());
+}
+
+std::vector<std::string> PoolSlots::unreported() const {
+  std::vector<std::string> out = gone_;
+  for (const Slot& slot : slots_) {
+    if (slot.phase != Phase::empty) out.push_back(slot.name);
+  }
+  return out;
+}
+
 void PoolSlots::reported(const std::vector<std::string>& names) {
   std::erase_if(gone_, [&](const std::string& name) {
     return std::find(names.begin(), names.end(), name) != names.end();

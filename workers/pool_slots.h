@@ -64,6 +64,11 @@ class PoolSlots {
   int pending() const;  // not empty: alive or dying
 
   const std::vector<std::string>& gone() const { return gone_; }
+  // Workers of a pool that died before it could report them; its slots have
+  // been emptied since.
+  void inherit(const std::vector<std::string>& names);
+  // Every worker that the server may believe in.
+  std::vector<std::string> unreported() const;
   void reported(const std::vector<std::string>& names);
 
   // The body of a sync.

@@ -180,7 +180,7 @@ class Worker::Impl : public kinds::Host {
   // --- leasing ---
 
   LeaseAsk lease_request(const std::vector<std::string>& kinds, int max,
-                             Millis wait_ms) const {
+                         Millis wait_ms) const {
     LeaseAsk request;
     request.worker = options_.name;
     request.kinds = kinds;
@@ -213,11 +213,16 @@ class Worker::Impl : public kinds::Host {
       return {};
     }
     if (reply->status != 200 && reply->status != 204) {
-      say("lease: the server answered " + std::to_string(reply->status) + " " +
-          reply->body.substr(0, 300));
+      // One line for as long as it says the same, a drain for instance.
+      if (reply->status != refusal_) {
+        say("lease: the server answered " + std::to_string(reply->status) +
+            " " + reply->body.substr(0, 300));
+      }
+      refusal_ = reply->status;
       rest(lease_pause_);
       return {};
     }
+    refusal_ = 0;
     strays_ = false;
     lease_pause_ = kBackoffMinMs;
     return take_leases(*reply);
@@ -464,6 +469,7 @@ class Worker::Impl : public kinds::Host {
   std::string current_;  // the sandboxed job's token
   bool strays_ = false;  // a grant may have been lost on the way
   Millis lease_pause_ = kBackoffMinMs;
+  int refusal_ = 0;  // the status that lease calls were last refused with
   std::atomic<bool> stopping_{false}, releasing_{false};
   std::mutex park_mutex_;
   bool parked_ = false;  // in a lease call, the one call that stop() ends

@@ -239,6 +239,22 @@ TEST_F(PoolTest, NothingOutlivesAPoolThatIsKilled) {
   EXPECT_TRUE(nobody_left());
 }
 
+TEST_F(PoolTest, SuccessorReportsTheWorkersOfAPoolThatWasKilled) {
+  start(2);
+  ASSERT_TRUE(idle(2)) << log();
+  const auto before = server_->workers();
+  kill(pool_, SIGKILL);
+  EXPECT_EQ(exit_code(), -2);
+  pool_ = fork();
+  if (pool_ == 0) _exit(run_pool(options_));
+  ASSERT_TRUE(wait([&] { return server_->gone().size() == 2; }, 5000)) << log();
+  for (const auto& w : before) {
+    const auto gone = server_->gone();
+    EXPECT_NE(std::find(gone.begin(), gone.end(), w["name"]), gone.end());
+  }
+  ASSERT_TRUE(idle(2)) << log();
+}
+
 // --- the table alone ---
 
 TEST(PoolSlotsTest, GoneIsSaidOnlyWhenTheSlotIsEmpty) {

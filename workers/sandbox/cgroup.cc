@@ -54,8 +54,24 @@ void remove_tree(const std::string& base) {
   rmdir(base.c_str());
 }
 
-// G3. A directory whose maker is gone; rmdir spares what still has processes.
+// Kills what is left in the groups of a maker that is gone: a sandbox whose
+// keeper and spawner were killed with it may still be dying.
+void kill_stale(const std::string& base) {
+  for (int slot = 0; slot < kSlotsMax; ++slot) {
+    const std::string dir = base + "/slot-" + std::to_string(slot);
+    if (!exists(dir)) continue;
+    std::istringstream procs(read_all(dir + "/cgroup.procs"));
+    for (long pid; procs >> pid;) {
+      if (pid > 1) kill(static_cast<pid_t>(pid), SIGKILL);
+    }
+    if (exists(dir + "/cgroup.kill")) write_file(dir + "/cgroup.kill", "1");
+  }
+}
+
+// G3. Directories whose maker is gone are emptied and removed: the pool that
+// starts now may tell its server that the old one's workers hold nothing.
 void sweep(const std::string& parent) {
+  if (access(parent.c_str(), W_OK) != 0) return;  // another user's
   DIR* dir = opendir(parent.c_str());
   if (!dir) return;
   std::vector<std::string> stale;
@@ -69,7 +85,13 @@ void sweep(const std::string& parent) {
     }
   }
   closedir(dir);
-  for (const auto& path : stale) remove_tree(path);
+  for (const auto& path : stale) {
+    for (int round = 0; round < 200 && exists(path); ++round) {
+      if (round > 0) usleep(10'000);
+      kill_stale(path);
+      remove_tree(path);
+    }
+  }
 }
 
 std::uint64_t number_after(const char* text, const char* key) {
