@@ -416,6 +416,26 @@ TEST(CoreRetry, AnErrorsMessageIsKeptUntilTheNextEnd) {
   EXPECT_EQ(c.outcome.message.substr(0, 120), shown);
 }
 
+// Puts the core through an image in place.
+void reload(CoreHarness& h, Core* again) {
+  ASSERT_TRUE(again->load(h.image()));
+  again->set_epoch(2);
+  again->set_mono(h.mono);
+}
+
+TEST(CoreRetry, AnImageRemembersTheFirstWorkerDeath) {
+  CoreHarness h;
+  h.add(CoreHarness::job());
+  h.lease_one("a");
+  h.run(GoneCommand{{"a"}});
+  h.lease_one("b");
+  Core again(h.options);
+  reload(h, &again);
+  Decision d = again.decide(h.now, 1, GoneCommand{{"b"}});
+  ASSERT_EQ(d.records.size(), 1u);
+  EXPECT_GT(std::get<RetryRecord>(d.records[0].body).run_at_ms, h.now);
+}
+
 // --- an explicit retry ---
 
 RetryCommand retry_of(const CoreHarness& h, JobId id) {
@@ -447,6 +467,25 @@ TEST(CoreRevive, RenewsTheAllowanceAndLeavesDedupAlone) {
   EXPECT_EQ(h.end_of(id)->attempt, 4);
   h.pass(1000);
   EXPECT_EQ(h.add_item(keyed("k")).answer, Answer::ok);  // the old window
+}
+
+TEST(CoreRevive, AnImageRemembersWhereTheBackoffBegins) {
+  CoreHarness h;
+  NewJob j = CoreHarness::job();
+  j.retry_min_ms = 1000;
+  j.max_attempts = 3;
+  JobId id = h.add(j);
+  for (int i = 0; i < 3; ++i)
+    h.fail(h.lease_one().fence, EndCode::exit, true, 0);
+  h.run(retry_of(h, id));
+  FailCommand fail;
+  fail.fence = h.lease_one().fence;
+  fail.outcome.code = EndCode::exit;
+  Core again(h.options);
+  reload(h, &again);
+  Decision d = again.decide(h.now, 1, fail);
+  ASSERT_EQ(d.records.size(), 1u);
+  EXPECT_LE(std::get<RetryRecord>(d.records[0].body).run_at_ms, h.now + 1250);
 }
 
 TEST(CoreRevive, OnlyWhatEndedOtherwiseThanWell) {
