@@ -55,9 +55,9 @@ void Heartbeat::hold(const std::vector<Lease>& leases) {
     alarm_ = false;
     std::uint64_t ignored;
     (void)!::read(wake_fd_, &ignored, sizeof ignored);
+    if (was_busy) on_busy_("");
   }
   changed_.notify_all();
-  if (was_busy) on_busy_("");
 }
 
 void Heartbeat::drop(const std::string& token) {
@@ -122,9 +122,8 @@ void Heartbeat::beat(std::unique_lock<std::mutex>& lock) {
     // The server has no reason to hold a beat for what it has answered.
     parked = parked && held.stop == Stop::none;
   }
-  const bool announce = !busy_;
+  if (!busy_) on_busy_(job_id_);
   busy_ = true;
-  const std::string job_id = job_id_;
   const Millis interval = std::max<Millis>(lease_ms_ / 3, 1);
   const Millis wait_ms = parked ? std::min<Millis>(interval, 30'000) : 0;
   const auto sent = Clock::now();
@@ -132,8 +131,6 @@ void Heartbeat::beat(std::unique_lock<std::mutex>& lock) {
   client_.resume();
   if (quit_) client_.interrupt();
   lock.unlock();
-
-  if (announce) on_busy_(job_id);
   const auto reply = client_.post(
       "/v1/leases/heartbeat", write_heartbeat(items, wait_ms), wait_ms + 5000);
   lock.lock();

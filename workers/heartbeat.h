@@ -40,7 +40,7 @@ class Heartbeat {
   static constexpr Millis kQuietMs = 100;
 
   // `on_busy`: once an attempt has outlasted kQuietMs its job's id, and "" at
-  // its end. Called on either thread.
+  // its end. Called on either thread, in order; must not wait.
   Heartbeat(HttpClient::Connect connect,
             std::function<void(const std::string& job_id)> on_busy);
   ~Heartbeat();

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <thread>
 
 #include "workers/kinds/noop.h"
 
@@ -111,6 +112,8 @@ Warmed::Ends Warmed::run(const std::vector<Lease>& leases,
     }
     if (auto opened = open(); !opened) {
       ends[i] = kinds::failed(EndCode::sandbox, opened.error().what);
+      // The others go back and may come again at once: not in a busy loop.
+      std::this_thread::sleep_for(milliseconds(100));
       return ends;
     }
     std::string frames;

@@ -28,6 +28,7 @@ constexpr Millis kParkMs = 10'000;  // a lease call that finds nothing
 constexpr Millis kBackoffMinMs = 20, kBackoffMaxMs = 1000;
 constexpr Millis kWarmedRunMs = 50;  // then other kinds get a look-in
 constexpr Millis kLogPatienceMs = 5000;
+constexpr Millis kCutOffMs = 300'000;
 
 KindSettings settings_of(const WorkerOptions& options) {
   KindSettings settings;
@@ -209,9 +210,11 @@ class Worker::Impl : public kinds::Host {
     }
     if (!reply) {
       strays_ = true;  // it may have been granted and the answer lost
+      leave_if_cut_off();
       if (!stopping_) rest(lease_pause_);
       return {};
     }
+    cut_off_since_ = {};
     if (reply->status != 200 && reply->status != 204) {
       // One line for as long as it says the same, a drain for instance.
       if (reply->status != refusal_) {
@@ -226,6 +229,16 @@ class Worker::Impl : public kinds::Host {
     strays_ = false;
     lease_pause_ = kBackoffMinMs;
     return take_leases(*reply);
+  }
+
+  // A pool leaves long before this when its server is away. A worker that still
+  // gets no answer has lost its own way there and makes room for another.
+  void leave_if_cut_off() {
+    const auto now = Steady::now();
+    if (cut_off_since_ == Steady::time_point()) cut_off_since_ = now;
+    if (now - cut_off_since_ < milliseconds(kCutOffMs) || stopping_) return;
+    say("no answer from the server for too long");
+    stopping_ = true;
   }
 
   std::vector<Lease> take_leases(const HttpClient::Reply& reply) {
@@ -469,6 +482,7 @@ class Worker::Impl : public kinds::Host {
   std::string current_;  // the sandboxed job's token
   bool strays_ = false;  // a grant may have been lost on the way
   Millis lease_pause_ = kBackoffMinMs;
+  Steady::time_point cut_off_since_;
   int refusal_ = 0;  // the status that lease calls were last refused with
   std::atomic<bool> stopping_{false}, releasing_{false};
   std::mutex park_mutex_;
