@@ -31,7 +31,10 @@ class SocketImpl final : public Socket {
   SocketImpl(LoopImpl& loop, bool local) : loop_(loop), local_(local) {}
 
   void touch() override;
-  std::size_t unsent() const override { return out_.size() + writing_; }
+  std::size_t unsent() const override {
+    return out_.size() + uv_stream_get_write_queue_size(
+                             reinterpret_cast<const uv_stream_t*>(&handle_));
+  }
   void pause(bool paused) override;
   void end() override;
   void close() override;

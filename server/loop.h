@@ -45,10 +45,11 @@ class Socket {
   std::string& out() { return out_; }
   // Call after appending. Cheap to repeat.
   virtual void touch() = 0;
-  virtual std::size_t unsent() const = 0;  // handed to the kernel's queue later
-  virtual void pause(bool paused) = 0;     // stop or resume reading
-  virtual void end() = 0;    // after what is unsent: no more writing
-  virtual void close() = 0;  // drop it now; on_gone follows
+  virtual std::size_t unsent()
+      const = 0;                        // bytes that the kernel has not taken
+  virtual void pause(bool paused) = 0;  // stop or resume reading
+  virtual void end() = 0;               // after what is unsent: no more writing
+  virtual void close() = 0;             // drop it now; on_gone follows
 
  protected:
   std::string out_;

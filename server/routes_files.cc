@@ -231,9 +231,9 @@ void Service::pump_upload(std::shared_ptr<Peer::Upload> upload) {
     if (p != nullptr && p->upload == upload) p->upload.reset();
     if (upload->error) return refuse_error(where, *upload->error);
     upload->busy = true;
-    with_attempt(where, upload->fence, [this, where, upload](JobId, int) {
+    with_attempt(where, upload->fence, [this, where, upload](JobId id, int) {
       on_store<Result<Artifact>>(
-          where, [upload] { return upload->file->commit(); },
+          where, [upload, id] { return upload->file->commit(id); },
           [this, where](Result<Artifact> done) {
             if (!done) return refuse_error(where, done.error());
             std::string body;
@@ -426,6 +426,49 @@ void Service::pump_streams(Peer& peer) {
         p->socket.touch();
         pump_streams(*p);
       });
+}
+
+// --- The sweep --------------------------------------------------------------
+
+// One bucket after the other (F4): its old entries are listed, the jobs are
+// asked for one at a time, and what belongs to none of them goes.
+void Service::sweep() {
+  if (sweeping_ || draining_ || poisoned_) return;
+  sweeping_ = true;
+  int bucket = next_bucket_++ % 256;
+  Store* store = store_.get();
+  std::int64_t now_s = clock_.wall_ms() / 1000;
+  bool taken = threads_->run([this, store, bucket, now_s] {
+    auto kept =
+        std::make_shared<std::vector<Store::Kept>>(store->kept(bucket, now_s));
+    loop_->post([this, kept] { sweep_next(kept); });
+  });
+  if (!taken) sweeping_ = false;
+}
+
+void Service::sweep_next(std::shared_ptr<std::vector<Store::Kept>> kept) {
+  if (kept->empty() || draining_ || poisoned_) {
+    sweeping_ = false;
+    return;
+  }
+  Store::Kept one = kept->back();
+  kept->pop_back();
+  Request request;
+  GetQuery get;
+  get.id = one.job;
+  get.payload = false;
+  request.what = get;
+  request.with_payload = false;
+  ask(std::move(request), [this, one, kept](Response response) {
+    bool unknown =
+        response.status == Response::Status::done &&
+        (response.views.empty() || response.views.front().id.is_nil());
+    if (unknown) {
+      Store* store = store_.get();
+      threads_->run([store, one] { store->forget(one); });
+    }
+    sweep_next(kept);
+  });
 }
 
 }  // namespace machina

@@ -21,7 +21,7 @@ constexpr int kExitDamage = 65;
 constexpr int kExitPoisoned = 74;
 constexpr int kExitLocked = 75;
 constexpr int kFileThreads = 2;
-constexpr Millis kSweepMs = 500;
+constexpr Millis kLookMs = 500;
 
 int exit_code_of(const Error& error) {
   switch (error.code) {
@@ -198,20 +198,33 @@ void Service::arm_timer() {
 
 void Service::housekeeping() {
   Millis now = clock_.mono_ms();
-  if (now - last_sweep_ >= kSweepMs) {
-    last_sweep_ = now;
+  if (now - last_look_ >= kLookMs) {
+    last_look_ = now;
     for (auto& p : peers_) {
-      if (p == nullptr) continue;
-      if (p->connection.check_deadline(now) == Connection::Due::close) {
-        close(*p);
-      } else {
-        after(*p);
-      }
+      if (p != nullptr && !p->closed) check_peer(*p, now);
     }
     check_levels();
   }
+  if (now - last_sweep_ >= kSweepEveryMs) {
+    last_sweep_ = now;
+    sweep();
+  }
   answer_parked(false);
   supervise_pool();
+}
+
+void Service::check_peer(Peer& peer, Millis now) {
+  std::size_t unsent = peer.socket.unsent();
+  if (unsent == 0 || unsent != peer.unsent) {
+    peer.unsent = unsent;
+    peer.unsent_since = now;
+  }
+  if (now - peer.unsent_since > kStalledMs ||
+      peer.connection.check_deadline(now) == Connection::Due::close) {
+    close(peer);
+  } else {
+    after(peer);
+  }
 }
 
 void Service::check_poison() {

@@ -43,6 +43,8 @@ constexpr int kWorkersMax = 64;                    // of one pool
 constexpr std::size_t kAttemptsKeptMax = 65'536;
 constexpr std::size_t kUploadHeldMax = 1u << 20;  // then reading stops
 constexpr std::size_t kDownloadPieceBytes = 256 * 1024;
+constexpr Millis kSweepEveryMs = 10'000;  // all 256 buckets: 43 minutes
+constexpr Millis kStalledMs = 60'000;     // a reader that takes nothing
 constexpr Millis kPoolGraceMs = 2'000;
 constexpr Millis kPoolSilentMs = 45'000;  // a pool not heard of is gone
 constexpr Millis kPoolLeaveMs = 1'500;    // how long a drain waits for pools
@@ -124,6 +126,8 @@ struct Peer final : SocketEvents, ConnectionSink {
   struct Upload;
   std::shared_ptr<Upload> upload;
   std::vector<std::uint64_t> streams;  // sequences of open downloads
+  std::size_t unsent = 0;              // at the last look, and
+  Millis unsent_since = 0;             // since when it is no less
   std::string told_pool;               // the pool that syncs here
   int told_target = -1;
   bool told_drain = false;
@@ -149,6 +153,7 @@ class Service {
   void begin_drain(bool handover);
   void advance_drain();
   void check_poison();
+  void check_peer(Peer& peer, Millis now);
   int finish();
   void stop(int code);
   void say(const std::string& line);
@@ -261,6 +266,8 @@ class Service {
                       std::function<void(std::vector<Artifact>)> then);
   void send_file(const Where& where, OpenedFile file, Extras extras);
   void pump_streams(Peer& peer);
+  void sweep();
+  void sweep_next(std::shared_ptr<std::vector<Store::Kept>> kept);
   // Runs on a store thread; `then` on the loop. Refuses `where` with 503 where
   // the threads have too much to do.
   template <class T>
@@ -335,7 +342,9 @@ class Service {
   Millis date_second_ = -1;
   std::uint64_t next_request_ = 0;
   Millis armed_at_ = -1;
-  Millis last_sweep_ = 0;
+  Millis last_look_ = 0, last_sweep_ = 0;
+  int next_bucket_ = 0;
+  bool sweeping_ = false;
 
   std::map<std::string, Pool> pools_;
   int target_ = 0;

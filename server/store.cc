@@ -10,13 +10,14 @@
 #include <charconv>
 #include <cstring>
 #include <map>
+#include <utility>
 
 #include "queue/check.h"
 
 namespace machina {
 namespace {
 
-constexpr std::size_t kIndexBytesMax = 1 << 20;
+constexpr std::size_t kDigestDigits = 64;
 
 Error failure(const std::string& what) {
   Code code = errno == ENOENT                      ? Code::not_found
@@ -46,6 +47,22 @@ Result<OwnedFd> enter(int at, const std::string& name) {
   dir = open_dir(at, name);
   if (!dir) return failure("open " + name);
   return dir;
+}
+
+// Empty too where it cannot be read.
+std::vector<std::string> names_in(int dir) {
+  std::vector<std::string> names;
+  int copy = openat(dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  DIR* listing = copy < 0 ? nullptr : fdopendir(copy);
+  if (listing == nullptr) {
+    if (copy >= 0) close(copy);
+    return names;
+  }
+  while (dirent* entry = readdir(listing)) {
+    if (entry->d_name[0] != '.') names.emplace_back(entry->d_name);
+  }
+  closedir(listing);
+  return names;
 }
 
 Result<void> write_all(int fd, std::string_view bytes, std::uint64_t offset) {
@@ -84,7 +101,7 @@ OwnedFd::~OwnedFd() {
 struct Store::Dirs {
   OwnedFd logs, objects, index, tmp;
   std::atomic<std::uint64_t> next_tmp{0};
-  std::mutex index_mutex;  // index files are read, then appended to
+  std::mutex mutex;  // links come and go one at a time
 };
 
 Store::Store() : dirs_(std::make_unique<Dirs>()) {}
@@ -111,12 +128,8 @@ Result<std::unique_ptr<Store>> Store::open(const std::string& root) {
     *fd = std::move(*dir);
   }
   // What an upload left behind when the server died.
-  int copy = openat(dirs.tmp.get(), ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (DIR* listing = copy < 0 ? nullptr : fdopendir(copy)) {
-    while (dirent* entry = readdir(listing)) {
-      if (entry->d_name[0] != '.') unlinkat(dirs.tmp.get(), entry->d_name, 0);
-    }
-    closedir(listing);
+  for (const std::string& name : names_in(dirs.tmp.get())) {
+    unlinkat(dirs.tmp.get(), name.c_str(), 0);
   }
   return store;
 }
@@ -172,24 +185,20 @@ Result<OpenedFile> Store::open_log(const JobId& job, int attempt) {
   // greater fence is the later.
   std::string best;
   std::pair<int, Fence> best_key{-1, 0};
-  int copy = openat(dir.get(), ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  DIR* listing = copy < 0 ? nullptr : fdopendir(copy);
-  if (listing == nullptr) return failure("list log " + id);
-  while (dirent* entry = readdir(listing)) {
-    std::string_view name = entry->d_name;
+  for (const std::string& name : names_in(dir.get())) {
+    std::size_t dash = name.find('-');
     int number = 0;
-    auto [end, e] =
-        std::from_chars(name.data(), name.data() + name.size(), number);
-    if (e != std::errc() || *end != '-') continue;
+    if (dash == name.npos ||
+        std::from_chars(name.data(), name.data() + dash, number).ptr !=
+            name.data() + dash) {
+      continue;
+    }
     if (attempt != 0 && number != attempt) continue;
-    std::string_view rest =
-        name.substr(static_cast<std::size_t>(end - name.data()) + 1);
-    auto fence = parse_fence_hex(rest.substr(0, 16));
+    auto fence = parse_fence_hex(std::string_view(name).substr(dash + 1, 16));
     if (!fence || std::pair{number, *fence} <= best_key) continue;
     best_key = {number, *fence};
     best = name;
   }
-  closedir(listing);
   if (best.empty()) return Error{Code::not_found, "no log of that attempt"};
   OpenedFile file;
   file.fd = std::make_shared<OwnedFd>(
@@ -235,53 +244,65 @@ class UploadImpl final : public Store::Upload {
     return {};
   }
 
-  // F1: first the object, then the line that names it.
-  Result<Artifact> commit() override {
+  // F1: first the object, then the link that names it.
+  Result<Artifact> commit(const JobId& job) override {
     unsigned char digest[EVP_MAX_MD_SIZE];
     unsigned n = 0;
     CHECK(EVP_DigestFinal_ex(context_, digest, &n) == 1);
     artifact_.sha256 = hex(digest, n);
     if (fsync(file_.get()) != 0) return failure("sync an artifact");
-    auto dir = enter(dirs_.objects.get(), artifact_.sha256.substr(0, 2));
-    if (!dir) return dir.error();
-    if (renameat(dirs_.tmp.get(), tmp_.c_str(), dir->get(),
-                 artifact_.sha256.c_str()) != 0) {
-      return failure("rename an artifact");
+    // A sweep between rename and link would find an object of nobody.
+    std::lock_guard<std::mutex> lock(dirs_.mutex);
+    auto objects = enter(dirs_.objects.get(), artifact_.sha256.substr(0, 2));
+    if (!objects) return objects.error();
+    // Where it is there already that one stays: it has its links.
+    if (linkat(dirs_.tmp.get(), tmp_.c_str(), objects->get(),
+               artifact_.sha256.c_str(), 0) != 0 &&
+        errno != EEXIST) {
+      return failure("link an artifact");
     }
+    if (fsync(objects->get()) != 0) return failure("sync artifacts/objects");
+    unlinkat(dirs_.tmp.get(), tmp_.c_str(), 0);
     tmp_.clear();
-    if (fsync(dir->get()) != 0) return failure("sync artifacts/objects");
-    if (auto ok = append_index(); !ok) return ok.error();
+    if (auto ok = link_into_index(objects->get(), job); !ok) return ok.error();
     return artifact_;
   }
 
  private:
-  Result<void> append_index() {
-    std::lock_guard<std::mutex> lock(dirs_.index_mutex);
-    std::string name = fence_hex(fence_);
-    auto dir = enter(dirs_.index.get(), name.substr(14));
+  Result<void> link_into_index(int objects, const JobId& job) {
+    std::string fence = fence_hex(fence_);
+    auto outer = enter(dirs_.index.get(), fence.substr(14));
+    if (!outer) return outer.error();
+    auto dir = enter(outer->get(), fence);
     if (!dir) return dir.error();
-    OwnedFd file(openat(dir->get(), name.c_str(),
-                        O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
-    struct stat info;
-    if (!file || fstat(file.get(), &info) != 0) {
-      return failure("open an artifact index");
+    OwnedFd owner(openat(dir->get(), ("job-" + to_string(job)).c_str(),
+                         O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
+    if (!owner) return failure("mark an artifact index");
+    std::vector<std::string> old;
+    std::string mine = artifact_.sha256 + "-" + artifact_.name;
+    std::size_t count = 0;
+    for (const std::string& entry : names_in(dir->get())) {
+      if (entry.size() <= kDigestDigits + 1) continue;
+      ++count;
+      if (entry.substr(kDigestDigits + 1) == artifact_.name && entry != mine) {
+        old.push_back(entry);
+      }
     }
-    auto size = static_cast<std::uint64_t>(info.st_size);
-    std::string line = artifact_.sha256 + " " + std::to_string(artifact_.size) +
-                       " " + artifact_.name + "\n";
-    if (size + line.size() > kIndexBytesMax) {
-      return Error{Code::too_large, "too many artifacts in one attempt"};
+    if (count >= kArtifactsStagedMax && old.empty()) {
+      return Error{Code::too_large, "artifact: more than " +
+                                        std::to_string(kArtifactsStagedMax) +
+                                        " in one attempt"};
     }
-    char last = '\n';
-    if (size > 0 &&
-        pread(file.get(), &last, 1, static_cast<off_t>(size) - 1) != 1) {
-      return failure("read an artifact index");
+    // Even one that is there is made anew: its time is what counts.
+    unlinkat(dir->get(), mine.c_str(), 0);
+    if (linkat(objects, artifact_.sha256.c_str(), dir->get(), mine.c_str(),
+               0) != 0) {
+      return failure("index an artifact");
     }
-    if (last != '\n') line.insert(0, "\n");  // a crash tore the last line
-    if (auto ok = write_all(file.get(), line, size); !ok) return ok.error();
-    if (fsync(file.get()) != 0 || fsync(dir->get()) != 0) {
-      return failure("sync an artifact index");
+    for (const std::string& entry : old) {
+      unlinkat(dir->get(), entry.c_str(), 0);
     }
+    if (fsync(dir->get()) != 0) return failure("sync an artifact index");
     return {};
   }
 
@@ -292,22 +313,6 @@ class UploadImpl final : public Store::Upload {
   std::string tmp_;
   OwnedFd file_;
 };
-
-// "<sha256> <size> <name>"; false for a torn or foreign line.
-bool parse_line(std::string_view line, Artifact* artifact) {
-  if (line.size() < 68 || line[64] != ' ') return false;
-  std::size_t space = line.find(' ', 65);
-  if (space == line.npos || space + 1 >= line.size()) return false;
-  artifact->sha256 = line.substr(0, 64);
-  if (artifact->sha256.find_first_not_of("0123456789abcdef") != line.npos) {
-    return false;
-  }
-  auto [end, e] =
-      std::from_chars(line.data() + 65, line.data() + space, artifact->size);
-  if (e != std::errc() || end != line.data() + space) return false;
-  artifact->name = line.substr(space + 1);
-  return true;
-}
 
 }  // namespace
 
@@ -320,33 +325,38 @@ Result<std::unique_ptr<Store::Upload>> Store::begin_upload(
 
 Result<std::vector<Artifact>> Store::artifacts(Fence fence) {
   std::string name = fence_hex(fence);
-  std::string text;
-  {
-    std::lock_guard<std::mutex> lock(dirs_->index_mutex);
-    OwnedFd file(openat(dirs_->index.get(),
-                        (name.substr(14) + "/" + name).c_str(),
-                        O_RDONLY | O_CLOEXEC | O_NOFOLLOW));
-    if (!file) {
-      if (errno == ENOENT) return std::vector<Artifact>();
-      return failure("open an artifact index");
-    }
-    auto read = read_piece(file, 0, kIndexBytesMax);
-    if (!read) return read.error();
-    text = std::move(*read);
+  std::lock_guard<std::mutex> lock(dirs_->mutex);
+  OwnedFd dir = open_dir(dirs_->index.get(), name.substr(14) + "/" + name);
+  if (!dir) {
+    if (errno == ENOENT) return std::vector<Artifact>();
+    return failure("open an artifact index");
   }
-  std::map<std::string, Artifact> by_name;
-  std::string_view left = text;
-  while (true) {
-    std::size_t end = left.find('\n');
-    if (end == left.npos) break;
+  struct Found {
     Artifact artifact;
-    if (parse_line(left.substr(0, end), &artifact)) {
-      by_name[artifact.name] = artifact;
+    timespec linked{};
+  };
+  std::map<std::string, Found> by_name;
+  for (const std::string& entry : names_in(dir.get())) {
+    if (entry.size() <= kDigestDigits + 1) continue;  // whose it is
+    struct stat info;
+    if (fstatat(dir.get(), entry.c_str(), &info, AT_SYMLINK_NOFOLLOW) != 0) {
+      return failure("stat an artifact");
     }
-    left.remove_prefix(end + 1);
+    Found found;
+    found.artifact.sha256 = entry.substr(0, kDigestDigits);
+    found.artifact.name = entry.substr(kDigestDigits + 1);
+    found.artifact.size = static_cast<std::uint64_t>(info.st_size);
+    found.linked = info.st_ctim;
+    Found& best = by_name[found.artifact.name];
+    bool later = found.linked.tv_sec != best.linked.tv_sec
+                     ? found.linked.tv_sec > best.linked.tv_sec
+                     : found.linked.tv_nsec > best.linked.tv_nsec;
+    if (best.artifact.name.empty() || later) best = std::move(found);
   }
   std::vector<Artifact> artifacts;
-  for (auto& [_, artifact] : by_name) artifacts.push_back(std::move(artifact));
+  for (auto& [_, found] : by_name) {
+    artifacts.push_back(std::move(found.artifact));
+  }
   return artifacts;
 }
 
@@ -361,6 +371,96 @@ Result<OpenedFile> Store::open_artifact(const Artifact& artifact) {
   }
   file.size = static_cast<std::uint64_t>(info.st_size);
   return file;
+}
+
+// --- The sweep --------------------------------------------------------------
+
+namespace {
+
+bool old_enough(int at, const std::string& name, std::int64_t now_s) {
+  struct stat info;
+  return fstatat(at, name.c_str(), &info, AT_SYMLINK_NOFOLLOW) == 0 &&
+         S_ISDIR(info.st_mode) && info.st_mtime + kSweepAgeS < now_s;
+}
+
+std::string bucket_name(int bucket) {
+  auto byte = static_cast<unsigned char>(bucket);
+  return hex(&byte, 1);
+}
+
+// Takes an index's links away, and each object that has no other.
+void remove_links(Store::Dirs& dirs, int dir,
+                  const std::vector<std::string>& entries) {
+  for (const std::string& entry : entries) {
+    if (entry.size() <= kDigestDigits + 1) continue;
+    struct stat info;
+    bool last = fstatat(dir, entry.c_str(), &info, AT_SYMLINK_NOFOLLOW) == 0 &&
+                info.st_nlink <= 2;
+    unlinkat(dir, entry.c_str(), 0);
+    if (!last) continue;
+    OwnedFd objects = open_dir(dirs.objects.get(), entry.substr(0, 2));
+    if (objects) {
+      unlinkat(objects.get(), entry.substr(0, kDigestDigits).c_str(), 0);
+    }
+  }
+}
+
+void remove_dir(int at, const std::string& name) {
+  OwnedFd dir = open_dir(at, name);
+  if (!dir) return;
+  for (const std::string& entry : names_in(dir.get())) {
+    unlinkat(dir.get(), entry.c_str(), 0);
+  }
+  unlinkat(at, name.c_str(), AT_REMOVEDIR);
+}
+
+}  // namespace
+
+std::vector<Store::Kept> Store::kept(int bucket, std::int64_t now_s) {
+  std::vector<Kept> kept;
+  OwnedFd logs = open_dir(dirs_->logs.get(), bucket_name(bucket));
+  if (logs) {
+    for (const std::string& name : names_in(logs.get())) {
+      auto id = parse_job_id(name);
+      if (kept.size() >= kSweepMax) return kept;
+      if (id && old_enough(logs.get(), name, now_s)) kept.push_back({*id, 0});
+    }
+  }
+  OwnedFd index = open_dir(dirs_->index.get(), bucket_name(bucket));
+  if (!index) return kept;
+  for (const std::string& name : names_in(index.get())) {
+    auto fence = parse_fence_hex(name);
+    if (kept.size() >= kSweepMax) return kept;
+    if (!fence || !old_enough(index.get(), name, now_s)) continue;
+    OwnedFd dir = open_dir(index.get(), name);
+    if (!dir) continue;
+    for (const std::string& entry : names_in(dir.get())) {
+      if (entry.rfind("job-", 0) != 0) continue;
+      if (auto id = parse_job_id(std::string_view(entry).substr(4))) {
+        kept.push_back({*id, *fence});
+      }
+    }
+  }
+  return kept;
+}
+
+void Store::forget(const Kept& kept) {
+  if (kept.fence == 0) {
+    std::string bucket, id = log_dir_of(kept.job, &bucket);
+    OwnedFd outer = open_dir(dirs_->logs.get(), bucket);
+    if (outer) remove_dir(outer.get(), id);
+    return;
+  }
+  std::string fence = fence_hex(kept.fence);
+  std::lock_guard<std::mutex> lock(dirs_->mutex);
+  OwnedFd outer = open_dir(dirs_->index.get(), fence.substr(14));
+  if (!outer) return;
+  OwnedFd dir = open_dir(outer.get(), fence);
+  if (!dir) return;
+  std::vector<std::string> entries = names_in(dir.get());
+  // The mark goes last: a crash half-way leaves something to find again.
+  remove_links(*dirs_, dir.get(), entries);
+  remove_dir(outer.get(), fence);
 }
 
 Result<std::string> read_piece(const OwnedFd& fd, std::uint64_t offset,

@@ -6,18 +6,23 @@
 //
 //   <root>/logs/<xx>/<job id>/<attempt>-<fence>.log   xx: the id's last byte
 //   <root>/artifacts/objects/<aa>/<sha256>            aa: the first byte
-//   <root>/artifacts/index/<xx>/<fence>               xx: the fence's last byte
+//   <root>/artifacts/index/<xx>/<fence>/              xx: the fence's last byte
+//       job-<job id>          an empty file: whose attempt it was
+//       <sha256>-<name>       a second link to the object
 //   <root>/artifacts/tmp/<number>                     emptied at start
 //
-// An index file has a line "<sha256> <size> <name>\n" for each artifact that an
-// attempt staged; of two lines with one name the later counts. The job's record
-// lists the names that its completion claimed.
+// The index of an attempt lists what it staged; the job's record lists the
+// names that its end claimed. An object that has no link but its own belongs to
+// nobody. Where a crash left two links of one name, the later one counts.
 //
-//   F1  commit() returns after object and index line are durable.
+//   F1  commit() returns after object and index are durable.
 //   F2  A log is written by offset: a chunk sent twice leaves one copy; a chunk
 //       that starts after the end is refused.
-//   F3  No name that came from outside becomes a path: all are made of hex
-//       digits here. Directories are held open; nothing follows a link.
+//   F3  No name that came from outside becomes a path of its own: directories
+//       are made of hex digits here and held open; nothing follows a link.
+//   F4  Logs and artifacts of jobs that are no longer known are removed: the
+//       sweep looks at one of 256 buckets at a time, and only at what nobody
+//       has written to for kSweepAgeS.
 
 #pragma once
 
@@ -41,6 +46,9 @@ namespace machina {
 constexpr std::uint64_t kLogBytesMax = 64u << 20;  // of one attempt
 constexpr std::size_t kLogChunkBytesMax = 256 << 10;
 constexpr std::uint64_t kArtifactBytesMax = 64u << 20;
+constexpr std::size_t kArtifactsStagedMax = 256;  // of one attempt
+constexpr std::int64_t kSweepAgeS = 3600;
+constexpr std::size_t kSweepMax = 1000;       // looked at in one go
 constexpr std::size_t kStoreQueueMax = 4096;  // then 503
 
 // An open file, closed with its owner.
@@ -86,13 +94,22 @@ class Store {
    public:
     virtual ~Upload() = default;  // not committed: leaves nothing
     virtual Result<void> append(std::string_view bytes) = 0;
-    virtual Result<Artifact> commit() = 0;
+    virtual Result<Artifact> commit(const JobId& job) = 0;
   };
   Result<std::unique_ptr<Upload>> begin_upload(Fence fence,
                                                const std::string& name);
   // What an attempt staged; empty: nothing.
   Result<std::vector<Artifact>> artifacts(Fence fence);
   Result<OpenedFile> open_artifact(const Artifact& artifact);
+
+  // What of bucket 0..255 is old enough to ask about (F4); forget() removes
+  // one of them.
+  struct Kept {
+    JobId job;
+    Fence fence = 0;  // of an index; 0: the job's logs
+  };
+  std::vector<Kept> kept(int bucket, std::int64_t now_s);
+  void forget(const Kept& kept);
 
   struct Dirs;
   ~Store();
