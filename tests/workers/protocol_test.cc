@@ -7,6 +7,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <thread>
@@ -119,7 +120,7 @@ class Peer {
 
  private:
   std::vector<std::string> replies_;
-  std::size_t next_ = 0;
+  std::atomic<std::size_t> next_{0};
   std::vector<std::thread> threads_;
 };
 
