@@ -95,14 +95,14 @@ bool plain_request_id(std::string_view id) {
   });
 }
 
+}  // namespace
+
 std::uint64_t mono_us() {
   timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return static_cast<std::uint64_t>(t.tv_sec) * 1'000'000 +
          static_cast<std::uint64_t>(t.tv_nsec) / 1000;
 }
-
-}  // namespace
 
 bool Service::authorized(const Peer& peer, const Head& head) const {
   if (peer.local || options_.api_token.empty()) return true;

@@ -170,6 +170,7 @@ int Service::listen() {
   }
   supervise_pool();
   arm_timer();
+  refresh_date();
   if (hooks_.listening) hooks_.listening(port_);
   return 0;
 }
@@ -178,6 +179,8 @@ int Service::listen() {
 // shard decides, logs and sends; then the loop writes every socket once.
 void Service::turn() {
   if (finishing_ && leave_until_ == 0) return;
+  now_us_ = mono_us();
+  refresh_date();
   if (!poisoned_) {
     shard_->turn();
     check_poison();
@@ -446,10 +449,8 @@ void append_number(std::string* out, std::uint64_t n) {
 
 }  // namespace
 
-void Service::begin_reply(Peer& peer, std::uint64_t sequence, int status,
-                          std::uint64_t body_bytes, const Extras& extras) {
-  Pending* pending = peer.connection.pending(sequence);
-  std::string& out = peer.connection.reply(sequence);
+// Once a turn: what a reply says of the time is to the second.
+void Service::refresh_date() {
   Millis second = clock_.wall_ms() / 1000;
   if (second != date_second_) {
     date_second_ = second;
@@ -461,6 +462,12 @@ void Service::begin_reply(Peer& peer, std::uint64_t sequence, int status,
                   &parts);
     date_ = text;
   }
+}
+
+void Service::begin_reply(Peer& peer, std::uint64_t sequence, int status,
+                          std::uint64_t body_bytes, const Extras& extras) {
+  Pending* pending = peer.connection.pending(sequence);
+  std::string& out = peer.connection.reply(sequence);
   out += "HTTP/1.1 ";
   append_number(&out, static_cast<std::uint64_t>(status));
   out += ' ';

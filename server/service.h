@@ -173,6 +173,7 @@ class Service {
   void take_request_id(Pending& pending, const Head& head);
 
   // --- replies ---
+  void refresh_date();
   void reply(Peer& peer, std::uint64_t sequence, int status,
              std::string_view body, const Extras& extras = {});
   void begin_reply(Peer& peer, std::uint64_t sequence, int status,
@@ -217,6 +218,7 @@ class Service {
              Response& response);
   void listed(Peer& peer, std::uint64_t sequence, Pending& pending,
               Response& response);
+  void took(const Pending& pending);
   JobContext context_of(const Exchange& call);
   // Parses a body that must be one JSON value; replies where it is not.
   bool parse_body(const Exchange& call, bool empty_is_object, JsonValue* json);
@@ -340,6 +342,7 @@ class Service {
   JsonDoc doc_;
   std::string scratch_, date_;
   Millis date_second_ = -1;
+  std::uint64_t now_us_ = 0;  // at the turn's start
   std::uint64_t next_request_ = 0;
   Millis armed_at_ = -1;
   Millis last_look_ = 0, last_sweep_ = 0;
@@ -388,10 +391,9 @@ void Service::on_store(const Where& where, std::function<T()> work,
   refuse(where, p);
 }
 
-// The value of a query parameter, decoded; nothing if it is not there.
-std::optional<std::string> query_value(std::string_view query,
-                                       std::string_view name);
-// All of them in order; nothing where the text is malformed.
+// CLOCK_MONOTONIC, for how long things took.
+std::uint64_t mono_us();
+// A query's parameters in order, decoded; nothing where the text is malformed.
 std::optional<std::vector<std::pair<std::string, std::string>>> parse_query(
     std::string_view query);
 
