@@ -1,8 +1,12 @@
 #include "queue/bodies.h"
 
+#include <bit>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
+
+#include "queue/check.h"
 
 namespace machina {
 
@@ -43,36 +47,106 @@ std::size_t memory_of(const EndRecord& end) {
 
 // --- cache ---
 
+BodyCache::BodyCache(std::size_t bytes_max) : bytes_max_(bytes_max) {
+  // No entry is smaller than an empty body: the table is never over half full.
+  std::size_t most = bytes_max / memory_of(EnqueueRecord{}) + 1;
+  std::size_t slots = std::bit_ceil(2 * most);
+  mask_ = slots - 1;
+  slots_ = static_cast<Slot*>(std::calloc(slots, sizeof(Slot)));
+  CHECK(slots_ != nullptr);
+}
+
+BodyCache::~BodyCache() {
+  while (newest_ != nullptr) {
+    Entry* entry = newest_;
+    unlink(entry);
+    delete entry;
+  }
+  std::free(slots_);
+}
+
 void BodyCache::put(Body body) {
   std::size_t bytes = memory_of(*body);
-  if (auto old = index_.find(body->id); old != index_.end()) drop(old->second);
-  if (bytes > bytes_max_) return;
-  while (bytes_ + bytes > bytes_max_) drop(std::prev(order_.end()));
-  JobId id = body->id;
-  order_.push_front({std::move(body), bytes});
-  index_[id] = order_.begin();
+  if (bytes > bytes_max_) {
+    take(body->id);  // what it was before is not what it is now
+    return;
+  }
+  std::size_t hash = JobIdHash()(body->id);
+  if (std::size_t old = slot_of(body->id, hash); slots_[old].entry != nullptr) {
+    remove(old);
+  }
+  while (bytes_ + bytes > bytes_max_) {
+    remove(slot_of(oldest_->body->id, oldest_->hash));
+  }
+  std::size_t slot = slot_of(body->id, hash);
+  auto* entry = new Entry{std::move(body), bytes, hash, nullptr, nullptr};
+  slots_[slot] = {hash, entry};
+  link_newest(entry);
   bytes_ += bytes;
+  ++size_;
 }
 
 Body BodyCache::get(const JobId& id) {
-  auto it = index_.find(id);
-  if (it == index_.end()) return nullptr;
-  order_.splice(order_.begin(), order_, it->second);
-  return it->second->body;
+  Entry* entry = slots_[slot_of(id, JobIdHash()(id))].entry;
+  if (entry == nullptr) return nullptr;
+  if (entry != newest_) {
+    unlink(entry);
+    link_newest(entry);
+  }
+  return entry->body;
 }
 
 Body BodyCache::take(const JobId& id) {
-  auto it = index_.find(id);
-  if (it == index_.end()) return nullptr;
-  Body body = it->second->body;
-  drop(it->second);
+  std::size_t slot = slot_of(id, JobIdHash()(id));
+  return slots_[slot].entry == nullptr ? nullptr : remove(slot);
+}
+
+std::size_t BodyCache::slot_of(const JobId& id, std::size_t hash) const {
+  std::size_t slot = hash & mask_;
+  while (slots_[slot].entry != nullptr &&
+         (slots_[slot].hash != hash || slots_[slot].entry->body->id != id)) {
+    slot = (slot + 1) & mask_;
+  }
+  return slot;
+}
+
+// Closes the gap, so that no search ends before what it looks for.
+void BodyCache::clear_slot(std::size_t gap) {
+  std::size_t slot = gap;
+  while (true) {
+    slot = (slot + 1) & mask_;
+    if (slots_[slot].entry == nullptr) break;
+    std::size_t home = slots_[slot].hash & mask_;
+    // It may move into the gap unless its home lies behind the gap.
+    if (((slot - home) & mask_) >= ((slot - gap) & mask_)) {
+      slots_[gap] = slots_[slot];
+      gap = slot;
+    }
+  }
+  slots_[gap] = {0, nullptr};
+}
+
+Body BodyCache::remove(std::size_t slot) {
+  Entry* entry = slots_[slot].entry;
+  clear_slot(slot);
+  unlink(entry);
+  bytes_ -= entry->bytes;
+  --size_;
+  Body body = std::move(entry->body);
+  delete entry;
   return body;
 }
 
-void BodyCache::drop(Order::iterator entry) {
-  bytes_ -= entry->bytes;
-  index_.erase(entry->body->id);
-  order_.erase(entry);
+void BodyCache::link_newest(Entry* entry) {
+  entry->newer = nullptr;
+  entry->older = newest_;
+  (newest_ != nullptr ? newest_->newer : oldest_) = entry;
+  newest_ = entry;
+}
+
+void BodyCache::unlink(Entry* entry) {
+  (entry->newer != nullptr ? entry->newer->older : newest_) = entry->older;
+  (entry->older != nullptr ? entry->older->newer : oldest_) = entry->newer;
 }
 
 // --- reading the log ---

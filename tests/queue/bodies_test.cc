@@ -2,8 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <deque>
 #include <mutex>
 #include <thread>
 
@@ -55,6 +57,41 @@ TEST(BodyCache, TakeAndReplaceKeepTheAccount) {
   EXPECT_NE(cache.take(make_job_id(1, 1, 1)), nullptr);
   EXPECT_EQ(cache.bytes(), 0u);
   EXPECT_EQ(cache.take(make_job_id(1, 1, 1)), nullptr);
+}
+
+// Every id that is in is found, every other is not, whatever came and went.
+TEST(BodyCache, FindsExactlyWhatIsIn) {
+  std::size_t each = memory_of(*body_of(1, 16));
+  BodyCache cache(60 * each);
+  std::deque<std::uint64_t> order;  // oldest first
+  std::uint64_t random = 1;
+  auto touch = [&](std::uint64_t n) {
+    std::erase(order, n);
+    order.push_back(n);
+  };
+  for (int step = 0; step < 20'000; ++step) {
+    random = random * 6364136223846793005u + 1442695040888963407u;
+    std::uint64_t n = (random >> 33) % 97;
+    switch ((random >> 20) % 4) {
+      case 0:
+      case 1:
+        cache.put(body_of(n, 16));
+        touch(n);
+        if (order.size() > 60) order.pop_front();
+        break;
+      case 2: {
+        bool there = std::find(order.begin(), order.end(), n) != order.end();
+        ASSERT_EQ(cache.get(make_job_id(1, n, n)) != nullptr, there) << step;
+        if (there) touch(n);
+        break;
+      }
+      default:
+        cache.take(make_job_id(1, n, n));
+        std::erase(order, n);
+    }
+    ASSERT_EQ(cache.size(), order.size());
+    ASSERT_EQ(cache.bytes(), order.size() * each);
+  }
 }
 
 TEST(StoreThreads, WhatATaskReturnsRunsOnTheOwnersThread) {
