@@ -351,7 +351,7 @@ MaybeProblem read_new_job(const JsonValue& json, const JobContext& context,
           problem = bad_field(name, shown(text) +
                                         " is not a time of the form "
                                         "2026-01-31T12:00:00.000Z");
-        } else if (*at > context.now_ms + kDelayMsMax) {
+        } else if (*at > context.clock.wall_ms() + kDelayMsMax) {
           problem =
               bad_field(name, shown(text) + " is more than " +
                                   std::to_string(kDelayMsMax) + " ms ahead");
@@ -362,7 +362,7 @@ MaybeProblem read_new_job(const JsonValue& json, const JobContext& context,
     } else if (name == "delay_ms") {
       delay = m;
       problem = read_integer(m, name, 0, kDelayMsMax, &n);
-      if (n > 0) job->run_at_ms = context.now_ms + n;
+      if (n > 0) job->run_at_ms = context.clock.wall_ms() + n;
     } else if (name == "max_attempts") {
       problem = read_integer(m, name, 1, kMaxAttemptsMax, &n);
       job->max_attempts = static_cast<int>(n);

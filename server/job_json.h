@@ -14,6 +14,7 @@
 #include <string>
 #include <string_view>
 
+#include "queue/clock.h"
 #include "queue/core.h"
 #include "queue/job.h"
 #include "server/json.h"
@@ -41,7 +42,7 @@ using MaybeProblem = std::optional<Problem>;
 // What every new job of a request shares.
 struct JobContext {
   const ServerOptions& options;
-  Millis now_ms;                      // wall
+  Clock& clock;                       // for delays
   std::string_view traceparent = {};  // checked
   std::string_view request_id = {};
   std::string_view idempotency_key = {};

@@ -611,10 +611,15 @@ void append_json_string(std::string* out, std::string_view value) {
 }
 
 JsonWriter& JsonWriter::key(std::string_view key) {
-  before();
-  out_ += '"';
-  out_ += key;
-  out_ += "\":";
+  std::size_t at = out_.size();
+  out_.resize(at + key.size() + (comma_ ? 4 : 3));
+  char* to = out_.data() + at;
+  if (comma_) *to++ = ',';
+  *to++ = '"';
+  std::memcpy(to, key.data(), key.size());
+  to += key.size();
+  *to++ = '"';
+  *to = ':';
   comma_ = false;
   return *this;
 }

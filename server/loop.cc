@@ -100,6 +100,7 @@ class LoopImpl final : public Loop {
   void on_turn(std::function<void()> turn) override {
     on_turn_ = std::move(turn);
   }
+  Millis now() const override { return static_cast<Millis>(uv_now(&loop_)); }
   void post(std::function<void()> run) override {
     {
       std::lock_guard<std::mutex> lock(mutex_);

@@ -72,6 +72,7 @@ class Loop {
   virtual void stop_listening() = 0;
 
   virtual void on_turn(std::function<void()> turn) = 0;
+  virtual Millis now() const = 0;  // CLOCK_MONOTONIC, as of this iteration
   virtual void post(std::function<void()> run) = 0;  // any thread
   // Makes an iteration happen (any thread); cheaper than post().
   virtual void wake() = 0;

@@ -268,7 +268,7 @@ void Service::pump_upload(std::shared_ptr<Peer::Upload> upload) {
         if (!written) upload->error = written.error();
         Peer* p = peer(upload->peer);
         if (p == nullptr || p->upload != upload) return;
-        p->connection.resume(clock_.mono_ms());
+        p->connection.resume(loop_->now());
         if (p->upload == upload &&
             (upload->complete || upload->error ||
              upload->waiting.size() >= kDownloadPieceBytes)) {

@@ -123,7 +123,7 @@ bool Service::no_members(const Exchange& call) {
 }
 
 JobContext Service::context_of(const Exchange& call) {
-  JobContext context{options_, clock_.wall_ms()};
+  JobContext context{options_, clock_};
   if (valid_traceparent(call.head.traceparent)) {
     context.traceparent = call.head.traceparent;
   }

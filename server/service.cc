@@ -204,7 +204,7 @@ void Service::housekeeping() {
   if (now - last_look_ >= kLookMs) {
     last_look_ = now;
     for (auto& p : peers_) {
-      if (p != nullptr && !p->closed) check_peer(*p, now);
+      if (p != nullptr && !p->closed) check_peer(*p, loop_->now());
     }
     check_levels();
   }
@@ -349,8 +349,7 @@ SocketEvents* Service::accept(Socket& socket, bool local) {
     free_peers_.pop_back();
   }
   ++connections_;
-  peers_[index] =
-      std::make_unique<Peer>(*this, socket, local, clock_.mono_ms());
+  peers_[index] = std::make_unique<Peer>(*this, socket, local, loop_->now());
   peers_[index]->id = (++peer_generation_ << 20) | index;
   return peers_[index].get();
 }
@@ -385,7 +384,7 @@ void Peer::on_gone() {
 
 void Peer::on_bytes(std::string_view bytes) {
   if (closed) return;
-  connection.feed(bytes, service.clock_.mono_ms());
+  connection.feed(bytes, service.loop_->now());
   service.after(*this);
 }
 
@@ -511,7 +510,7 @@ void Service::reply(Peer& peer, std::uint64_t sequence, int status,
     loop_->post([this, where] {
       if (Peer* p = this->peer(where.peer)) {
         // An upload decides for itself when it goes on.
-        if (p->upload == nullptr) p->connection.resume(clock_.mono_ms());
+        if (p->upload == nullptr) p->connection.resume(loop_->now());
         after(*p);
       }
     });
