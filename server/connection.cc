@@ -59,6 +59,11 @@ bool Connection::is_http11(std::uint64_t sequence) const {
   return s == nullptr || s->http11;
 }
 
+bool Connection::is_head(std::uint64_t sequence) const {
+  const Slot* s = slot(sequence);
+  return s != nullptr && s->head;
+}
+
 void Connection::finish(std::uint64_t sequence, bool close) {
   Slot* s = slot(sequence);
   if (s == nullptr || s->done) return;
@@ -239,6 +244,7 @@ bool Connection::take_head(std::string_view* bytes) {
   bytes->remove_prefix(size);
   Slot& s = slots_.back();
   s.http11 = head_.http11;
+  s.head = head_.method == Method::head;
   s.closes = !head_.keep_alive;
   std::uint64_t sequence = next_ - 1;
   plan_ = sink_.on_head(sequence, head_);

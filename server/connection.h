@@ -103,6 +103,7 @@ class Connection {
   // Whether the reply must say `Connection: close` (true) for this request.
   bool closes(std::uint64_t sequence) const;
   bool is_http11(std::uint64_t sequence) const;
+  bool is_head(std::uint64_t sequence) const;  // its reply has no body
 
   bool lingering() const { return state_ == State::lingering; }
   bool idle() const { return base_ == next_ && state_ == State::head; }
@@ -116,7 +117,8 @@ class Connection {
  private:
   enum class State : std::uint8_t { head, body, stopped, lingering };
   struct Slot {
-    bool done = false, close = false, http11 = true, closes = false;
+    bool done = false, close = false, http11 = true, closes = false,
+         head = false;
     std::string bytes;
     Pending pending;
   };

@@ -188,6 +188,7 @@ void HeadParser::Impl::header() {
       break;
     case 6:
       if (is("prefer")) head->prefer = v;
+      if (is("origin")) head->origin = v;
       if (is("expect")) {
         if (equals_ignoring_case(v, "100-continue")) {
           head->expect_continue = true;

@@ -42,8 +42,8 @@ struct Head {
   bool has_length = false;
   std::uint64_t length = 0;
   bool expect_continue = false;
-  std::string_view host, authorization, content_type, prefer, idempotency_key,
-      request_id, traceparent;
+  std::string_view host, origin, authorization, content_type, prefer,
+      idempotency_key, request_id, traceparent;
 };
 
 // Why bytes are no request; answered and then the connection ends.

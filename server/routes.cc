@@ -86,6 +86,32 @@ Problem unauthorized() {
   return p;
 }
 
+// Without a token whoever is on this machine may ask; a web page that a browser
+// on it has open may not. It shows itself by the page's origin, or, where its
+// name was made to point here, by that name.
+bool from_a_page(const Head& head) {
+  if (head.host.empty()) return false;  // HTTP/1.0; no browser
+  std::string_view host = head.host;
+  if (host.front() == '[') {
+    host = host.substr(1, std::min(host.find(']'), host.size()) - 1);
+  } else {
+    host = host.substr(0, host.find(':'));
+  }
+  if (!is_loopback(std::string(host))) return true;
+  return !head.origin.empty() &&
+         head.origin != "http://" + std::string(head.host);
+}
+
+Problem forbidden() {
+  Problem p;
+  p.status = 403;
+  p.code = "forbidden";
+  p.detail =
+      "Host, Origin: without MACHINA_API_TOKEN only requests to a loopback "
+      "name, and from no other page, are taken";
+  return p;
+}
+
 bool plain_request_id(std::string_view id) {
   if (id.empty() || id.size() > kRequestIdBytesMax) return false;
   return std::all_of(id.begin(), id.end(), [](char c) {
@@ -162,6 +188,9 @@ BodyPlan Service::head_read(Peer& peer, std::uint64_t sequence,
   bool open = peer.route != nullptr && (peer.route->flags & Route::open) != 0;
   if (!open && !authorized(peer, head)) {
     peer.refusal = unauthorized();
+  } else if (!open && !peer.local && options_.api_token.empty() &&
+             from_a_page(head)) {
+    peer.refusal = forbidden();
   } else if (peer.route == nullptr) {
     Problem p;
     p.status = allow.empty() ? 404 : 405;

@@ -146,7 +146,7 @@ int Service::listen() {
   port_ = *port;
   if (hooks_.signals) {
     auto drain = [this] {
-      if (draining_) _exit(128 + SIGTERM);  // asked twice: at once
+      if (++asked_to_stop_ > 1) _exit(128 + SIGTERM);  // twice: at once
       begin_drain(false);
     };
     loop_->on_signal(SIGTERM, drain);
@@ -499,7 +499,9 @@ void Service::reply(Peer& peer, std::uint64_t sequence, int status,
                     std::string_view body, const Extras& extras) {
   if (peer.closed || peer.connection.pending(sequence) == nullptr) return;
   begin_reply(peer, sequence, status, body.size(), extras);
-  if (status != 204) peer.connection.reply(sequence) += body;
+  if (status != 204 && !peer.connection.is_head(sequence)) {
+    peer.connection.reply(sequence) += body;
+  }
   peer.connection.finish(sequence, extras.close);
   peer.socket.touch();
   if (peer.connection.lingering()) peer.socket.end();

@@ -359,6 +359,7 @@ class Service {
        released_ = false, poisoned_ = false;
   Millis drain_until_ = 0, leave_until_ = 0;
   int exit_code_ = 0;
+  int asked_to_stop_ = 0;  // by signal
 };
 
 struct Peer::Upload {

@@ -156,7 +156,7 @@ TEST_F(JobRoutes, PayloadHasItsBound) {
 TEST_F(JobRoutes, OversizeBodyIsAnsweredThenTheRestDropped) {
   Client c = tcp();
   c.send(
-      "POST /v1/jobs HTTP/1.1\r\nHost: h\r\nContent-Length: 3000000\r\n"
+      "POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3000000\r\n"
       "\r\n");
   std::string mb(1 << 20, 'x');
   for (int i = 0; i < 2; ++i) c.send(mb);
@@ -383,7 +383,7 @@ TEST_F(JobRoutes, PipelinedRequestsAreAnsweredInOrder) {
   for (int i = 0; i < 200; ++i) {
     std::string body =
         R"({"kind":"a","dedup_key":"p)" + std::to_string(i) + R"("})";
-    text += "POST /v1/jobs HTTP/1.1\r\nHost: h\r\nContent-Length: " +
+    text += "POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: " +
             std::to_string(body.size()) + "\r\n\r\n" + body;
   }
   c.send(text);
@@ -765,9 +765,10 @@ TEST_F(WorkerRoutes, ArtifactsComeBackAsTheyWent) {
 TEST_F(WorkerRoutes, OversizeArtifactIsRefusedUnread) {
   Client c = local();
   std::string token = leased_token(c);
-  c.send("PUT /v1/leases/" + token +
-         "/artifacts/a HTTP/1.1\r\nHost: h\r\nContent-Length: 67108865\r\n"
-         "\r\n");
+  c.send(
+      "PUT /v1/leases/" + token +
+      "/artifacts/a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 67108865\r\n"
+      "\r\n");
   EXPECT_EQ(c.reply().status, 413);
 }
 

@@ -93,7 +93,8 @@ class Client {
   }
   bool quiet(int wait_ms) { return in_.empty() && !more(wait_ms); }
 
-  Reply reply(int wait_ms = 10'000) {
+  Reply reply_without_body() { return reply(10'000, false); }
+  Reply reply(int wait_ms = 10'000, bool body = true) {
     Reply r;
     std::size_t end;
     while ((end = in_.find("\r\n\r\n")) == in_.npos) {
@@ -110,7 +111,7 @@ class Client {
       r.headers[name] = head.substr(colon + 2, stop - colon - 2);
       at = stop + 2;
     }
-    if (r.status == 100) return r;
+    if (r.status == 100 || !body) return r;
     std::size_t length =
         r.headers.count("content-length")
             ? std::strtoul(r.headers["content-length"].c_str(), nullptr, 10)
@@ -127,7 +128,7 @@ class Client {
              std::string_view body = {}, std::string_view headers = {}) {
     std::string text;
     text.append(method).append(" ").append(path).append(" HTTP/1.1\r\n");
-    text += "Host: test\r\n";
+    text += "Host: localhost\r\n";
     text += headers;
     if (!body.empty() || method != "GET") {
       text += "Content-Length: " + std::to_string(body.size()) + "\r\n";

@@ -42,12 +42,50 @@ TEST_F(ServerLife, BearerIsNeededOnTcpOnly) {
   EXPECT_EQ(l.get("/v1/jobs").status, 200);
 }
 
+TEST_F(ServerLife, WithoutATokenWebPagesAreKeptOut) {
+  start();
+  auto ask = [&](std::string_view headers, const char* path = "/v1/jobs") {
+    Client c = tcp();
+    c.send("GET " + std::string(path) + " HTTP/1.1\r\n" + std::string(headers) +
+           "\r\n");
+    return c.reply().status;
+  };
+  std::string port = std::to_string(port_);
+  EXPECT_EQ(ask("Host: localhost:" + port + "\r\n"), 200);
+  EXPECT_EQ(ask("Host: 127.0.0.1:" + port + "\r\n"), 200);
+  EXPECT_EQ(ask("Host: [::1]:" + port + "\r\n"), 200);
+  EXPECT_EQ(ask("Host: localhost:1\r\nOrigin: http://localhost:1\r\n"), 200);
+  EXPECT_EQ(ask("Host: localhost:1\r\nOrigin: http://localhost:2\r\n"), 403);
+  EXPECT_EQ(ask("Host: localhost\r\nOrigin: https://evil.test\r\n"), 403);
+  EXPECT_EQ(ask("Host: localhost\r\nOrigin: null\r\n"), 403);
+  EXPECT_EQ(ask("Host: evil.test\r\n"), 403);
+  EXPECT_EQ(ask("Host: localhost.evil.test\r\n"), 403);
+  EXPECT_EQ(ask("Host: 127.0.0.1.evil.test\r\n"), 403);
+  EXPECT_EQ(ask("Host: evil.test\r\n", "/health"), 200);
+  EXPECT_EQ(ask("Host: evil.test\r\n", "/nothing"), 403);
+  Client l = local();
+  l.send("GET /v1/jobs HTTP/1.1\r\nHost: machina\r\n\r\n");
+  EXPECT_EQ(l.reply().status, 200);
+}
+
+TEST_F(ServerLife, HeadHasNoBody) {
+  start();
+  Client c = tcp();
+  c.send("HEAD /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
+  c.send("GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
+  Reply first = c.reply_without_body();
+  EXPECT_EQ(first.status, 405);
+  Reply second = c.reply();
+  EXPECT_EQ(second.status, 200);
+  EXPECT_EQ(second.json()["ok"], true);
+}
+
 TEST_F(ServerLife, UnauthorizedBodiesAreNotWaitedFor) {
   options_.api_token = "s3cret";
   start();
   Client c = tcp();
   c.send(
-      "POST /v1/jobs HTTP/1.1\r\nHost: h\r\nContent-Length: 10\r\n"
+      "POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n"
       "Expect: 100-continue\r\n\r\n");
   EXPECT_EQ(c.reply().status, 401);
 }
@@ -297,15 +335,15 @@ TEST_F(ServerLife, HalfClosedClientStillGetsItsAnswer) {
 TEST_F(ServerLife, SmugglingIsAnsweredOnceAndClosed) {
   start();
   for (const char* text :
-       {"POST /v1/jobs HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\n"
+       {"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n"
         "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        "POST /v1/jobs HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\n"
+        "POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n"
         "Content-Length: 30\r\n\r\n{}  ",
         "GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
         "GET /health HTTP/1.1\r\n\r\n"}) {
     Client c = tcp();
     c.send(text);
-    c.send("GET /health HTTP/1.1\r\nHost: h\r\n\r\n");
+    c.send("GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
     Reply r = c.reply();
     EXPECT_EQ(r.status, 400) << text;
     EXPECT_EQ(r.headers["connection"], "close");
