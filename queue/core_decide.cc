@@ -459,7 +459,17 @@ void Draft::decide(const FailCommand& c) {
     item.answer = Answer::stale_lease;
     return;
   }
-  end_attempt(job_of(lease), c.outcome, &item);
+  const std::uint32_t slot = job_of(lease);
+  // Only a client cancels: a worker may say so when it was told to.
+  if (c.outcome.code == EndCode::cancelled &&
+      !(s_.jobs[slot].flags & kCancel)) {
+    item.answer = Answer::wrong_state;
+    item.id = s_.jobs[slot].id;
+    item.state = State::running;
+    item.detail = "code: cancelled is for a job that was asked to stop";
+    return;
+  }
+  end_attempt(slot, c.outcome, &item);
 }
 
 // The one place that knows what becomes of a job whose attempt did not work.

@@ -445,6 +445,17 @@ MaybeProblem read_new_job(const JsonValue& json, const JobContext& context,
 
 namespace {
 
+// An isolation report says one of the levels, or none.
+MaybeProblem check_level(const JsonValue& isolation) {
+  for (JsonValue m = isolation.first(); m; m = m.next()) {
+    if (m.key() != "level") continue;
+    if (!m.is_string() || !parse_level(m.as_string())) {
+      return bad_field("isolation.level", "it is one of L0 to L4");
+    }
+  }
+  return std::nullopt;
+}
+
 // Members that completions and failures share. False: not one of them.
 bool read_outcome_member(const JsonValue& m, Outcome* outcome,
                          MaybeProblem* problem) {
@@ -462,6 +473,7 @@ bool read_outcome_member(const JsonValue& m, Outcome* outcome,
     }
   } else if (name == "isolation") {
     *problem = read_object(m, name, kFactsBytesMax, &outcome->isolation);
+    if (!*problem) *problem = check_level(m);
   } else if (name == "usage") {
     *problem = read_object(m, name, kFactsBytesMax, &outcome->usage);
   } else if (name == "side_effects") {

@@ -90,6 +90,14 @@ bool Service::read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
 }
 
 void Service::post_sync(const Exchange& call) {
+  // What a pool says of its workers is believed: that they are dead, how
+  // strong their sandboxes are. So it must come from this host's own user.
+  if (!call.peer.local) {
+    return refuse(call.peer, call.sequence,
+                  not_implemented("",
+                                  "pools over TCP: a pool reports over "
+                                  "the server's Unix socket"));
+  }
   if (!valid_name(call.args[0]) || call.args[0].size() > kWorkerBytesMax) {
     Problem p;
     p.status = 404;
@@ -294,7 +302,7 @@ void Service::supervise_pool() {
       return;
     }
     say("the pool ended with code " + std::to_string(code) + "; see " +
-        options_.root + "/logs/pool.log; starting another in " +
+        options_.root + "/pool.log; starting another in " +
         std::to_string(pool_backoff_) + " ms");
   });
   if (!started) {

@@ -97,7 +97,11 @@ bool from_a_page(const Head& head) {
   } else {
     host = host.substr(0, host.find(':'));
   }
-  if (!is_loopback(std::string(host))) return true;
+  // A name without a dot is nobody's on the internet: it cannot be made to
+  // point here by a stranger.
+  if (!is_loopback(std::string(host)) && host.find('.') != host.npos) {
+    return true;
+  }
   return !head.origin.empty() &&
          head.origin != "http://" + std::string(head.host);
 }

@@ -79,11 +79,13 @@ std::string location_of(const JobId& id) {
 Problem malformed(const JsonError& error) {
   Problem p;
   if (!error.duplicate.empty()) {
-    p.code = "duplicate-field";
+    p.code = "unknown-field";
     p.field = error.duplicate;
-  } else {
-    p.code = "malformed-json";
+    p.detail = error.duplicate + ": the member is there twice (byte " +
+               std::to_string(error.offset) + ")";
+    return p;
   }
+  p.code = "malformed-json";
   p.detail = "malformed JSON at byte " + std::to_string(error.offset) + ": " +
              error.what;
   return p;
@@ -496,7 +498,12 @@ MaybeProblem read_list(std::string_view text, ListQuery* query,
     p.detail = "query: malformed percent-encoding";
     return p;
   }
-  for (const auto& [name, value] : *parameters) {
+  for (auto at = parameters->begin(); at != parameters->end(); ++at) {
+    const auto& [name, value] = *at;
+    if (std::any_of(parameters->begin(), at,
+                    [&](const auto& other) { return other.first == name; })) {
+      return bad_field(name, "the parameter is there twice");
+    }
     if (auto p = read_parameter(name, value, query)) return p;
   }
   if (!query->labels.empty()) {

@@ -685,6 +685,7 @@ std::optional<Problem> Service::problem_of(const ItemAnswer& answer,
       p.code = "wrong-state";
       p.detail = std::string(what) + ": its state is " +
                  std::string(name(answer.state));
+      if (!answer.detail.empty()) p.detail += "; " + answer.detail;
       return p;
     case Answer::stale_lease:
       p.status = 409;

@@ -533,6 +533,16 @@ TEST(CoreCancel, ARunningJobIsAskedAndItsEndDecides) {
   EXPECT_EQ(h.end_of(id)->outcome.code, EndCode::cancelled);
 }
 
+TEST(CoreCancel, AWorkerCannotCancelWhatNobodyCancelled) {
+  CoreHarness h;
+  JobId id = h.add(CoreHarness::job());
+  Fence fence = h.lease_one().fence;
+  EXPECT_EQ(h.fail(fence, EndCode::cancelled).answer, Answer::wrong_state);
+  EXPECT_EQ(h.core.leased_job(fence), id);
+  h.cancel(id);
+  EXPECT_EQ(h.fail(fence, EndCode::cancelled).state, State::cancelled);
+}
+
 TEST(CoreCancel, AnEarlierCompletionWins) {
   CoreHarness h;
   JobId id = h.add(CoreHarness::job());
