@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 build=(g++ cmake ninja-build pkg-config ccache
   libuv1-dev node-llhttp libsqlite3-dev libxxhash-dev nlohmann-json3-dev
   libseccomp-dev libcurl4-openssl-dev libssl-dev libexpat1-dev libyaml-cpp-dev
-  libcli11-dev prometheus-cpp-dev)
+  libcli11-dev)
 tests=(libgtest-dev libgmock-dev)
 run=(git python3 python3-pytest python3-networkx ca-certificates)
 
