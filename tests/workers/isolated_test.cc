@@ -276,6 +276,45 @@ TEST_F(IsolatedTest, RepositoryIsReadAtItsCommitAndNeverTouched) {
   EXPECT_EQ(missing.end["code"], "invalid_payload") << missing.end;
 }
 
+// None of these gets better by being tried again.
+TEST_F(IsolatedTest, RepositoryThatCannotBeReadIsAnInvalidPayload) {
+  const auto message = [&](const std::string& name,
+                           const std::string& rev = "HEAD") {
+    const auto job = run("test.run", {{"repo", name}, {"base_rev", rev}});
+    EXPECT_EQ(job.end["code"], "invalid_payload") << name << job.end;
+    EXPECT_EQ(job.state, "failed") << name;
+    return job.end.value("message", "");
+  };
+  const std::string fresh = repos_ + "/fresh", away = root_ + "/away";
+  sh("git init -q -b main " + fresh);
+  EXPECT_EQ(message("fresh"), "repo: \"fresh\" has no commit yet");
+  EXPECT_EQ(message("fresh", "main"), "repo: \"fresh\" has no commit yet");
+  // A commit, but not where HEAD points.
+  const std::string commit =
+      " && git -c user.email=a@b -c user.name=n commit -q --allow-empty -m one";
+  sh("git init -q -b main " + repos_ + "/side && cd " + repos_ +
+     "/side && git checkout -q -b other && echo x >a && git add a" + commit +
+     " && git symbolic-ref HEAD refs/heads/none");
+  EXPECT_THAT(message("side"), HasSubstr("base_rev: \"HEAD\" is no commit"));
+  EXPECT_EQ(run("test.run", {{"repo", "side"},
+                             {"base_rev", "other"},
+                             {"runner", "command"},
+                             {"command", {"cat", "a"}}})
+                .state,
+            "succeeded");
+  // What it needs lies outside: .git is a file, a link; borrowed objects.
+  sh("git init -q -b main " + away + " && cd " + away +
+     " && echo x >a && git add a" + commit + " && git worktree add -q " +
+     repos_ + "/tree && mkdir " + repos_ + "/linked && ln -s " + away +
+     "/.git " + repos_ + "/linked/.git && git clone -q --shared " + away + " " +
+     repos_ + "/shared");
+  for (const char* name : {"tree", "linked", "shared"}) {
+    EXPECT_THAT(message(name), HasSubstr("\"" + std::string(name) +
+                                         "\" cannot be read as a git "
+                                         "repository"));
+  }
+}
+
 // A real suite: Debian's networkx carries its own tests.
 TEST_F(IsolatedTest, NetworkxRunsItsOwnSuite) {
   const std::string from = "/usr/lib/python3/dist-packages/networkx";

@@ -22,7 +22,10 @@ bool below(const std::string& path, const std::string& root) {
 // Runs in the prepare sandbox: $1 is base_rev. One writer per mirror at a time,
 // so a lock file that is found was left by a session that was killed. The
 // configuration is ours alone; the one of /repo is read by upload-pack, which
-// runs nothing that a repository's own file names. Exit 3: no such commit.
+// runs nothing that a repository's own file names. A fetch that failed is
+// looked at and tried once more: the repository may have been repacked
+// meanwhile. Exit 3: no such commit; 4: the repository cannot be read; 5: it
+// has no commit.
 constexpr char kPrepareScript[] = R"(
 set -eu
 umask 022
@@ -55,10 +58,29 @@ find /mirror/objects -name 'tmp_*' -delete
 resolve() { git rev-parse -q --verify --end-of-options "$1^{commit}"; }
 full='^[0-9a-f]{40}$'
 if printf %s "$1" | grep -Eq "$full" && resolve "$1"; then exit 0; fi
-git fetch -q --no-tags --prune --force --no-write-fetch-head \
-  --no-auto-maintenance --no-recurse-submodules file:///repo \
-  '+refs/*:refs/*' '+HEAD:refs/machina/HEAD'
-git update-ref --no-deref HEAD refs/machina/HEAD
+fetch() {
+  git fetch -q --no-tags --prune --force --no-write-fetch-head \
+    --no-auto-maintenance --no-recurse-submodules file:///repo \
+    '+refs/*:refs/*' "$@"
+}
+fetch_with_head() {
+  fetch '+HEAD:refs/machina/HEAD' || return 1
+  git update-ref --no-deref HEAD refs/machina/HEAD
+}
+listed() { git ls-remote -q --exit-code file:///repo "$@" >/dev/null; }
+if ! fetch_with_head; then
+  found=0
+  listed HEAD || found=$?
+  case $found in
+    0) fetch_with_head || exit 4 ;;
+    2) found=0
+      listed || found=$?
+      [ "$found" != 2 ] || exit 5
+      git symbolic-ref HEAD refs/machina/none
+      fetch || exit 4 ;;
+    *) exit 4 ;;
+  esac
+fi
 if printf %s "$1" | grep -Eq "$full" && ! resolve "$1" >/dev/null; then
   git fetch -q --no-tags --no-write-fetch-head --no-auto-maintenance \
     file:///repo "+$1:refs/machina/commits/$1" || exit 3
@@ -105,6 +127,18 @@ std::string commit_in(const std::string& out) {
       line.size() >= 40 && line.size() <= 64 &&
       line.find_first_not_of("0123456789abcdef") == std::string::npos;
   return hex ? line : "";
+}
+
+// What a second attempt can see in another state: the worker's own side.
+bool passing_trouble(const std::string& err) {
+  static constexpr const char* kSigns[] = {
+      "No space left",      "annot allocate memory",
+      "ut of memory",       "Resource temporarily unavailable",
+      "Input/output error", "unable to create temporary",
+      "Too many open files"};
+  return std::any_of(std::begin(kSigns), std::end(kSigns), [&](auto* sign) {
+    return err.find(sign) != std::string::npos;
+  });
 }
 
 std::string tail(const std::string& text, std::size_t bytes) {
@@ -212,6 +246,17 @@ Prepared prepare_repo(const TestPayload& payload, const Attempt& attempt,
     out.end = failed(EndCode::invalid_payload,
                      "base_rev: \"" + payload.base_rev +
                          "\" is no commit of this repository");
+  } else if (ran.exit_code == 5) {
+    out.end = failed(EndCode::invalid_payload,
+                     "repo: \"" + payload.repo + "\" has no commit yet");
+  } else if (ran.exit_code == 4 && !passing_trouble(ran.err)) {
+    out.end = failed(
+        EndCode::invalid_payload,
+        "repo: \"" + payload.repo +
+            "\" cannot be read as a git repository (all of it must lie inside "
+            "its directory: no .git file or link and no alternates that lead "
+            "elsewhere); git: " +
+            tail(ran.err, 400));
   } else {
     out.end = failed(EndCode::sandbox, "prepare: git exited with " +
                                            std::to_string(ran.exit_code) +
