@@ -121,6 +121,110 @@ TEST_F(KindsTest, LinkNamedAfterAnAllowedProgramIsNotThatProgram) {
   }
 }
 
+TEST_F(KindsTest, ProdRunsNothingThatRunsOtherProgramsOnRequest) {
+  settings_.prod = true;
+  int there = 0;
+  for (const char* program :
+       {"find", "sed", "awk", "make", "cmake", "ninja", "rg", "gcc", "g++",
+        "clang", "clang++", "git", "zip", "unzip", "env", "xargs"}) {
+    if (!fs::exists("/usr/bin/" + std::string(program))) continue;
+    ++there;
+    EXPECT_THAT(
+        check("tool.shell", "{\"argv\":[\"" + std::string(program) + "\"]}"),
+        HasSubstr("not among the programs that the prod profile allows"))
+        << program;
+  }
+  EXPECT_GT(there, 2);
+  for (const char* program : {"true", "ls", "cat", "sort", "diff", "grep"}) {
+    EXPECT_EQ(
+        check("tool.shell", "{\"argv\":[\"" + std::string(program) + "\"]}"),
+        "");
+  }
+  EXPECT_EQ(check("tool.shell", R"({"argv":["sort","-k2","--key=1"]})"), "");
+  for (const char* option : {"--compress-program=sh", "--comp", "--co"}) {
+    EXPECT_THAT(check("tool.shell", "{\"argv\":[\"sort\",\"" +
+                                        std::string(option) + "\",\"x\"]}"),
+                StartsWith("argv[1]: "));
+  }
+}
+
+TEST_F(KindsTest, ProdRefusesVariablesThatLoadOtherCode) {
+  const auto with = [&](const std::string& name) {
+    return check("tool.shell",
+                 R"({"argv":["true"],"env":{")" + name + "\":\"x\"}}");
+  };
+  const std::vector<std::string> names = {
+      "LD_PRELOAD", "LD_LIBRARY_PATH", "BASH_ENV",  "ENV",
+      "PATH",       "PYTHONPATH",      "GCONV_PATH"};
+  for (const auto& name : names) EXPECT_EQ(with(name), "") << name;
+  settings_.prod = true;
+  for (const auto& name : names) {
+    EXPECT_THAT(with(name), StartsWith("env." + name + ": "));
+  }
+  for (const char* name : {"LANG", "PATHS", "MY_ENV", "LDX"}) {
+    EXPECT_EQ(with(name), "");
+  }
+  settings_.shell_allowed_exe = {"true"};
+  for (const auto& name : names) EXPECT_EQ(with(name), "") << name;
+}
+
+TEST_F(KindsTest, AFileIsNotAlsoADirectory) {
+  for (const char* kind : {"tool.shell", "test.run"}) {
+    const auto with = [&](const std::string& files) {
+      const std::string first =
+          std::string(kind) == "tool.shell" ? R"("argv":["true"],)" : "";
+      return check(kind, "{" + first + "\"files\":{" + files + "}}");
+    };
+    EXPECT_EQ(with(R"("a/b":"","a-b":"","ab/c":"","a.d":"","a/bc/d":"")"), "");
+    // "a-b" and "a.c" sort between the two.
+    EXPECT_EQ(with(R"("a":"","a-b":"","a.c":"","a/b":"")"),
+              "files.a: is a file and also the directory of \"a/b\"");
+    EXPECT_EQ(with(R"("x/y/z/w":"","x/y":"")"),
+              "files.x/y: is a file and also the directory of \"x/y/z/w\"");
+  }
+}
+
+TEST_F(KindsTest, ControlCharactersInANameAreRefusedAndShownWhole) {
+  const auto with = [&](const std::string& name) {
+    return check("tool.shell",
+                 R"({"argv":["true"],"files":{")" + name + "\":\"\"}}");
+  };
+  EXPECT_EQ(with("a\\u0000b"),
+            "files.a\\u0000b: a file's name holds no control characters");
+  EXPECT_EQ(with("a\\n\\u001b[2J\\u007f"),
+            "files.a\\u000a\\u001b[2J\\u007f: a file's name holds no control "
+            "characters");
+  EXPECT_EQ(check("noop", R"({"x\u0000y":1})"),
+            "x\\u0000y: not a member of this kind's payload");
+  EXPECT_THAT(
+      check("tool.shell", R"({"argv":["true"],"env":{"A\u0000B":"x"}})"),
+      StartsWith("env.A\\u0000B: a variable's name"));
+  // A long one is cut between characters.
+  std::string umlauts;
+  for (int i = 0; i < 700; ++i) umlauts += "\u00e4";
+  EXPECT_THAT(with(umlauts + "/"), HasSubstr("\u00e4...: a file's name"));
+}
+
+TEST_F(KindsTest, LimitsAreDescribedByTheirRealBound) {
+  sandbox::Limits limits;
+  limits.memory_mb = 64;
+  limits.disk_mb = 16;
+  sandbox::StepResult step;
+  step.ended = sandbox::Ended::oom;
+  EXPECT_THAT(kinds::describe(step, limits, 1),
+              StartsWith("over its memory limit of 80 MiB (memory_mb 64 + "
+                         "disk_mb 16"));
+  step.detail = sandbox::kDetailOwnMemory;
+  EXPECT_EQ(kinds::describe(step, limits, 1),
+            "over its memory limit of 64 MiB (memory_mb)");
+  step.ended = sandbox::Ended::disk;
+  step.detail = "";
+  EXPECT_EQ(kinds::describe(step, limits, 1), "over its disk limit of 16 MiB");
+  step.detail = sandbox::kDetailInodes;
+  EXPECT_THAT(kinds::describe(step, limits, 1),
+              StartsWith("out of inodes: 4352 files"));
+}
+
 TEST_F(KindsTest, AllowedListIsAllThereIs) {
   settings_.shell_allowed_exe = {"/bin/sh", "sleep"};
   EXPECT_EQ(check("tool.shell", R"({"argv":["sh"]})"), "");

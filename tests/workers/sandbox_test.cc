@@ -287,6 +287,10 @@ TEST_P(SandboxTest, AFullWorkspaceEndsAsDisk) {
       auto session = stand.open(small());
       const auto r = sh(*session, std::string(fill) + " 2>/dev/null");
       EXPECT_EQ(r.ended, Ended::disk) << fill << "\n" << shown(r);
+      EXPECT_EQ(r.detail, std::string(fill).find("mkdir") != std::string::npos
+                              ? kDetailInodes
+                              : "")
+          << fill;
       EXPECT_LE(r.disk_bytes, 16U << 20);
     }
   });

@@ -5,11 +5,53 @@
 namespace machina::kinds {
 namespace {
 
+// Never cut inside a character.
+std::string shortened(std::string text, std::size_t bytes) {
+  if (text.size() <= bytes) return text;
+  std::size_t end = bytes - 3;
+  while (end > 0 && (text[end] & 0xC0) == 0x80) --end;
+  return text.substr(0, end) + "...";
+}
+
 std::string shown(const nlohmann::json& value) {
   std::string text =
       value.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
-  if (text.size() > 80) text = text.substr(0, 77) + "...";
-  return text;
+  return shortened(std::move(text), 80);
+}
+
+bool is_control(char c) {
+  const auto byte = static_cast<unsigned char>(c);
+  return byte < 0x20 || byte == 0x7F;
+}
+
+bool has_control(const std::string& text) {
+  return std::any_of(text.begin(), text.end(), is_control);
+}
+
+// A name as a message can carry it, whatever the name holds.
+std::string printable(const std::string& name) {
+  static constexpr char kHex[] = "0123456789abcdef";
+  std::string out;
+  for (const char c : name) {
+    if (is_control(c)) {
+      out += "\\u00";
+      out += kHex[static_cast<unsigned char>(c) >> 4];
+      out += kHex[c & 15];
+    } else {
+      out += c;
+    }
+  }
+  return shortened(std::move(out), 200);
+}
+
+// In the order of directories: what lies below "a" follows "a" at once.
+bool before_as_path(const std::string& a, const std::string& b) {
+  const auto rank = [](char c) {
+    return c == '/' ? -1 : static_cast<int>(static_cast<unsigned char>(c));
+  };
+  return std::lexicographical_compare(
+      a.begin(), a.end(), b.begin(), b.end(),
+      [&](char x, char y) { return rank(x) < rank(y); });
 }
 
 bool has_nul(const std::string& text) {
@@ -31,7 +73,7 @@ Fields::Fields(const std::string& json)
 void Fields::only(std::initializer_list<std::string_view> names) {
   for (const auto& item : object_.items()) {
     if (std::find(names.begin(), names.end(), item.key()) == names.end()) {
-      fail(item.key().c_str(), "not a member of this kind's payload");
+      fail(item.key(), "not a member of this kind's payload");
       return;
     }
   }
@@ -39,8 +81,8 @@ void Fields::only(std::initializer_list<std::string_view> names) {
 
 bool Fields::has(const char* name) const { return find(name) != nullptr; }
 
-void Fields::fail(const char* field, const std::string& what) {
-  if (error_.empty()) error_ = std::string(field) + ": " + what;
+void Fields::fail(const std::string& field, const std::string& what) {
+  if (error_.empty()) error_ = printable(field) + ": " + what;
 }
 
 const nlohmann::json* Fields::find(const char* name) const {
@@ -96,26 +138,26 @@ std::vector<std::string> Fields::list(const std::string& field,
                                       std::size_t bytes_max) {
   std::vector<std::string> out;
   if (!value.is_array()) {
-    fail(field.c_str(), shown(value) + " is not a list of strings");
+    fail(field, shown(value) + " is not a list of strings");
     return out;
   }
   if (value.size() > count_max) {
-    fail(field.c_str(), std::to_string(value.size()) + " items; at most " +
-                            std::to_string(count_max));
+    fail(field, std::to_string(value.size()) + " items; at most " +
+                    std::to_string(count_max));
     return out;
   }
   for (const auto& item : value) {
     const std::string where = field + "[" + std::to_string(out.size()) + "]";
     if (!item.is_string()) {
-      fail(where.c_str(), shown(item) + " is not a string");
+      fail(where, shown(item) + " is not a string");
       return out;
     }
     const auto& text = item.get_ref<const std::string&>();
     if (text.size() > bytes_max) {
-      fail(where.c_str(), std::to_string(text.size()) + " bytes; at most " +
-                              std::to_string(bytes_max));
+      fail(where, std::to_string(text.size()) + " bytes; at most " +
+                      std::to_string(bytes_max));
     }
-    if (has_nul(text)) fail(where.c_str(), "holds a NUL character");
+    if (has_nul(text)) fail(where, "holds a NUL character");
     out.push_back(text);
   }
   return out;
@@ -143,7 +185,7 @@ std::vector<std::vector<std::string>> Fields::commands(const char* name,
         std::string(name) + "[" + std::to_string(out.size()) + "]";
     out.push_back(list(where, item, kArgumentsMax, kArgumentBytesMax));
     if (out.back().empty() || out.back()[0].empty()) {
-      fail(where.c_str(), "a command needs a program to run");
+      fail(where, "a command needs a program to run");
     }
   }
   return out;
@@ -166,13 +208,13 @@ std::vector<std::pair<std::string, std::string>> Fields::map(
   for (const auto& item : value->items()) {
     const std::string where = std::string(name) + "." + item.key();
     if (!item.value().is_string()) {
-      fail(where.c_str(), shown(item.value()) + " is not a string");
+      fail(where, shown(item.value()) + " is not a string");
       return out;
     }
     const auto& text = item.value().get_ref<const std::string&>();
     if (text.size() > bytes_max) {
-      fail(where.c_str(), std::to_string(text.size()) + " bytes; at most " +
-                              std::to_string(bytes_max));
+      fail(where, std::to_string(text.size()) + " bytes; at most " +
+                      std::to_string(bytes_max));
     }
     out.emplace_back(item.key(), text);
   }
@@ -212,13 +254,12 @@ std::vector<std::string> environment(Fields& fields, const char* name) {
                       (c >= '0' && c <= '9') || c == '_');
     }
     if (!good) {
-      fields.fail((std::string(name) + "." + key).c_str(),
+      fields.fail(std::string(name) + "." + key,
                   "a variable's name is [A-Za-z_][A-Za-z0-9_]*, at most 128 "
                   "bytes");
     }
     if (has_nul(value)) {
-      fields.fail((std::string(name) + "." + key).c_str(),
-                  "holds a NUL character");
+      fields.fail(std::string(name) + "." + key, "holds a NUL character");
     }
     out.push_back(key + "=" + value);
   }
@@ -228,11 +269,25 @@ std::vector<std::string> environment(Fields& fields, const char* name) {
 std::vector<std::pair<std::string, std::string>> files(Fields& fields,
                                                        const char* name) {
   auto out = fields.map(name, kFilesMax, 1 << 20);
+  const std::string prefix = std::string(name) + ".";
+  std::vector<std::string> paths;
   for (const auto& [path, text] : out) {
-    if (!safe_relative_path(path)) {
-      fields.fail((std::string(name) + "." + path).c_str(),
+    if (has_control(path)) {
+      fields.fail(prefix + path, "a file's name holds no control characters");
+    } else if (!safe_relative_path(path)) {
+      fields.fail(prefix + path,
                   "a file's name is a relative path without . and .., at most "
                   "1024 bytes");
+    }
+    paths.push_back(path);
+  }
+  std::sort(paths.begin(), paths.end(), before_as_path);
+  for (std::size_t i = 1; i < paths.size(); ++i) {
+    const std::string& file = paths[i - 1];
+    if (paths[i].size() > file.size() && paths[i].starts_with(file) &&
+        paths[i][file.size()] == '/') {
+      fields.fail(prefix + file, "is a file and also the directory of \"" +
+                                     printable(paths[i]) + "\"");
     }
   }
   return out;
@@ -242,7 +297,7 @@ std::string directory(Fields& fields, const char* name) {
   const std::string path = fields.text(name, kPathBytesMax);
   if (path.empty() || path == ".") return "";
   if (!safe_relative_path(path)) {
-    fields.fail(name, "\"" + path +
+    fields.fail(name, "\"" + printable(path) +
                           "\" is not a relative path without . and .. inside "
                           "the workspace");
   }

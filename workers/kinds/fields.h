@@ -28,7 +28,7 @@ class Fields {
   // Refuses members that are not in the list.
   void only(std::initializer_list<std::string_view> names);
   bool has(const char* name) const;
-  void fail(const char* field, const std::string& what);
+  void fail(const std::string& field, const std::string& what);
 
   std::string text(const char* name, std::size_t bytes_max,
                    const std::string& absent = "");
@@ -70,7 +70,8 @@ bool safe_relative_path(std::string_view path);
 
 // Checks `env` (names [A-Za-z_][A-Za-z0-9_]*) and returns "NAME=value".
 std::vector<std::string> environment(Fields& fields, const char* name);
-// Checks `files` (relative paths).
+// Checks `files`: relative paths without control characters, none of them a
+// directory of another.
 std::vector<std::pair<std::string, std::string>> files(Fields& fields,
                                                        const char* name);
 // "" or a relative path.

@@ -77,12 +77,26 @@ std::string describe(const sandbox::StepResult& step,
       }
       break;
     case Ended::oom:
-      text = "over its memory limit of " + mib(limits.memory_mb);
+      // Of a cgroup, which counts the workspace's files too.
+      if (step.detail == sandbox::kDetailOwnMemory) {
+        return "over its memory limit of " + mib(limits.memory_mb) +
+               " (memory_mb)";
+      }
+      text = "over its memory limit of " +
+             mib(limits.memory_mb + limits.disk_mb) + " (memory_mb " +
+             std::to_string(limits.memory_mb) + " + disk_mb " +
+             std::to_string(limits.disk_mb) + ", files included)";
       break;
     case Ended::pids:
       text = "over its limit of " + std::to_string(limits.pids) + " processes";
       break;
     case Ended::disk:
+      if (step.detail == sandbox::kDetailInodes) {
+        return "out of inodes: " +
+               std::to_string(sandbox::inodes_max(limits.disk_mb)) +
+               " files and directories at most with disk_mb " +
+               std::to_string(limits.disk_mb);
+      }
       text = "over its disk limit of " + mib(limits.disk_mb);
       break;
     case Ended::output:

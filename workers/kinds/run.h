@@ -65,7 +65,7 @@ class Host {
 
 // The code of a step that did not simply exit; none where it did.
 EndCode code_of(sandbox::Ended ended);
-// A sentence about it: "killed by signal 9", "over its memory limit of 64 MiB".
+// A sentence about it: "killed by signal 9", "ran longer than 500 ms".
 std::string describe(const sandbox::StepResult& step,
                      const sandbox::Limits& limits, Millis timeout_ms);
 

@@ -14,13 +14,13 @@
 namespace machina::kinds {
 namespace {
 
-// What prod allows where nothing is set: tools that read, sort and build, no
-// interpreter (python, awk, a shell) and no network client (curl, wget, git).
+// What prod allows where nothing is set: tools that read and sort. Nothing that
+// runs other programs on request (a shell, python, awk, sed, find, rg, a build
+// tool, a compiler, git, zip) and no network client.
 constexpr std::array kProdTools = {
-    "true", "echo",  "sleep", "cat",   "head",    "tail",  "ls",       "pwd",
-    "wc",   "sort",  "uniq",  "tr",    "diff",    "date",  "uname",    "whoami",
-    "find", "grep",  "rg",    "sed",   "zip",     "unzip", "hostname", "gcc",
-    "g++",  "clang", "make",  "cmake", "clang++", "ninja"};
+    "true", "echo", "sleep", "cat",    "head",     "tail",
+    "ls",   "pwd",  "wc",    "sort",   "uniq",     "tr",
+    "diff", "date", "uname", "whoami", "hostname", "grep"};
 constexpr std::array kPath = {"/usr/local/bin/", "/usr/bin/", "/bin/"};
 
 // Of a regular, executable file.
@@ -74,6 +74,45 @@ Result<std::string> allowed_executable(const std::string& program,
                 "set MACHINA_SHELL_ALLOWED_EXE to choose them");
 }
 
+namespace {
+
+// Variables by which a program of kProdTools could be made to load or run
+// something else.
+bool redirects(std::string_view name) {
+  static constexpr std::array kNames = {"BASH_ENV",       "ENV",     "PATH",
+                                        "GCONV_PATH",     "LOCPATH", "NLSPATH",
+                                        "GLIBC_TUNABLES", "IFS"};
+  return name.starts_with("LD_") || name.starts_with("PYTHON") ||
+         std::find(kNames.begin(), kNames.end(), name) != kNames.end();
+}
+
+// The rest of prod's rule, where no list of the operator replaces it.
+Result<void> check_prod_rule(const ShellPayload& payload) {
+  for (const std::string& variable : payload.env) {
+    const std::string name = variable.substr(0, variable.find('='));
+    if (redirects(name)) {
+      return Error{Code::invalid,
+                   "env." + name +
+                       ": changes what programs load or run; the prod profile "
+                       "refuses it unless MACHINA_SHELL_ALLOWED_EXE is set"};
+    }
+  }
+  if (!payload.argv[0].ends_with("/sort")) return {};
+  for (std::size_t i = 1; i < payload.argv.size(); ++i) {
+    // --compress-program and each of its short forms.
+    if (payload.argv[i].starts_with("--co")) {
+      return Error{Code::invalid,
+                   "argv[" + std::to_string(i) +
+                       "]: sort --compress-program runs another program; the "
+                       "prod profile refuses it unless "
+                       "MACHINA_SHELL_ALLOWED_EXE is set"};
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
 Result<ShellPayload> parse_shell(const std::string& payload,
                                  const KindSettings& settings) {
   Fields fields(payload);
@@ -91,6 +130,9 @@ Result<ShellPayload> parse_shell(const std::string& payload,
   auto real = allowed_executable(out.argv[0], settings);
   if (!real) return real.error();
   out.argv[0] = *real;
+  if (settings.prod && settings.shell_allowed_exe.empty()) {
+    if (auto good = check_prod_rule(out); !good) return good.error();
+  }
   return out;
 }
 
@@ -106,8 +148,10 @@ std::string shell_result(const sandbox::StepResult& step,
   std::size_t err_max = bound(settings.shell_stderr_max);
   for (;;) {
     const bool cut = step.out.size() > out_max || step.err.size() > err_max;
-    std::string text =
-        "{\"exit_code\":" + std::to_string(step.exit_code) + ",\"stdout\":";
+    const bool exited = step.ended == sandbox::Ended::exited;
+    std::string text = "{\"exit_code\":";
+    text += exited ? std::to_string(step.exit_code) : "null";
+    text += ",\"stdout\":";
     json::quote(text, head_and_tail(step.out, out_max));
     text += ",\"stderr\":";
     json::quote(text, head_and_tail(step.err, err_max));

@@ -336,6 +336,7 @@ class Init {
     if (fstatvfs(inside_.scratch, &fs) == 0) {
       done->disk_bytes = (fs.f_blocks - fs.f_bfree) * fs.f_frsize;
       done->disk_full = fs.f_bfree <= 1 || fs.f_ffree <= 1;
+      done->inodes_full = fs.f_bfree > 1 && fs.f_ffree <= 1;
     }
   }
 

@@ -102,6 +102,15 @@ enum class Ended : std::uint8_t {
   failed,     // the sandbox itself could not be made or died: `detail`
 };
 
+// `detail` where a limit has more than one bound: oom by the processes' own
+// memory alone (no cgroup), disk by the number of files instead of bytes.
+inline constexpr char kDetailOwnMemory[] = "memory_mb";
+inline constexpr char kDetailInodes[] = "inodes";
+// How many files, directories and links a workspace can hold.
+constexpr std::uint64_t inodes_max(std::uint64_t disk_mb) {
+  return disk_mb * 256 + 256;
+}
+
 struct StepResult {
   Ended ended = Ended::failed;
   int exit_code = -1, signal = 0;

@@ -343,6 +343,7 @@ void verdict(const StepDone& done, std::optional<Ended> killed,
     result->ended = *killed;
   } else if (done.killed_by == Kill::oom) {
     result->ended = Ended::oom;
+    result->detail = kDetailOwnMemory;
   } else if (done.killed_by == Kill::pids) {
     result->ended = Ended::pids;
   } else if (done.killed_by == Kill::cpu ||
@@ -356,6 +357,7 @@ void verdict(const StepDone& done, std::optional<Ended> killed,
     result->ended = Ended::pids;
   } else if (done.disk_full || (!exited && result->signal == SIGXFSZ)) {
     result->ended = Ended::disk;
+    if (done.inodes_full) result->detail = kDetailInodes;
   }
 }
 

@@ -226,7 +226,7 @@ int own_scratch(const Ground& ground) {
   char options[128];
   std::snprintf(options, sizeof(options), "size=%llum,nr_inodes=%llu,mode=711",
                 static_cast<unsigned long long>(megabytes),
-                static_cast<unsigned long long>(megabytes * 256 + 256));
+                static_cast<unsigned long long>(inodes_max(megabytes)));
   if (const int error = make_dir("scratch")) return error;
   if (mount("scratch", "scratch", "tmpfs", MS_NOSUID | MS_NODEV, options) < 0) {
     return errno;

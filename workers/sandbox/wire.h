@@ -152,6 +152,7 @@ struct StepDone {
   std::int32_t wait_status = 0;
   Kill killed_by = Kill::none;
   std::uint8_t disk_full = 0;
+  std::uint8_t inodes_full = 0;                // disk_full, and bytes were left
   std::uint64_t oom_kills = 0, pids_hits = 0;  // during this step
   std::uint64_t cpu_us = 0, max_rss_kb = 0, disk_bytes = 0;
   std::int32_t survivors = 0;  // processes that had to be killed after it
