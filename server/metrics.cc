@@ -45,8 +45,8 @@ class Lines {
   std::string& out_;
 };
 
-Histogram& bounded(std::map<std::string, Histogram>* map,
-                   const std::string& kind) {
+template <class T>
+T& bounded(std::map<std::string, T>* map, const std::string& kind) {
   auto found = map->find(kind);
   if (found != map->end()) return found->second;
   return (*map)[map->size() < kLabelSetsMax ? kind : "other"];
@@ -107,6 +107,13 @@ void Metrics::enqueued(const std::string& kind, const std::string& queue) {
     }
   }
   ++*last_;
+}
+
+void Metrics::tool_ended(const std::string& kind, bool ok, Millis ms) {
+  if (!kind.starts_with("tool.")) return;
+  Tool& tool = bounded(&tools_, kind);
+  ++(ok ? tool.ok : tool.fail);
+  tool.ms += static_cast<std::uint64_t>(std::max<Millis>(ms, 0));
 }
 
 void Metrics::absorb(const ShardStats& stats) {
@@ -215,6 +222,23 @@ std::string Metrics::text(const ShardStats& stats, const WorkerNumbers& workers,
     lines.head(k.name, "histogram", k.help);
     for (const auto& [kind, histogram] : k.by_kind) {
       histogram.append(&out, k.name, "kind=" + label_value(kind));
+    }
+  }
+
+  const struct {
+    const char* name;
+    const char* help;
+    std::uint64_t Tool::*value;
+  } tools[] = {
+      {"machina_tool_ok_total", "Attempts of a tool that passed.", &Tool::ok},
+      {"machina_tool_fail_total", "Attempts of a tool that did not.",
+       &Tool::fail},
+      {"machina_tool_duration_ms_total", "Time that a tool's attempts took.",
+       &Tool::ms}};
+  for (const auto& t : tools) {
+    lines.head(t.name, "counter", t.help);
+    for (const auto& [kind, tool] : tools_) {
+      lines.value(t.name, "aid=" + label_value(kind), tool.*t.value);
     }
   }
 

@@ -46,6 +46,8 @@ class Metrics {
  public:
   void enqueued(const std::string& kind, const std::string& queue);
   void enqueue_took(double seconds) { enqueue_.observe(seconds); }
+  // An attempt of a tool.* kind that its worker reported.
+  void tool_ended(const std::string& kind, bool ok, Millis ms);
   void request(int status) { ++by_status_[status / 100 % 6]; }
 
   // Takes the samples that a ShardStats carries; each is counted once.
@@ -61,6 +63,10 @@ class Metrics {
   std::uint64_t by_status_[6] = {};
   Histogram enqueue_, sync_;
   std::map<std::string, Histogram> wait_, run_;
+  struct Tool {
+    std::uint64_t ok = 0, fail = 0, ms = 0;
+  };
+  std::map<std::string, Tool> tools_;
 };
 
 // A label value, escaped.

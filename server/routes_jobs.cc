@@ -655,6 +655,14 @@ void Service::acted(Peer& peer, std::uint64_t sequence, Pending& pending,
   if (auto p = problem_of(answer, "job")) return refuse(peer, sequence, *p);
   bool worker = static_cast<PendingOp>(pending.op) == PendingOp::lease_act;
   if (!response.views.empty() && !response.views.front().id.is_nil()) {
+    const JobView& job = response.views.front();
+    // Given back and blocked attempts did not fail.
+    if (worker && job.error_code != EndCode::none &&
+        job.error_attempt == job.attempt) {
+      const Millis end = job.finished_ms ? job.finished_ms : clock_.wall_ms();
+      metrics_.tool_ended(job.kind, false,
+                          job.started_ms ? end - job.started_ms : 0);
+    }
     return reply_job(peer, sequence, 200, response.views.front(),
                      worker ? Show::no_payload : Show::all);
   }

@@ -273,8 +273,10 @@ void Service::completed(Peer& peer, std::uint64_t sequence, Pending&,
   const ItemAnswer& answer = response.items.front();
   if (auto p = problem_of(answer, "lease")) return refuse(peer, sequence, *p);
   if (!response.views.empty() && !response.views.front().id.is_nil()) {
-    return reply_job(peer, sequence, 200, response.views.front(),
-                     Show::no_payload);
+    const JobView& job = response.views.front();
+    metrics_.tool_ended(job.kind, job.state == State::succeeded,
+                        job.finished_ms - job.started_ms);
+    return reply_job(peer, sequence, 200, job, Show::no_payload);
   }
   reply_with_job(peer, sequence, answer.id, false);
 }

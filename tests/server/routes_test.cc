@@ -822,6 +822,18 @@ TEST_F(WorkerRoutes, AnIsolationReportSaysALevelThatExists) {
   EXPECT_EQ(c.post(end, R"({"isolation":{"level":"L1"}})").status, 200);
 }
 
+TEST_F(WorkerRoutes, ToolsAreCountedByHowTheirAttemptsEnded) {
+  Client c = tcp();
+  const std::string good = leased_token(c, "tool.probe");
+  ASSERT_EQ(c.post("/v1/leases/" + good + "/complete", "{}").status, 200);
+  const std::string text = c.get("/metrics").body;
+  EXPECT_NE(text.find(R"(machina_tool_ok_total{aid="tool.probe"} 1)"),
+            std::string::npos)
+      << text;
+  EXPECT_NE(text.find(R"(machina_tool_fail_total{aid="tool.probe"} 0)"),
+            std::string::npos);
+}
+
 TEST_F(WorkerRoutes, ARepeatedQueryParameterIsRefused) {
   Client c = tcp();
   Reply r = c.get("/v1/jobs?limit=1&limit=2");
