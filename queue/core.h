@@ -186,6 +186,8 @@ struct QueueCounts {
 struct CoreTotals {
   std::uint64_t enqueued = 0, duplicates = 0, grants = 0, retried = 0;
   std::uint64_t ended_by_code[kEndCodes] = {};
+  // Failures: ends but success, and attempts that failed and were retried.
+  std::uint64_t attempts_failed_by_code[kEndCodes] = {};
 };
 
 class Core {

@@ -232,6 +232,9 @@ void Core::Impl::apply(const Record& record, const EndRecord& r) {
   }
   ++queues[lines[e.line].queue].by_state[u8(r.state)];
   ++totals.ended_by_code[static_cast<int>(r.outcome.code)];
+  if (r.outcome.code != EndCode::none) {
+    ++totals.attempts_failed_by_code[static_cast<int>(r.outcome.code)];
+  }
   use_line(e.line, -1);
   if (e.dependents == kNone) {
     jobs.release(slot);
@@ -251,6 +254,7 @@ void Core::Impl::apply(const Record&, const RetryRecord& r) {
   CHECK(leases[e.a].fence == r.fence);
   leave(slot);
   ++totals.retried;
+  ++totals.attempts_failed_by_code[static_cast<int>(r.code)];
   if (r.code == EndCode::worker_died) e.flags |= kDiedOnce;
   ExtraEntry& extra = extra_of(slot);
   extra.error_attempt = r.attempt;

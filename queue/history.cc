@@ -298,6 +298,11 @@ Result<void> SqliteHistory::start() {
   auto storage = open_posix_storage(dir_);
   if (!storage) return storage.error();
   auto lock = (*storage)->lock("LOCK");
+  if (!lock && lock.error().code == Code::conflict) {
+    std::string root = std::filesystem::path(dir_).parent_path().string();
+    return Error{Code::conflict, "another server has " + root + " (" + dir_ +
+                                     "/LOCK is locked)"};
+  }
   if (!lock) return lock.error();
   lock_ = std::move(*lock);
   auto opened = open_main();

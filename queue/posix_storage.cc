@@ -261,6 +261,13 @@ class PosixStorage : public Storage {
     return static_cast<std::uint64_t>(info.f_bavail) * info.f_frsize;
   }
 
+  Result<std::uint64_t> total_bytes() override {
+    struct statvfs info;
+    if (::fstatvfs(dir_.get(), &info) != 0)
+      return system_error("cannot stat the file system of", path_);
+    return static_cast<std::uint64_t>(info.f_blocks) * info.f_frsize;
+  }
+
  private:
   std::string full(std::string_view name) const {
     return path_ + "/" + std::string(name);

@@ -90,6 +90,7 @@ Result<void> ShardImpl::start(RecoveryReport* report) {
   history_applied_ = history_->applied();
   log_->set_history_applied(history_applied_);
   checkpoint_lsn_ = checkpoint;
+  start_disk(report);
   recovery_ = report->text;
   core_.set_epoch(log_->writer_epoch());
   core_.set_mono(mono());

@@ -102,7 +102,10 @@ struct ShardOptions {
   std::uint64_t history_lag_max_bytes = 1ull << 30;
   Millis checkpoint_ms = 5000;
   std::uint64_t checkpoint_log_bytes = 128ull << 20;
-  std::uint64_t disk_soft_bytes = 0;  // 0: 10 % or four segments
+  // Less free than soft, beside what is promised to live jobs: no new jobs;
+  // than hard: only ends and cancels. 0: four segments and one, on a small
+  // file system a quarter of it and an eighth.
+  std::uint64_t disk_soft_bytes = 0;
   std::uint64_t disk_hard_bytes = 0;
   std::string history_dir;  // absolute; SQLite
 };

@@ -7,6 +7,15 @@
 #include "queue/shard_impl.h"
 
 namespace machina {
+namespace {
+
+std::string size_words(std::uint64_t bytes) {
+  constexpr std::uint64_t kMiB = 1u << 20;
+  if (bytes < kMiB) return std::to_string(bytes) + " bytes";
+  return std::to_string(bytes / kMiB) + " MiB";
+}
+
+}  // namespace
 
 // --- the way to history ---
 
@@ -254,13 +263,62 @@ void ShardImpl::sample_disk() {
     return [this, bytes] {
       disk_busy_ = false;
       disk_free_ = bytes;
+      if (disk_low(disk_hard_)) answer_parked_leases();
     };
   });
 }
 
+// `segments` of the log, or one part in `share` of a small file system: a
+// bound that such a one can never meet would be a queue that never starts.
+ShardImpl::DiskBound ShardImpl::disk_bound(std::uint64_t set,
+                                           std::uint64_t segments,
+                                           std::uint64_t segment_bytes,
+                                           std::uint64_t total,
+                                           std::uint64_t share) {
+  if (set != 0) return {set, "as set"};
+  const std::uint64_t bytes = segments * segment_bytes;
+  if (total != 0 && total / share < bytes) {
+    return {total / share, "1/" + std::to_string(share) +
+                               " of a file system of " + size_words(total)};
+  }
+  return {bytes, std::to_string(segments) +
+                     (segments == 1 ? " segment of " : " segments of ") +
+                     size_words(segment_bytes)};
+}
+
+// The first sample is taken before the first request.
+void ShardImpl::start_disk(RecoveryReport* report) {
+  auto total = storage_.total_bytes();
+  const std::uint64_t whole = total ? *total : 0;
+  const std::uint64_t segment = options_.log.segment_bytes;
+  disk_soft_ = disk_bound(options_.disk_soft_bytes, 4, segment, whole, 4);
+  disk_hard_ = disk_bound(options_.disk_hard_bytes, 1, segment, whole, 8);
+  if (auto free = storage_.free_bytes()) disk_free_ = *free;
+  disk_at_mono_ = mono() + kDiskSampleMs;
+  if (!disk_low(disk_soft_)) return;
+  const bool hard = disk_low(disk_hard_);
+  report->text += std::string("; warning: ") +
+                  (hard ? "no job is leased and none" : "no job") +
+                  " is accepted until there is room: " +
+                  disk_words(hard ? disk_hard_ : disk_soft_);
+}
+
 // Room for what was promised to live jobs is not free.
-bool ShardImpl::disk_low(std::uint64_t bytes) const {
-  return disk_free_ < bytes + core_.reserved_bytes();
+bool ShardImpl::disk_low(const DiskBound& bound) const {
+  return disk_free_ < bound.bytes + core_.reserved_bytes();
+}
+
+std::string ShardImpl::disk_words(const DiskBound& bound) const {
+  const std::uint64_t reserved = core_.reserved_bytes();
+  return "disk: " + std::to_string(disk_free_) + " bytes free, " +
+         std::to_string(bound.bytes + reserved) + " needed (" + bound.from +
+         ", and " + std::to_string(reserved) + " bytes for the jobs in queue)";
+}
+
+bool ShardImpl::refuse_if_low(const CallPtr& call, const DiskBound& bound) {
+  if (!disk_low(bound)) return false;
+  refuse(call, Response::Status::disk_low, disk_words(bound));
+  return true;
 }
 
 void ShardImpl::sample_wait(const JobView& view) {

@@ -235,6 +235,7 @@ class ShardImpl final : public Shard {
   void wake_watchers(const JobId& id);
   void wake_beats(Fence fence);
   void answer_all_parked();
+  void answer_parked_leases();
   bool level_seen(Level level) const;
 
   // shard_feed.cc
@@ -250,7 +251,18 @@ class ShardImpl final : public Shard {
   void run_checkpoint();
   void take_image();
   void sample_disk();
-  bool disk_low(std::uint64_t bytes) const;
+  // What must be free, and where that number comes from.
+  struct DiskBound {
+    std::uint64_t bytes = 0;
+    std::string from;
+  };
+  void start_disk(RecoveryReport* report);
+  static DiskBound disk_bound(std::uint64_t set, std::uint64_t segments,
+                              std::uint64_t segment_bytes, std::uint64_t total,
+                              std::uint64_t share);
+  bool disk_low(const DiskBound& bound) const;
+  bool refuse_if_low(const CallPtr& call, const DiskBound& bound);
+  std::string disk_words(const DiskBound& bound) const;
   void sample_wait(const JobView& view);
   void sample_run(const std::string& kind, Millis started, Millis ended);
 
@@ -320,6 +332,7 @@ class ShardImpl final : public Shard {
   std::size_t image_bytes_ = 0;  // of the last
   Millis checkpoint_at_mono_ = 0;
 
+  DiskBound disk_soft_, disk_hard_;
   std::uint64_t disk_free_ = UINT64_MAX;
   Millis disk_at_mono_ = 0;
   bool disk_busy_ = false;

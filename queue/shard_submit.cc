@@ -49,9 +49,15 @@ void ShardImpl::run_command(const CallPtr& call, Command command,
           [&](LeaseCommand& c) { lease(call, std::move(c), wait_ms); },
           [&](HeartbeatCommand& c) { heartbeat(call, std::move(c), wait_ms); },
           [&](CompleteCommand& c) { complete(call, std::move(c), wait_ms, 0); },
-          [&](RetryCommand& c) { retry(call, std::move(c)); },
+          [&](RetryCommand& c) {
+            if (refuse_if_low(call, disk_hard_)) return;
+            retry(call, std::move(c));
+          },
           [&](CancelCommand&) { change(call, command, Purpose::cancel); },
-          [&](UnblockCommand&) { change(call, command, Purpose::change); },
+          [&](UnblockCommand&) {
+            if (refuse_if_low(call, disk_hard_)) return;
+            change(call, command, Purpose::change);
+          },
           [&](auto&) { change(call, command, Purpose::view); }},
       command);
 }
@@ -71,12 +77,7 @@ void ShardImpl::enqueue(const CallPtr& call, EnqueueCommand command,
                   "the disk is " + std::to_string(log_->staged_bytes()) +
                       " bytes behind");
   }
-  if (disk_low(options_.disk_soft_bytes != 0
-                   ? options_.disk_soft_bytes
-                   : 4 * options_.log.segment_bytes)) {
-    return refuse(call, Response::Status::disk_low,
-                  std::to_string(disk_free_) + " bytes are free");
-  }
+  if (refuse_if_low(call, disk_soft_)) return;
   auto missing = gather_facts(command.jobs, &command.facts);
   if (!missing.empty()) {
     auto shared = std::make_shared<EnqueueCommand>(std::move(command));
@@ -196,13 +197,7 @@ void ShardImpl::lease(const CallPtr& call, LeaseCommand command,
   if (draining_) {
     return refuse(call, Response::Status::draining, "the server is draining");
   }
-  std::uint64_t hard = options_.disk_hard_bytes != 0
-                           ? options_.disk_hard_bytes
-                           : options_.log.segment_bytes;
-  if (disk_low(hard)) {
-    return refuse(call, Response::Status::disk_low,
-                  std::to_string(disk_free_) + " bytes are free");
-  }
+  if (refuse_if_low(call, disk_hard_)) return;
   level_seen_mono_[std::min(command.level, kLevelMax)] =
       std::max<Millis>(mono(), 1);
   call->number = next_call_++;
@@ -267,7 +262,7 @@ void ShardImpl::complete(const CallPtr& call, CompleteCommand command,
                        });
   }
   call->number = next_call_++;
-  if (draining_) command.lease.reset();
+  if (draining_ || disk_low(disk_hard_)) command.lease.reset();
   if (command.lease) {
     level_seen_mono_[std::min(command.lease->level, kLevelMax)] =
         std::max<Millis>(mono(), 1);

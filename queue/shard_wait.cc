@@ -138,6 +138,14 @@ void ShardImpl::answer_all_parked() {
   }
 }
 
+void ShardImpl::answer_parked_leases() {
+  std::vector<CallPtr> parked;
+  for (const auto& [number, call] : calls_) {
+    if (call->parked == Call::Parked::lease) parked.push_back(call);
+  }
+  for (const CallPtr& call : parked) timed_out(call);
+}
+
 // Has a worker that strong asked for work lately?
 bool ShardImpl::level_seen(Level level) const {
   for (Level l = level; l <= kLevelMax; ++l) {

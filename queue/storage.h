@@ -87,6 +87,8 @@ class Storage {
   virtual Result<std::unique_ptr<Lock>> lock(std::string_view name) = 0;
 
   virtual Result<std::uint64_t> free_bytes() = 0;
+  // The size of the file system; 0: unknown.
+  virtual Result<std::uint64_t> total_bytes() { return std::uint64_t{0}; }
 };
 
 // The directory `path`, which must exist.

@@ -150,11 +150,11 @@ std::string Metrics::text(const ShardStats& stats, const WorkerNumbers& workers,
   lines.counter("machina_jobs_ok_total", "Jobs that succeeded.",
                 totals.ended_by_code[0]);
   lines.head("machina_jobs_fail_total", "counter",
-             "Jobs that ended otherwise, by code.");
+             "Failures by code: jobs that ended so, attempts retried.");
   for (int i = 1; i < kEndCodes; ++i) {
     lines.value("machina_jobs_fail_total",
                 "code=" + label_value(name(static_cast<EndCode>(i))),
-                totals.ended_by_code[i]);
+                totals.attempts_failed_by_code[i]);
   }
   lines.counter("machina_jobs_retried_total",
                 "Attempts that failed and were put back.", totals.retried);

@@ -81,6 +81,12 @@ void Service::get_stats(const Exchange& call) {
     json.key(name(static_cast<EndCode>(i)))
         .number(stats.totals.ended_by_code[i]);
   }
+  json.end_object();
+  json.key("attempts_failed_by_code").begin_object();
+  for (int i = 1; i < kEndCodes; ++i) {
+    json.key(name(static_cast<EndCode>(i)))
+        .number(stats.totals.attempts_failed_by_code[i]);
+  }
   json.end_object().end_object();
   json.key("workers").begin_object();
   json.key("configured").number(workers.configured);

@@ -285,6 +285,14 @@ TEST(CoreLease, ExpiryIsNeverEarlyAndHeartbeatsPutItOff) {
   EXPECT_TRUE(h.core.leased_job(g.fence).is_nil());
   ASSERT_EQ(h.records<RetryRecord>().size(), 1u);
   EXPECT_EQ(h.records<RetryRecord>()[0].code, EndCode::lease_expired);
+  auto failed = [&](EndCode code) {
+    return h.core.totals().attempts_failed_by_code[static_cast<int>(code)];
+  };
+  // A failure that is retried is one all the same; no end is counted yet.
+  EXPECT_EQ(failed(EndCode::lease_expired), 1u);
+  EXPECT_EQ(
+      h.core.totals().ended_by_code[static_cast<int>(EndCode::lease_expired)],
+      0u);
 }
 
 TEST(CoreLease, AWallClockJumpExpiresNothing) {

@@ -66,6 +66,7 @@ class GatedStorage final : public Storage {
   }
   void fail_from_now() { failing_ = true; }
   void pretend_free(std::uint64_t bytes) { free_ = bytes; }
+  void pretend_total(std::uint64_t bytes) { total_ = bytes; }
 
   Result<std::unique_ptr<File>> open(std::string_view name,
                                      OpenMode mode) override {
@@ -94,6 +95,10 @@ class GatedStorage final : public Storage {
   Result<std::uint64_t> free_bytes() override {
     if (std::uint64_t pretended = free_) return pretended;
     return base_.free_bytes();
+  }
+  Result<std::uint64_t> total_bytes() override {
+    if (std::uint64_t pretended = total_) return pretended;
+    return base_.total_bytes();
   }
 
  private:
@@ -136,7 +141,7 @@ class GatedStorage final : public Storage {
   std::condition_variable opened_;
   bool closed_ = false;
   std::atomic<bool> failing_{false};
-  std::atomic<std::uint64_t> free_{0};
+  std::atomic<std::uint64_t> free_{0}, total_{0};
 };
 
 inline NewJob noop(const std::string& payload = "{}") {

@@ -631,6 +631,9 @@ TEST_F(ShardTest, SecondServerOnOneRootIsRefused) {
   auto second = Shard::open(*gate_, clock_, random, options_, nullptr);
   ASSERT_FALSE(second);
   EXPECT_EQ(second.error().code, Code::conflict);
+  EXPECT_NE(second.error().what.find("another server has " + root_ + " ("),
+            std::string::npos)
+      << second.error().what;
 }
 
 // --- limits and the end ---
@@ -645,6 +648,87 @@ TEST_F(ShardTest, LowDiskRefusesEnqueueAndNothingElse) {
   EXPECT_EQ(enqueue(noop()).status, Status::disk_low);
   Fence fence = lease_one().fence;
   EXPECT_EQ(complete(fence).items.at(0).answer, Answer::ok);
+  gate_->pretend_free(1 << 30);
+  clock_.advance(2000);
+  turn_for(30);
+  EXPECT_EQ(enqueue(noop()).status, Status::done);
+}
+
+#define EXPECT_SAYS(text, part) \
+  EXPECT_NE((text).find(part), std::string::npos) << (text)
+
+TEST_F(ShardTest, DiskThatIsLowAtStartIsSaidAndRefusesTheFirstJob) {
+  options_.disk_soft_bytes = 0;
+  gate_->pretend_total(1ull << 40);
+  gate_->pretend_free((4u << 20) - 1);  // four segments of 1 MiB, but a byte
+  open();
+  for (const std::string& text : {report_.text, shard_->stats().recovery}) {
+    EXPECT_SAYS(text, "warning");
+    EXPECT_SAYS(text, "4194303 bytes free");
+  }
+  EXPECT_EQ(shard_->stats().disk_free_bytes, 4194303u);
+  Response refused = enqueue(noop());
+  EXPECT_EQ(refused.status, Status::disk_low);
+  EXPECT_SAYS(refused.detail, "4194303 bytes free, 4194304 needed");
+  EXPECT_SAYS(refused.detail, "4 segments of 1 MiB");
+  gate_->pretend_free(4u << 20);
+  reopen();
+  EXPECT_EQ(report_.text.find("warning"), std::string::npos);
+  EXPECT_EQ(enqueue(noop()).status, Status::done);
+}
+
+TEST_F(ShardTest, BoundsOfASmallFileSystemCanBeMet) {
+  options_.disk_soft_bytes = options_.disk_hard_bytes = 0;
+  gate_->pretend_total(2u << 20);
+  gate_->pretend_free((512u << 10) - 1);
+  open();
+  EXPECT_SAYS(enqueue(noop()).detail, "1/4 of a file system of 2 MiB");
+  EXPECT_EQ(call(Command(lease_command())).status, Status::done);
+  gate_->pretend_free((256u << 10) - 1);
+  reopen();
+  Response refused = call(Command(lease_command()));
+  EXPECT_EQ(refused.status, Status::disk_low);
+  EXPECT_SAYS(refused.detail, "1/8 of a file system of 2 MiB");
+}
+
+TEST_F(ShardTest, DiskBelowTheHardBoundOnlyEndsAndCancels) {
+  options_.disk_hard_bytes = 1 << 20;
+  open();
+  NewJob once = noop();
+  once.max_attempts = 1;
+  JobId dead = enqueued(once);
+  FailCommand fail;
+  fail.fence = lease_one().fence;
+  fail.outcome.code = EndCode::exit;
+  EXPECT_EQ(call(Command(fail)).items.at(0).answer, Answer::ok);
+  enqueued(noop());
+  Fence first = lease_one().fence;
+  enqueued(noop());
+  Fence second = lease_one().fence;
+  NewJob later = noop();
+  later.run_at_ms = clock_.wall_ms() + 3000;
+  JobId waiting = enqueued(later);
+  Address parked = submit(Command(lease_command()), 60'000);
+  turn_for(30);
+  EXPECT_FALSE(answered(parked));
+  gate_->pretend_free(1000);
+  clock_.advance(2000);
+  // A call that waits for work is let go, or the next job would be leased.
+  EXPECT_TRUE(await(parked).leases.empty());
+  EXPECT_EQ(call(Command(lease_command()), 1000).status, Status::disk_low);
+  RetryCommand again;
+  again.id = dead;
+  EXPECT_EQ(call(Command(again)).status, Status::disk_low);
+  clock_.advance(2000);  // `waiting` is ready
+  CompleteCommand whole = completion(first);
+  whole.lease = lease_command();
+  Response ended = call(Command(whole));
+  EXPECT_EQ(ended.items.at(0).answer, Answer::ok);
+  EXPECT_TRUE(ended.leases.empty());
+  fail.fence = second;
+  EXPECT_EQ(call(Command(fail)).items.at(0).answer, Answer::ok);
+  EXPECT_EQ(call(Command(CancelCommand{waiting})).items.at(0).answer,
+            Answer::ok);
   gate_->pretend_free(1 << 30);
   clock_.advance(2000);
   turn_for(30);
