@@ -730,7 +730,7 @@ class Demo:
         binary = os.path.relpath(self.binary)
         print(f"\nTo look further:\n"
               f"  {self.home}/jobs.json    every job as the API showed it\n"
-              f"  {self.home}/server.log   what the server and its pool said\n"
+              f"  {self.home}/server.log   what the server said; its pool: {self.server.root}/pool.log\n"
               f"  MACHINA_API_TOKEN_FILE={self.home}/token {binary} serve --profile prod "
               f"--root {self.server.root}\n"
               f"      and then, in another shell: {binary} list --root {self.server.root}\n"
