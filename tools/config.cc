@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cstdio>
 #include <cstring>
 #include <optional>
 #include <set>
@@ -267,7 +268,8 @@ Result<void> check_value(const Variable& row, const Config::Value& value) {
 }
 
 // A file of at most `max` bytes; no directory, device or pipe.
-Result<std::string> read_file(const std::string& path, std::size_t max) {
+Result<std::string> read_file(const std::string& path, std::size_t max,
+                              mode_t* mode = nullptr) {
   int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd < 0) return Error{Code::io, path + ": " + std::strerror(errno)};
   std::string bytes(max + 1, '\0');
@@ -281,6 +283,7 @@ Result<std::string> read_file(const std::string& path, std::size_t max) {
   }
   int error = errno;
   ::close(fd);
+  if (mode != nullptr) *mode = status.st_mode & 07777;
   if (!regular) return Error{Code::io, path + ": not a regular file"};
   if (got < 0) return Error{Code::io, path + ": " + std::strerror(error)};
   if (have > max) {
@@ -292,6 +295,7 @@ Result<std::string> read_file(const std::string& path, std::size_t max) {
 }
 
 using Values = std::map<std::string, Config::Value, std::less<>>;
+using OpenSecrets = std::map<std::string, std::string>;
 
 // One source of settings: names checked, <NAME>_FILE resolved, values checked.
 class Source {
@@ -324,27 +328,42 @@ class Source {
     return {};
   }
 
-  void merge_into(Values* values) const {
+  void merge_into(Values* values, OpenSecrets* open) const {
     for (const auto& [name, value] : secret_files_) (*values)[name] = value;
     for (const auto& [name, value] : values_) (*values)[name] = value;
+    // Only of the file that is in force is there anything to say.
+    for (const auto& [name, value] : secret_files_) open->erase(name);
+    for (const auto& [name, value] : values_) open->erase(name);
+    for (const auto& [name, line] : open_secrets_) (*open)[name] = line;
   }
 
  private:
   Result<void> add_secret_file(const Variable& secret, const std::string& name,
                                const std::string& path) {
-    auto bytes = read_file(path, kTextBytesMax);
+    mode_t mode = 0;
+    auto bytes = read_file(path, kTextBytesMax, &mode);
     if (!bytes)
       return invalid(name + " (" + origin_ + "): " + bytes.error().what);
     while (bytes->ends_with('\n') || bytes->ends_with('\r')) bytes->pop_back();
     Config::Value value{*bytes, origin_ + ", " + name};
     if (auto ok = check_value(secret, value); !ok) return ok.error();
     secret_files_[secret.name] = std::move(value);
+    // systemd's own directory is closed; a file's group bits there are the
+    // mask of an access list.
+    if ((mode & 077) != 0 && !path.starts_with("/run/credentials/")) {
+      char digits[8];
+      std::snprintf(digits, sizeof digits, "%04o", mode);
+      open_secrets_[secret.name] = name + " (" + origin_ + "): \"" + path +
+                                   "\" is open to others (mode " + digits +
+                                   "); chmod 600 it";
+    }
     return {};
   }
 
   std::string origin_;
   std::set<std::string> seen_;
   Values values_, secret_files_;
+  OpenSecrets open_secrets_;  // by the secret's name
 };
 
 std::string yaml_scalar(const YAML::Node& node) {
@@ -357,7 +376,8 @@ std::string yaml_scalar(const YAML::Node& node) {
   return joined;
 }
 
-Result<void> add_file(const std::string& path, Values* values) {
+Result<void> add_file(const std::string& path, Values* values,
+                      OpenSecrets* open) {
   auto bytes = read_file(path, kFileBytesMax);
   if (!bytes) return invalid("--config: " + bytes.error().what);
   Source source("file " + path);
@@ -388,12 +408,12 @@ Result<void> add_file(const std::string& path, Values* values) {
                    std::to_string(error.mark.line + 1) + ": " + error.msg);
   }
   if (auto ok = source.finish(); !ok) return ok;
-  source.merge_into(values);
+  source.merge_into(values, open);
   return {};
 }
 
 Result<void> add_environment(const std::vector<std::string>& environment,
-                             Values* values) {
+                             Values* values, OpenSecrets* open) {
   Source source("environment");
   for (const auto& entry : environment) {
     std::size_t equals = entry.find('=');
@@ -408,7 +428,7 @@ Result<void> add_environment(const std::vector<std::string>& environment,
     if (auto ok = source.add(name, text); !ok) return ok;
   }
   if (auto ok = source.finish(); !ok) return ok;
-  source.merge_into(values);
+  source.merge_into(values, open);
   return {};
 }
 
@@ -492,18 +512,23 @@ Result<Config> Config::load(const std::vector<std::string>& environment,
                             const std::map<std::string, std::string>& overrides,
                             const std::string& file) {
   Config config;
+  OpenSecrets open;
   // Weakest first; what comes later replaces what came before.
   if (!file.empty()) {
-    if (auto ok = add_file(file, &config.values_); !ok) return ok.error();
+    if (auto ok = add_file(file, &config.values_, &open); !ok)
+      return ok.error();
   }
-  if (auto ok = add_environment(environment, &config.values_); !ok) {
+  if (auto ok = add_environment(environment, &config.values_, &open); !ok) {
     return ok.error();
   }
   Source command_line("command line");
   for (const auto& [name, text] : overrides) {
     if (auto ok = command_line.add(name, text); !ok) return ok.error();
   }
-  command_line.merge_into(&config.values_);
+  command_line.merge_into(&config.values_, &open);
+  for (auto& [name, line] : open) {
+    config.open_secrets_.push_back(std::move(line));
+  }
   add_profile_and_defaults(&config.values_);
   if (auto ok = check_together(config); !ok) return ok.error();
   return config;
@@ -530,6 +555,10 @@ std::vector<std::string> Config::list(std::string_view name) const {
 }
 
 bool Config::prod() const { return text("MACHINA_PROFILE") == "prod"; }
+
+const std::vector<std::string>& Config::open_secrets() const {
+  return open_secrets_;
+}
 
 std::string Config::print() const {
   std::string out;

@@ -69,6 +69,8 @@ class Config {
   bool flag(std::string_view name) const;
   std::vector<std::string> list(std::string_view name) const;  // by comma
   bool prod() const;
+  // A line for each file of a secret that others than its owner may read.
+  const std::vector<std::string>& open_secrets() const;
   std::string print() const;  // a line per variable with its origin
   const std::map<std::string, Value, std::less<>>& values() const;
 
@@ -79,6 +81,7 @@ class Config {
 
  private:
   std::map<std::string, Value, std::less<>> values_;
+  std::vector<std::string> open_secrets_;
 };
 
 // The known variable whose name is least different from `name`.

@@ -1,6 +1,23 @@
 #include "tools/promises.h"
 
+#include <arpa/inet.h>
+
 namespace machina {
+namespace {
+
+// Less can be guessed.
+constexpr std::size_t kTokenBytesMin = 16;
+
+bool is_address(const std::string& host) {
+  in6_addr bytes;
+  // fe80::1%eth0 names an interface too.
+  std::string plain = host.substr(0, host.find('%'));
+  return host == "localhost" ||
+         ::inet_pton(AF_INET, host.c_str(), &bytes) == 1 ||
+         ::inet_pton(AF_INET6, plain.c_str(), &bytes) == 1;
+}
+
+}  // namespace
 
 bool names_loopback(const std::string& host) {
   return host.starts_with("127.") || host == "::1" || host == "[::1]" ||
@@ -10,6 +27,12 @@ bool names_loopback(const std::string& host) {
 std::vector<std::string> start_refusals(const Config& config) {
   std::vector<std::string> lines;
   bool token = !config.text("MACHINA_API_TOKEN").empty();
+  const std::string& host = config.text("MACHINA_HOST");
+  if (!is_address(host)) {
+    lines.push_back("MACHINA_HOST: \"" + host +
+                    "\" is not an address; use 127.0.0.1, or that of an "
+                    "interface");
+  }
   bool hmac = !config.text("MACHINA_API_HMAC_SECRET").empty();
 
   // Signatures come with a later version; to accept the secret and check
@@ -23,10 +46,21 @@ std::vector<std::string> start_refusals(const Config& config) {
     lines.push_back(
         "the prod profile needs authentication: set MACHINA_API_TOKEN or "
         "MACHINA_API_TOKEN_FILE");
-  } else if (!token && !names_loopback(config.text("MACHINA_HOST"))) {
+  } else if (!token && is_address(config.text("MACHINA_HOST")) &&
+             !names_loopback(config.text("MACHINA_HOST"))) {
     lines.push_back("MACHINA_HOST: \"" + config.text("MACHINA_HOST") +
                     "\" can be reached from outside and there is no "
                     "MACHINA_API_TOKEN: set one, or use 127.0.0.1");
+  }
+  const std::size_t token_bytes = config.text("MACHINA_API_TOKEN").size();
+  if (config.prod() && token && token_bytes < kTokenBytesMin) {
+    lines.push_back("MACHINA_API_TOKEN has " + std::to_string(token_bytes) +
+                    " bytes; the prod profile wants at least " +
+                    std::to_string(kTokenBytesMin) +
+                    " (openssl rand -hex 24 makes one)");
+  }
+  if (config.prod()) {
+    for (const auto& line : config.open_secrets()) lines.push_back(line);
   }
   if (!config.flag("MACHINA_WAL_ENABLE")) {
     lines.push_back(

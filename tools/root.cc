@@ -113,6 +113,15 @@ Result<void> check_owner(const std::string& path) {
   return {};
 }
 
+Result<void> check_socket_path(const std::string& root) {
+  std::string path = root_socket(root);
+  if (path.size() <= kSocketPathBytesMax) return {};
+  return refuse(root, "is too long: its socket " + path + " has " +
+                          std::to_string(path.size()) +
+                          " bytes, the bound is " +
+                          std::to_string(kSocketPathBytesMax));
+}
+
 Result<void> make_root(const std::string& path, bool prod) {
   struct stat status {};
   if (::stat(path.c_str(), &status) == 0) return {};
@@ -153,6 +162,12 @@ Result<Root> prepare_root(const std::string& path, bool prod, bool unsafe_fs) {
                   "is not a directory to keep a queue in; name one of "
                   "its own, such as /var/lib/machina");
   }
+  // R5, before anything is made. What is there already may be a link to a
+  // shorter path: that one is asked about below.
+  struct stat status {};
+  if (::lstat(wanted.c_str(), &status) != 0) {
+    if (auto ok = check_socket_path(wanted); !ok) return ok.error();
+  }
   if (auto ok = make_root(wanted, prod); !ok) return ok.error();
 
   char* real = ::realpath(wanted.c_str(), nullptr);
@@ -170,13 +185,8 @@ Result<Root> prepare_root(const std::string& path, bool prod, bool unsafe_fs) {
   if (auto ok = check_owner(root.path); !ok) return ok.error();
 
   root.socket_path = root.path + "/machina.sock";
-  if (root.socket_path.size() > kSocketPathBytesMax) {
-    return refuse(root.path, "is too long: its socket " + root.socket_path +
-                                 " has " +
-                                 std::to_string(root.socket_path.size()) +
-                                 " bytes, the bound is " +
-                                 std::to_string(kSocketPathBytesMax));
-  }
+  // R5 again: a symbolic link may lead to a longer path.
+  if (auto ok = check_socket_path(root.path); !ok) return ok.error();
 
   unsigned long magic = 0;
   root.file_system = file_system_name(root.path);

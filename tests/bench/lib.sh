@@ -137,7 +137,7 @@ start_redis() {  # sets redis_port; AOF, synced at every write
 start_machina() {
   local i
   free_port; machina_port=$port
-  token=bench-$RANDOM$RANDOM$RANDOM
+  token=bench-$(od -An -N12 -tx1 /dev/urandom | tr -d " \n")
   mkdir -m 700 "$dir/root"
   MACHINA_API_TOKEN=$token "$machina" serve --profile prod \
     --root "$dir/root" --host 127.0.0.1 --port "$machina_port" \

@@ -57,7 +57,7 @@ class EndToEnd : public testing::TestWithParam<Who> {
     serve.env = env;
     serve.profile = "prod";
     serve.workers = workers;
-    serve.token = "e2e-token";
+    serve.token = "e2e-token-of-prod";
     if (!as_root()) serve.env["MACHINA_SANDBOX_MIN_LEVEL"] = "L2";
     start(serve);
   }

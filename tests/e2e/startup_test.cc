@@ -64,11 +64,12 @@ TEST_P(Startup, OptionsAndVariables) {
   expect_refused(serve({}, {{"MACHINA_LEASE_MS", "-1"}}), 2,
                  {"MACHINA_LEASE_MS", "-1"});
   expect_refused(serve({"--host", "0.0.0.0"}), 2, {"0.0.0.0"});
+  expect_refused(serve({"--host", "bogus"}), 2, {"bogus", "not an address"});
   expect_refused(p().run({"frobnicate"}), 2, {"frobnicate"});
 }
 
 TEST_P(Startup, ProductionRefusesWhatItCannotPromise) {
-  std::map<std::string, std::string> token = {{"MACHINA_API_TOKEN", "t"}};
+  std::map<std::string, std::string> token = {{"MACHINA_API_TOKEN", "e2e-token-of-prod"}};
   expect_refused(serve({"--profile", "prod"}), 2, {"MACHINA_API_TOKEN"});
   token["MACHINA_WAL_FSYNC"] = "0";
   expect_refused(serve({"--profile", "prod"}, token), 2, {"MACHINA_WAL_FSYNC"});
@@ -151,7 +152,7 @@ TEST_P(Startup, DamageToWhatWasDurableIsRefusedNotCut) {
   std::string flipped = bytes;
   flipped[at] = static_cast<char>(flipped[at] ^ 1);
   write(segment, flipped);
-  std::map<std::string, std::string> env = {{"MACHINA_API_TOKEN", "t"}};
+  std::map<std::string, std::string> env = {{"MACHINA_API_TOKEN", "e2e-token-of-prod"}};
   expect_refused(serve({"--profile", "prod"}, env), 65,
                  {fs::path(segment).filename().string()});
   EXPECT_TRUE(e2e::read_file(segment) == flipped) << "evidence is kept";
@@ -163,6 +164,12 @@ TEST_P(Startup, DamageToWhatWasDurableIsRefusedNotCut) {
 TEST_P(Startup, CommandLineAnswersWithItsExitCodes) {
   Ended none = p().run({"get", "x", "--server", p().url()});
   EXPECT_EQ(none.code, 3) << none.err;
+  std::string gone = p().dir() + "/none.sock";
+  none = p().run({"stats", "--server", gone});
+  EXPECT_EQ(none.code, 3) << none.err;
+  EXPECT_NE(none.err.find(gone), std::string::npos) << none.err;
+  EXPECT_NE(none.err.find("machina serve"), std::string::npos) << none.err;
+  EXPECT_EQ(none.err.find("localhost"), std::string::npos) << none.err;
   start();
   std::string server = p().url();
   Ended e = p().run({"enqueue", "noop", "--payload", R"({"echo":{"a":1}})",

@@ -3,7 +3,11 @@
 #include "tools/promises.h"
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
+#include <cstdio>
+#include <cstdlib>
 #include <map>
 
 namespace machina {
@@ -22,7 +26,7 @@ std::string refusals(std::map<std::string, std::string> settings) {
 }
 
 const std::map<std::string, std::string> kGoodProd = {
-    {"MACHINA_PROFILE", "prod"}, {"MACHINA_API_TOKEN", "t"}};
+    {"MACHINA_PROFILE", "prod"}, {"MACHINA_API_TOKEN", "sixteen-bytes-ok"}};
 
 std::string prod_with(const std::string& name, const std::string& value) {
   auto settings = kGoodProd;
@@ -80,6 +84,62 @@ TEST(StartRefusals, AnOpenAddressWithoutAToken) {
   for (const char* host : {"127.0.0.1", "127.1.2.3", "::1", "localhost"}) {
     EXPECT_EQ(refusals({{"MACHINA_HOST", host}}), "") << host;
   }
+}
+
+TEST(StartRefusals, AHostThatIsNoAddress) {
+  for (const char* host : {"bogus", "300.1.1.1", "127.0.0.1:80", "[::1]"}) {
+    std::string all = refusals({{"MACHINA_HOST", host}});
+    EXPECT_NE(all.find("is not an address"), std::string::npos) << host;
+    EXPECT_EQ(all.find("outside"), std::string::npos) << all;
+  }
+}
+
+TEST(StartRefusals, ATokenThatCanBeGuessedInProd) {
+  std::string all = prod_with("MACHINA_API_TOKEN", "fifteen-bytes-x");
+  EXPECT_NE(all.find("15 bytes"), std::string::npos) << all;
+  EXPECT_NE(all.find("at least 16"), std::string::npos) << all;
+  EXPECT_EQ(all.find("fifteen"), std::string::npos) << "it was printed";
+  EXPECT_EQ(refusals({{"MACHINA_API_TOKEN", "t"}}), "");  // dev
+}
+
+TEST(StartRefusals, ASecretsFileThatOthersMayReadInProd) {
+  char name[] = "/tmp/machina_promises_test.XXXXXX";
+  int fd = ::mkstemp(name);
+  ASSERT_GE(fd, 0);
+  ASSERT_EQ(::write(fd, "sixteen-bytes-ok\n", 17), 17);
+  std::map<std::string, std::string> prod = {{"MACHINA_PROFILE", "prod"}};
+  for (mode_t mode : {0640, 0604, 0660}) {
+    ASSERT_EQ(::fchmod(fd, mode), 0);
+    auto config =
+        Config::load({std::string("MACHINA_API_TOKEN_FILE=") + name}, prod, "");
+    ASSERT_TRUE(config) << config.error().what;
+    auto lines = start_refusals(*config);
+    ASSERT_EQ(lines.size(), 1u);
+    EXPECT_NE(lines[0].find(name), std::string::npos) << lines[0];
+    EXPECT_NE(lines[0].find("chmod 600"), std::string::npos) << lines[0];
+    char digits[8];
+    std::snprintf(digits, sizeof digits, "%04o", mode);
+    EXPECT_NE(lines[0].find(digits), std::string::npos) << lines[0];
+    auto dev =
+        Config::load({std::string("MACHINA_API_TOKEN_FILE=") + name}, {}, "");
+    ASSERT_TRUE(dev);
+    EXPECT_TRUE(start_refusals(*dev).empty());
+    EXPECT_EQ(dev->open_secrets(), lines);  // what the warning says
+    // One that is not in force does no harm.
+    prod["MACHINA_API_TOKEN"] = "another-of-sixteen";
+    auto other =
+        Config::load({std::string("MACHINA_API_TOKEN_FILE=") + name}, prod, "");
+    ASSERT_TRUE(other);
+    EXPECT_TRUE(start_refusals(*other).empty());
+    prod.erase("MACHINA_API_TOKEN");
+  }
+  ASSERT_EQ(::fchmod(fd, 0600), 0);
+  auto config =
+      Config::load({std::string("MACHINA_API_TOKEN_FILE=") + name}, prod, "");
+  ASSERT_TRUE(config);
+  EXPECT_TRUE(start_refusals(*config).empty());
+  ::close(fd);
+  ::unlink(name);
 }
 
 TEST(NotPromised, NamesEachWeakSetting) {

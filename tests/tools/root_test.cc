@@ -103,6 +103,7 @@ TEST_F(RootTest, SocketPathThatDoesNotFitIsRefusedByName) {  // R5
   auto fits = prepare_root(longest, false, true);
   EXPECT_TRUE(fits) << fits.error().what;
   EXPECT_SAYS(refusal(longest + "x"), "/machina.sock has 108 bytes");
+  EXPECT_FALSE(fs::exists(longest + "x")) << "made, then refused";
 }
 
 // R4, on a tmpfs of a mount namespace of our own. Exits 0, or with the number

@@ -141,6 +141,13 @@ Result<Client::Answer> Client::call(const Request& request) {
   curl_easy_getinfo(handle, CURLINFO_RESPONSE_CODE, &answer.status);
   curl_slist_free_all(headers);
   if (code == CURLE_OK) return answer;
+  if (code == CURLE_COULDNT_CONNECT && !socket_.empty()) {
+    // What libcurl says is of the host in the URL, which nobody asked for.
+    return Error{Code::unavailable,
+                 "cannot reach the socket " + socket_ +
+                     (is_socket(socket_) ? ": nobody listens there"
+                                         : ": there is none")};
+  }
   std::string what = *why != '\0' ? why : curl_easy_strerror(code);
   return Error{never_arrived(code) ? Code::unavailable : Code::io,
                where_ + ": " + what};

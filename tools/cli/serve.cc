@@ -143,6 +143,9 @@ int serve(const ServeOptions& options) {
   if (auto ok = check_patterns(*config); !ok) {
     return fail(kUsage, ok.error().what);
   }
+  for (const auto& line : config->open_secrets()) {
+    std::cerr << "warning: " << line << "\n";
+  }
   auto root = prepare_root(config->text("MACHINA_ROOT"), config->prod(),
                            options.unsafe_fs);
   if (!root) return fail(kUsage, root.error().what);
