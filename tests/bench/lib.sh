@@ -13,6 +13,7 @@ set -euo pipefail
 bench_source=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd "$bench_source/../.." && pwd)
 build=${MACHINA_BUILD:-$repo/build/release}
+unset MACHINA_BUILD  # the program would refuse a variable it does not know
 machina=$build/machina
 reference_only=${BENCH_REFERENCE_ONLY:-0}
 dir=$(mktemp -d "${BENCH_DIR:-/var/tmp}/machina-bench-XXXXXX")
