@@ -97,6 +97,24 @@ TEST_F(LifeOfAJob, FromBytesToHistoryAndAcrossARestart) {
   EXPECT_EQ(r.json()["leases"][0]["job"]["kind"], "ext.child");
 }
 
+TEST_F(LifeOfAJob, AFailureThatIsRetriedIsCountedByItsCode) {
+  start_real();
+  Client w = local();
+  ASSERT_EQ(w.post("/v1/jobs", R"({"kind":"ext.a"})").status, 201);
+  Reply r = w.post("/v1/leases", R"({"worker":"w","kinds":["*"]})");
+  std::string token = r.json()["leases"][0]["token"];
+  r = w.post("/v1/leases/" + token + "/fail", R"({"code":"oom"})");
+  ASSERT_EQ(r.status, 200) << r.body;
+  EXPECT_EQ(r.json()["state"], "scheduled");
+  r = w.get("/metrics");
+  EXPECT_NE(r.body.find("machina_jobs_fail_total{code=\"oom\"} 1\n"),
+            std::string::npos)
+      << r.body;
+  Json totals = w.get("/stats").json()["totals"];
+  EXPECT_EQ(totals["attempts_failed_by_code"]["oom"], 1);
+  EXPECT_EQ(totals["ended_by_code"]["oom"], 0);
+}
+
 TEST_F(LifeOfAJob, ALeaseOutlivesTheServerThatGaveIt) {
   start_real();
   Client w = local();
