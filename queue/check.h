@@ -13,7 +13,7 @@ namespace machina {
 
 }  // namespace machina
 
-#define CHECK(condition)                                          \
-  (static_cast<bool>(condition)                                   \
-       ? void(0)                                                  \
+#define CHECK(condition)        \
+  (static_cast<bool>(condition) \
+       ? void(0)                \
        : ::machina::check_failed(#condition, __FILE__, __LINE__))

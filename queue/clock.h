@@ -6,9 +6,9 @@
 
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
-#include <cstddef>
 
 namespace machina {
 

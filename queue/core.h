@@ -115,24 +115,23 @@ struct GoneCommand {
 };
 struct TickCommand {};  // whatever is due: expiry, delays, dependents, dedup
 
-using Command =
-    std::variant<EnqueueCommand, LeaseCommand, HeartbeatCommand,
-                 CompleteCommand, FailCommand, BlockCommand, ReleaseCommand,
-                 CancelCommand, RetryCommand, UnblockCommand, GoneCommand,
-                 TickCommand>;
+using Command = std::variant<EnqueueCommand, LeaseCommand, HeartbeatCommand,
+                             CompleteCommand, FailCommand, BlockCommand,
+                             ReleaseCommand, CancelCommand, RetryCommand,
+                             UnblockCommand, GoneCommand, TickCommand>;
 
 // --- Answers ---------------------------------------------------------------
 
 enum class Answer : std::uint8_t {
   ok,
-  duplicate,       // enqueue: the job that already has the key
-  already,         // cancel: was already asked for, or already cancelled
-  not_found,       //
-  wrong_state,     // 409; `state` says which
-  stale_lease,     // 409; maybe a repeat of a completion: the shard looks
-  dedup_mismatch,  // 422
-  queue_full,      // 429
-  dedup_full,      // 429
+  duplicate,           // enqueue: the job that already has the key
+  already,             // cancel: was already asked for, or already cancelled
+  not_found,           //
+  wrong_state,         // 409; `state` says which
+  stale_lease,         // 409; maybe a repeat of a completion: the shard looks
+  dedup_mismatch,      // 422
+  queue_full,          // 429
+  dedup_full,          // 429
   unknown_dependency,  // 400; `detail` is the id
   bad_token,           // unblock: not the blocked token
   need_facts,  // a dependency (`detail`) is not live and has no fact. enqueue:
@@ -153,10 +152,10 @@ struct GrantAnswer {
   Fence fence = 0;
 };
 struct Decision {
-  std::vector<Record> records;     // to be applied and appended, in order
-  std::vector<ItemAnswer> items;   // one per job, item, fence or id asked about
-  std::vector<GrantAnswer> grants; // of a lease or complete+lease
-  bool park = false;               // lease: nothing to give; wait if you may
+  std::vector<Record> records;    // to be applied and appended, in order
+  std::vector<ItemAnswer> items;  // one per job, item, fence or id asked about
+  std::vector<GrantAnswer> grants;  // of a lease or complete+lease
+  bool park = false;                // lease: nothing to give; wait if you may
   // Parked lease calls that these records feed, with their grants. The caller
   // unparks them when it applies the records.
   struct Fed {
@@ -217,8 +216,8 @@ class Core {
   void set_mono(Millis mono);
   void heartbeat(Fence, Millis deadline_mono, int percent,
                  std::string_view message);
-  void park(const LeaseCommand&);        // waiter != 0
-  void unpark(std::uint64_t waiter);     // unknown numbers are ignored
+  void park(const LeaseCommand&);     // waiter != 0
+  void unpark(std::uint64_t waiter);  // unknown numbers are ignored
   std::size_t parked() const;
   // A lease whose fence is current, or 0 / nil.
   JobId leased_job(Fence) const;

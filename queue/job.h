@@ -44,10 +44,22 @@ std::optional<State> parse_state(std::string_view);
 // How an attempt (or a job) ended. `none` is success, or not ended yet.
 enum class EndCode : std::uint8_t {
   none = 0,
-  exit, signal, timeout, oom, pids, disk, output, sandbox,
-  isolation_unavailable, lease_expired, worker_died, upstream,  // retried
-  verdict, invalid_payload,                                     // -> failed
-  cancelled, dependency,                                        // -> cancelled
+  exit,
+  signal,
+  timeout,
+  oom,
+  pids,
+  disk,
+  output,
+  sandbox,
+  isolation_unavailable,
+  lease_expired,
+  worker_died,
+  upstream,  // retried
+  verdict,
+  invalid_payload,  // -> failed
+  cancelled,
+  dependency,  // -> cancelled
 };
 constexpr int kEndCodes = 17;
 std::string_view name(EndCode);
@@ -119,8 +131,8 @@ struct Outcome {
   std::string usage;         // "
   std::string side_effects;  // "
   std::vector<std::string> artifacts;
-  bool retry = true;          // fail: false -> dead at once
-  Millis retry_after_ms = -1; // fail: replaces the backoff where >= 0
+  bool retry = true;           // fail: false -> dead at once
+  Millis retry_after_ms = -1;  // fail: replaces the backoff where >= 0
   bool operator==(const Outcome&) const = default;
 };
 

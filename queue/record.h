@@ -25,27 +25,27 @@
 namespace machina {
 
 enum class RecordType : std::uint8_t {
-  enqueue = 1,   // a job exists (first commit, or an explicit retry's renewal)
-  grant = 2,     // a lease began
-  end = 3,       // a job reached a final state
-  retry = 4,     // an attempt failed; the job waits for its next
-  release = 5,   // a lease was given back; the attempt does not count
-  block = 6,     // an attempt ended waiting for outside input
-  unblock = 7,   // the input came
-  cancel = 8,    // a running job was asked to stop
-  promote = 9,   // scheduled jobs became ready
-  forget = 10,   // dedup keys expired
+  enqueue = 1,  // a job exists (first commit, or an explicit retry's renewal)
+  grant = 2,    // a lease began
+  end = 3,      // a job reached a final state
+  retry = 4,    // an attempt failed; the job waits for its next
+  release = 5,  // a lease was given back; the attempt does not count
+  block = 6,    // an attempt ended waiting for outside input
+  unblock = 7,  // the input came
+  cancel = 8,   // a running job was asked to stop
+  promote = 9,  // scheduled jobs became ready
+  forget = 10,  // dedup keys expired
 };
 
 // The body: everything the client asked for, as kept for the job's life.
 struct EnqueueRecord {
   JobId id;
   NewJob job;
-  State state = State::ready;      // waiting, scheduled or ready
-  std::vector<JobId> unmet;        // those of depends_on not yet succeeded
-  std::uint8_t revived = 0;        // the final state (6..8) that an explicit
-                                   // retry took it out of; 0: a new job
-  std::uint16_t attempt = 0;       // revived: attempts so far
+  State state = State::ready;  // waiting, scheduled or ready
+  std::vector<JobId> unmet;    // those of depends_on not yet succeeded
+  std::uint8_t revived = 0;    // the final state (6..8) that an explicit
+                               // retry took it out of; 0: a new job
+  std::uint16_t attempt = 0;   // revived: attempts so far
   Millis created_ms = 0;
   bool operator==(const EnqueueRecord&) const = default;
 };

@@ -49,8 +49,8 @@ struct GetQuery {
   Millis wait_ms = 0;        // or so long
 };
 struct ListQuery {
-  std::vector<State> states;  // empty: any
-  std::string kind, queue;    // empty: any
+  std::vector<State> states;                                // empty: any
+  std::string kind, queue;                                  // empty: any
   std::vector<std::pair<std::string, std::string>> labels;  // history only
   Millis since_ms = 0, until_ms = 0;  // by creation; 0: open
   int limit = 50;
@@ -63,10 +63,10 @@ struct Waiting {
 struct Request {
   Address from;
   std::variant<Command, GetQuery, ListQuery> what;
-  Millis wait_ms = 0;       // lease calls: how long they may be parked;
-                            // heartbeat: until a cancel, or so long;
-                            // enqueue of one job: until it ends, or so long
-  bool with_payload = true; // put the payload into the views of the response
+  Millis wait_ms = 0;        // lease calls: how long they may be parked;
+                             // heartbeat: until a cancel, or so long;
+                             // enqueue of one job: until it ends, or so long
+  bool with_payload = true;  // put the payload into the views of the response
 };
 
 struct LeaseView {
@@ -77,22 +77,22 @@ struct LeaseView {
 struct Response {
   Address to;
   enum class Status : std::uint8_t {
-    done,       // see items
-    poisoned,   // 503: the outcome is unknown
-    disk_low,   // 507
-    lagging,    // 503: history is too far behind
-    draining,   // 503: no new leases
-    bad_cursor, // 400
-    failed,     // 500: `detail`
+    done,        // see items
+    poisoned,    // 503: the outcome is unknown
+    disk_low,    // 507
+    lagging,     // 503: history is too far behind
+    draining,    // 503: no new leases
+    bad_cursor,  // 400
+    failed,      // 500: `detail`
   } status = Status::done;
   std::string detail;
   std::vector<ItemAnswer> items;
-  std::vector<JobView> views;     // enqueue: by item (empty id: refused);
-                                  // get: one; list: the page; complete: by item
+  std::vector<JobView> views;  // enqueue: by item (empty id: refused);
+                               // get: one; list: the page; complete: by item
   std::vector<LeaseView> leases;
-  std::string cursor;             // list
-  std::uint64_t scanned = 0;      // list
-  bool waited_out = false;        // the wait passed before the job ended
+  std::string cursor;         // list
+  std::uint64_t scanned = 0;  // list
+  bool waited_out = false;    // the wait passed before the job ended
 };
 
 struct ShardOptions {
@@ -120,7 +120,8 @@ struct ShardStats {
   bool poisoned = false, draining = false;
   std::string poison_cause, recovery;
   // samples since the last call, seconds; bounded
-  std::vector<std::pair<std::string, double>> wait_seconds, run_seconds;  // kind
+  std::vector<std::pair<std::string, double>> wait_seconds,
+      run_seconds;  // kind
 };
 
 class Shard {

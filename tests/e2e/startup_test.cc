@@ -69,7 +69,8 @@ TEST_P(Startup, OptionsAndVariables) {
 }
 
 TEST_P(Startup, ProductionRefusesWhatItCannotPromise) {
-  std::map<std::string, std::string> token = {{"MACHINA_API_TOKEN", "e2e-token-of-prod"}};
+  std::map<std::string, std::string> token = {
+      {"MACHINA_API_TOKEN", "e2e-token-of-prod"}};
   expect_refused(serve({"--profile", "prod"}), 2, {"MACHINA_API_TOKEN"});
   token["MACHINA_WAL_FSYNC"] = "0";
   expect_refused(serve({"--profile", "prod"}, token), 2, {"MACHINA_WAL_FSYNC"});
@@ -152,7 +153,8 @@ TEST_P(Startup, DamageToWhatWasDurableIsRefusedNotCut) {
   std::string flipped = bytes;
   flipped[at] = static_cast<char>(flipped[at] ^ 1);
   write(segment, flipped);
-  std::map<std::string, std::string> env = {{"MACHINA_API_TOKEN", "e2e-token-of-prod"}};
+  std::map<std::string, std::string> env = {
+      {"MACHINA_API_TOKEN", "e2e-token-of-prod"}};
   expect_refused(serve({"--profile", "prod"}, env), 65,
                  {fs::path(segment).filename().string()});
   EXPECT_TRUE(e2e::read_file(segment) == flipped) << "evidence is kept";
