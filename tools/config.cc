@@ -351,7 +351,7 @@ class Source {
     // systemd's own directory is closed; a file's group bits there are the
     // mask of an access list.
     if ((mode & 077) != 0 && !path.starts_with("/run/credentials/")) {
-      char digits[8];
+      char digits[16];
       std::snprintf(digits, sizeof digits, "%04o", mode);
       open_secrets_[secret.name] = name + " (" + origin_ + "): \"" + path +
                                    "\" is open to others (mode " + digits +
