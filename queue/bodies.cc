@@ -10,14 +10,6 @@
 
 namespace machina {
 
-std::size_t JobIdHash::operator()(const JobId& id) const {
-  // The low half of a UUIDv7 is chance; the high half keeps forged ids apart.
-  std::uint64_t high = 0, low = 0;
-  std::memcpy(&high, id.bytes.data(), 8);
-  std::memcpy(&low, id.bytes.data() + 8, 8);
-  return low ^ (high * 0x9e3779b97f4a7c15ull);
-}
-
 std::size_t memory_of(const EnqueueRecord& body) {
   const NewJob& job = body.job;
   std::size_t bytes = sizeof(EnqueueRecord) + 128;  // control block, index
@@ -47,64 +39,81 @@ std::size_t memory_of(const EndRecord& end) {
 
 // --- cache ---
 
-BodyCache::BodyCache(std::size_t bytes_max) : bytes_max_(bytes_max) {
-  // No entry is smaller than an empty body: the table is never over half full.
-  std::size_t most = bytes_max / memory_of(EnqueueRecord{}) + 1;
-  std::size_t slots = std::bit_ceil(2 * most);
+namespace {
+
+constexpr std::size_t kUnit = 8;
+// The table has room for bodies of this size on average; of smaller ones fewer
+// are kept than would fit.
+constexpr std::size_t kBodyBytesLikely = 128;
+
+std::uint32_t short_hash(const JobId& id) {
+  return static_cast<std::uint32_t>(place_of(id));
+}
+
+}  // namespace
+
+BodyCache::BodyCache(std::size_t bytes_max)
+    : capacity_(bytes_max / kUnit * kUnit) {
+  CHECK(capacity_ / kUnit < UINT32_MAX);
+  std::size_t slots = std::bit_ceil(capacity_ / kBodyBytesLikely + 16);
   mask_ = slots - 1;
   slots_ = static_cast<Slot*>(std::calloc(slots, sizeof(Slot)));
-  CHECK(slots_ != nullptr);
+  ring_ = static_cast<std::byte*>(std::calloc(1, capacity_ + sizeof(Head)));
+  CHECK(slots_ != nullptr && ring_ != nullptr);
 }
 
 BodyCache::~BodyCache() {
-  while (newest_ != nullptr) {
-    Entry* entry = newest_;
-    unlink(entry);
-    delete entry;
-  }
+  std::free(ring_);
   std::free(slots_);
 }
 
-void BodyCache::put(Body body) {
-  std::size_t bytes = memory_of(*body);
-  if (bytes > bytes_max_) {
-    take(body->id);  // what it was before is not what it is now
-    return;
-  }
-  std::size_t hash = JobIdHash()(body->id);
-  if (std::size_t old = slot_of(body->id, hash); slots_[old].entry != nullptr) {
-    remove(old);
-  }
-  while (bytes_ + bytes > bytes_max_) {
-    remove(slot_of(oldest_->body->id, oldest_->hash));
-  }
-  std::size_t slot = slot_of(body->id, hash);
-  auto* entry = new Entry{std::move(body), bytes, hash, nullptr, nullptr};
-  slots_[slot] = {hash, entry};
-  link_newest(entry);
-  bytes_ += bytes;
+void BodyCache::put(const JobId& id, std::span<const std::byte> record) {
+  const std::uint32_t hash = short_hash(id);
+  // What it was before is not what it is now.
+  if (std::size_t old = slot_of(id, hash); slots_[old].at != 0) clear_slot(old);
+  std::size_t room = (sizeof(Head) + record.size() + kUnit - 1) / kUnit * kUnit;
+  if (!make_room(room)) return;
+  const Head head{id, static_cast<std::uint32_t>(record.size()), hash};
+  std::memcpy(ring_ + end_, &head, sizeof(head));
+  std::memcpy(ring_ + end_ + sizeof(head), record.data(), record.size());
+  slots_[slot_of(id, hash)] = {static_cast<std::uint32_t>(end_ / kUnit + 1),
+                               hash};
+  end_ += room;
   ++size_;
 }
 
-Body BodyCache::get(const JobId& id) {
-  Entry* entry = slots_[slot_of(id, JobIdHash()(id))].entry;
-  if (entry == nullptr) return nullptr;
-  if (entry != newest_) {
-    unlink(entry);
-    link_newest(entry);
-  }
-  return entry->body;
+Body BodyCache::get(const JobId& id) const {
+  return body_in(slots_[slot_of(id, short_hash(id))]);
 }
 
 Body BodyCache::take(const JobId& id) {
-  std::size_t slot = slot_of(id, JobIdHash()(id));
-  return slots_[slot].entry == nullptr ? nullptr : remove(slot);
+  std::size_t slot = slot_of(id, short_hash(id));
+  Body body = body_in(slots_[slot]);
+  if (body != nullptr) clear_slot(slot);
+  return body;
 }
 
-std::size_t BodyCache::slot_of(const JobId& id, std::size_t hash) const {
+BodyCache::Head BodyCache::head(std::size_t at) const {
+  Head head;
+  std::memcpy(&head, ring_ + at, sizeof(head));
+  return head;
+}
+
+Body BodyCache::body_in(const Slot& slot) const {
+  if (slot.at == 0) return nullptr;
+  std::size_t at = (slot.at - 1) * kUnit;
+  auto record =
+      decode(RecordType::enqueue, {ring_ + at + sizeof(Head), head(at).bytes});
+  CHECK(record);
+  return std::make_shared<const EnqueueRecord>(
+      std::move(std::get<EnqueueRecord>(record->body)));
+}
+
+std::size_t BodyCache::slot_of(const JobId& id, std::uint32_t hash) const {
   std::size_t slot = hash & mask_;
-  while (slots_[slot].entry != nullptr &&
-         (slots_[slot].hash != hash || slots_[slot].entry->body->id != id)) {
+  while (slots_[slot].at != 0 &&
+         (slots_[slot].hash != hash ||
+          head((slots_[slot].at - 1) * kUnit).id != id)) {
     slot = (slot + 1) & mask_;
   }
   return slot;
@@ -115,7 +124,7 @@ void BodyCache::clear_slot(std::size_t gap) {
   std::size_t slot = gap;
   while (true) {
     slot = (slot + 1) & mask_;
-    if (slots_[slot].entry == nullptr) break;
+    if (slots_[slot].at == 0) break;
     std::size_t home = slots_[slot].hash & mask_;
     // It may move into the gap unless its home lies behind the gap.
     if (((slot - home) & mask_) >= ((slot - gap) & mask_)) {
@@ -123,30 +132,44 @@ void BodyCache::clear_slot(std::size_t gap) {
       gap = slot;
     }
   }
-  slots_[gap] = {0, nullptr};
-}
-
-Body BodyCache::remove(std::size_t slot) {
-  Entry* entry = slots_[slot].entry;
-  clear_slot(slot);
-  unlink(entry);
-  bytes_ -= entry->bytes;
+  slots_[gap] = {0, 0};
   --size_;
-  Body body = std::move(entry->body);
-  delete entry;
-  return body;
 }
 
-void BodyCache::link_newest(Entry* entry) {
-  entry->newer = nullptr;
-  entry->older = newest_;
-  (newest_ != nullptr ? newest_->newer : oldest_) = entry;
-  newest_ = entry;
+// At end_. False: it will never fit.
+bool BodyCache::make_room(std::size_t bytes) {
+  if (bytes > capacity_) return false;
+  // Half empty: ids lie in runs (place_of), and a search ends at a gap.
+  while (size_ > mask_ / 2) drop_oldest();
+  while (true) {
+    if (wrapped_) {
+      if (oldest_ - end_ >= bytes) return true;
+      drop_oldest();
+    } else {
+      if (capacity_ - end_ >= bytes) return true;
+      wrapped_ = true;
+      wrap_ = std::exchange(end_, 0);
+      if (oldest_ == wrap_) wrapped_ = false, oldest_ = 0;  // it was empty
+    }
+  }
 }
 
-void BodyCache::unlink(Entry* entry) {
-  (entry->newer != nullptr ? entry->newer->older : newest_) = entry->older;
-  (entry->older != nullptr ? entry->older->newer : oldest_) = entry->newer;
+void BodyCache::drop_oldest() {
+  const Head old = head(oldest_);
+  // Unless it was taken, or put again.
+  const auto at = static_cast<std::uint32_t>(oldest_ / kUnit + 1);
+  std::size_t slot = old.hash & mask_;
+  while (slots_[slot].at != 0 && slots_[slot].at != at) {
+    slot = (slot + 1) & mask_;
+  }
+  if (slots_[slot].at == at) clear_slot(slot);
+  oldest_ += (sizeof(Head) + old.bytes + kUnit - 1) / kUnit * kUnit;
+  if (wrapped_ && oldest_ == wrap_) {
+    wrapped_ = false;
+    oldest_ = 0;
+  }
+  // Bodies go one by one as others come: the next one's slot will be wanted.
+  __builtin_prefetch(&slots_[head(oldest_).hash & mask_]);
 }
 
 // --- reading the log ---

@@ -5,7 +5,7 @@
 // the rest (and history) without the loop ever touching a file.
 //
 //   D1  The cache never holds more than its bound (one body over it is not
-//       kept at all); the least recently used goes first.
+//       kept at all); the oldest goes first.
 //   D2  A task runs on a store thread; what it returns runs on the owner's
 //       thread, in run_done(). Between the two it owns all that it touches.
 //   D3  At most kStoreTasksMax tasks wait; then post() says no.
@@ -19,6 +19,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <thread>
 #include <vector>
 
@@ -30,7 +31,7 @@
 namespace machina {
 
 struct JobIdHash {
-  std::size_t operator()(const JobId& id) const;
+  std::size_t operator()(const JobId& id) const { return place_of(id); }
 };
 
 using Body = std::shared_ptr<const EnqueueRecord>;
@@ -38,46 +39,50 @@ using Body = std::shared_ptr<const EnqueueRecord>;
 std::size_t memory_of(const EnqueueRecord& body);  // roughly, for bounds
 std::size_t memory_of(const EndRecord& end);
 
-// Found through a flat table that is made once, large enough for all that the
-// bound allows: with jobs by the hundred thousand a lookup costs what it misses
-// in the processor's caches, and here that is one line.
+// Bodies in the log's own form, one behind the other in a ring: to take one in
+// is a copy of its bytes, and those it overwrites need not be looked at. They
+// are found through a flat table. With jobs by the hundred thousand both cost
+// what they miss in the processor's caches, and that is a line or two.
 class BodyCache {
  public:
   explicit BodyCache(std::size_t bytes_max);
   ~BodyCache();
   BodyCache(const BodyCache&) = delete;
 
-  void put(Body body);
-  Body get(const JobId& id);   // null: not here
-  Body take(const JobId& id);  // and forget it
-  std::size_t bytes() const { return bytes_; }
+  // `record`: an EnqueueRecord, encoded.
+  void put(const JobId& id, std::span<const std::byte> record);
+  Body get(const JobId& id) const;  // null: not here
+  Body take(const JobId& id);       // and forget it
   std::size_t size() const { return size_; }
+  std::size_t bytes_max() const { return capacity_; }
 
  private:
-  struct Entry {
-    Body body;
-    std::size_t bytes = 0;
-    std::size_t hash = 0;
-    Entry* newer = nullptr;
-    Entry* older = nullptr;
+  struct Head {  // of a body in the ring
+    JobId id;
+    std::uint32_t bytes;
+    std::uint32_t hash;
   };
-  struct Slot {  // linear probing; no entry: empty
-    std::size_t hash;
-    Entry* entry;
+  struct Slot {        // linear probing
+    std::uint32_t at;  // in the ring, in units of kUnit, from 1; 0: empty
+    std::uint32_t hash;
   };
 
+  Head head(std::size_t at) const;
   // The slot of `id`, or the empty one where it would go.
-  std::size_t slot_of(const JobId& id, std::size_t hash) const;
+  std::size_t slot_of(const JobId& id, std::uint32_t hash) const;
+  Body body_in(const Slot& slot) const;
   void clear_slot(std::size_t slot);
-  void link_newest(Entry* entry);
-  void unlink(Entry* entry);
-  Body remove(std::size_t slot);
+  bool make_room(std::size_t bytes);
+  void drop_oldest();
 
-  const std::size_t bytes_max_;
-  std::size_t bytes_ = 0, size_ = 0;
-  Entry* newest_ = nullptr;
-  Entry* oldest_ = nullptr;
-  Slot* slots_;  // calloc'ed: pages that were never used cost nothing
+  const std::size_t capacity_;
+  // The ring holds [oldest_, end_), or, when wrapped, [oldest_, wrap_) and
+  // [0, end_).
+  std::size_t oldest_ = 0, end_ = 0, wrap_ = 0;
+  bool wrapped_ = false;
+  std::size_t size_ = 0;
+  std::byte* ring_;  // these two calloc'ed: what was never used costs nothing
+  Slot* slots_;
   std::size_t mask_;
 };
 

@@ -149,6 +149,9 @@ Result<Manifest::Checkpoint> write_checkpoint(
                              chunk.data(), chunk.size(), chunks)});
     if (auto ok = sink.add(head); !ok) return ok.error();
     if (auto ok = sink.add(chunk); !ok) return ok.error();
+    // In small parts, so that the log's next sync has not much to wait for.
+    if (at + chunk.size() == image.size()) continue;
+    if (auto ok = (*file)->sync(); !ok) return ok.error();
   }
   std::array<std::byte, kTailBytes> tail{};
   put(tail.data(), kTailMagic);

@@ -22,11 +22,7 @@ std::uint64_t mix(std::uint64_t x) {  // splitmix64's finaliser
 
 }  // namespace
 
-std::uint64_t JobById::hash(const JobId& id) {
-  std::uint64_t halves[2];
-  std::memcpy(halves, id.bytes.data(), sizeof(halves));
-  return mix(halves[0] ^ mix(halves[1]));
-}
+std::uint64_t JobById::hash(const JobId& id) { return place_of(id); }
 
 std::uint64_t LeaseByFence::hash(Fence fence) { return mix(fence); }
 
@@ -36,16 +32,21 @@ std::uint64_t QueueEntry::live() const {
   return sum;
 }
 
-std::string line_key(std::string_view queue, std::string_view kind,
-                     Level level) {
-  std::string key;
-  key.reserve(queue.size() + kind.size() + 2);
-  key.append(queue).push_back('\0');  // which no name holds
-  key.append(kind).push_back(static_cast<char>(level));
-  return key;
+LineKey::LineKey(std::string_view queue, std::string_view kind, Level level)
+    : size_(queue.size() + kind.size() + 2) {
+  char* at = bytes_;
+  if (size_ > sizeof(bytes_)) {
+    longer_.resize(size_);
+    at = longer_.data();
+  }
+  std::memcpy(at, queue.data(), queue.size());
+  at += queue.size();
+  *at++ = '\0';  // which no name holds
+  std::memcpy(at, kind.data(), kind.size());
+  at[kind.size()] = static_cast<char>(level);
 }
 
-DedupKey dedup_key_of(const NewJob& job) {
+KeyHash dedup_key_of(const NewJob& job) {
   char bytes[kTenantBytesMax + kQueueBytesMax + kDedupKeyBytesMax + 2];
   std::size_t size =
       job.tenant.size() + job.queue.size() + job.dedup_key.size() + 2;
@@ -66,6 +67,16 @@ DedupKey dedup_key_of(const NewJob& job) {
   *at++ = '\0';
   add(job.dedup_key);
   XXH128_hash_t hash = XXH3_128bits(begin, size);
+  return {hash.low64, hash.high64};
+}
+
+// A client's keys are its tenant's own. What a kind's key names, a repository,
+// is one for all tenants. The first byte keeps the two apart.
+KeyHash concurrency_key_of(const NewJob& job) {
+  std::string bytes(1, job.kind_key ? 'k' : 'c');
+  if (!job.kind_key) bytes.append(job.tenant).push_back('\0');
+  bytes.append(job.concurrency_key);
+  XXH128_hash_t hash = XXH3_128bits(bytes.data(), bytes.size());
   return {hash.low64, hash.high64};
 }
 
@@ -101,6 +112,8 @@ void Core::set_epoch(std::uint32_t writer_epoch) {
   CHECK(writer_epoch < (1u << 24));
   CHECK(writer_epoch >= s.last_fence >> 40);
   s.epoch = writer_epoch;
+  // Far from where the last writers' ids counted.
+  s.next_id = writer_epoch * 0x9e3779b9ull;
   s.next_counter = 1;
   if (s.last_fence >> 40 == writer_epoch) {
     s.next_counter = (s.last_fence & ((1ULL << 40) - 1)) + 1;
@@ -244,8 +257,8 @@ Core::Look Core::Impl::look(std::uint32_t slot) const {
   } else {
     v.run_at_ms = e.time;
   }
-  if (e.extra != kNone) {
-    const ExtraEntry& extra = extras[e.extra];
+  if (extra_slot(e) != kNone) {
+    const ExtraEntry& extra = extras[extra_slot(e)];
     look.note_place = extra.note_place;
     look.note_bytes = extra.note_bytes;
     v.error_code = static_cast<EndCode>(extra.error_code);
@@ -273,6 +286,12 @@ Core::Look Core::Impl::look(std::uint32_t slot) const {
       if (i >= line.level) strong += here;
     }
     v.waiting_for_level = all > 0 && strong == 0;
+  }
+  if (v.state == State::ready && (e.flags & kKeyed)) {
+    const KeyedEntry& own = keyed[e.extra];
+    const GroupEntry& group = groups[own.group];
+    v.waiting_for_concurrency =
+        !group.open || own.limit <= keys[group.key].running;
   }
   return look;
 }
@@ -309,6 +328,10 @@ std::vector<QueueCounts> Core::counts() const {
         if (oldest == 0 || since < oldest) oldest = since;
       }
     }
+    // Of those with a key, what goes next; who waits for a slot is not late.
+    if (!line.open || line.open->empty()) continue;
+    Millis since = s.jobs[s.first_ready(s.groups[line.open->top()])].time;
+    if (oldest == 0 || since < oldest) oldest = since;
   }
   return all;
 }

@@ -19,7 +19,7 @@
 // linear-hash indexes that grow one bucket at a time: nothing is ever
 // proportional to the backlog.
 //
-//   C1..C15  docs/core-invariants.md, asserted by check_invariants() and
+//   C1..C17  docs/core-invariants.md, asserted by check_invariants() and
 //            after every step of tests/sim.
 
 #pragma once
@@ -172,6 +172,7 @@ struct CoreOptions {
   std::uint64_t dedup_max = 20'000'000;  // live keys, then dedup_full
   Millis lease_ms = 30'000;
   std::uint32_t names_max = 4096;  // distinct (queue, kind, level) lines
+  std::uint64_t concurrency_keys_max = 1'000'000;  // live ones
   bool fsync = true;
 };
 
@@ -184,6 +185,7 @@ struct QueueCounts {
 
 struct CoreTotals {
   std::uint64_t enqueued = 0, duplicates = 0, grants = 0, retried = 0;
+  std::uint64_t dead = 0;  // ends without a verdict
   std::uint64_t ended_by_code[kEndCodes] = {};
   // Failures: ends but success, and attempts that failed and were retried.
   std::uint64_t attempts_failed_by_code[kEndCodes] = {};
@@ -198,7 +200,8 @@ class Core {
   // What should happen, given server time and chance. Changes nothing. `now`
   // is wall time clamped by the caller to never go back; `random` supplies ids
   // and jitter and is a pure function of the command's own seed.
-  Decision decide(Millis now, std::uint64_t seed, const Command&) const;
+  // What a command brings in may be moved into its records.
+  Decision decide(Millis now, std::uint64_t seed, Command) const;
 
   // The only mutator of durable state. CHECKs that the record is legal here:
   // it was decided by us, or comes checksummed from our log. Append first:
@@ -262,10 +265,25 @@ class Core {
   void save(std::vector<std::byte>* out) const;
   Result<void> load(std::span<const std::byte> bytes);
 
+  struct Impl;  // queue/core_state.h
+
+  // The state as it was at freeze(), whatever is applied since; save() as
+  // above, on any thread. It shares the core's memory, page by page, until the
+  // core changes a page.
+  class Frozen {
+   public:
+    explicit Frozen(std::unique_ptr<const Impl> state);
+    ~Frozen();
+    void save(std::vector<std::byte>* out) const;
+
+   private:
+    std::unique_ptr<const Impl> state_;
+  };
+  // Takes time in proportion to pages, not to jobs: a millisecond for millions.
+  std::shared_ptr<const Frozen> freeze();
+
   // CHECKs every invariant; O(state). For tests and the simulator.
   void check_invariants() const;
-
-  struct Impl;  // queue/core_state.h
 
  private:
   std::unique_ptr<Impl> impl_;

@@ -61,6 +61,7 @@ void Core::Impl::apply(const Record& record) {
 
 void Core::Impl::apply(const Record& record, const EnqueueRecord& r) {
   CHECK(find(r.id) == kNone);
+  ++next_id;
   const NewJob& job = r.job;
   std::uint32_t slot = jobs.allocate();
   std::uint32_t line = line_for(job.queue, job.kind, job.min_level);
@@ -79,6 +80,9 @@ void Core::Impl::apply(const Record& record, const EnqueueRecord& r) {
   e.limit = static_cast<std::uint16_t>(
       e.base + std::clamp(job.max_attempts, 1, kMaxAttemptsMax));
   e.time = job.run_at_ms;
+  if (!job.concurrency_key.empty()) {
+    set_key(slot, concurrency_key_of(job), job.concurrency_limit);
+  }
   job_index.insert(slot);
   use_line(line, +1);
   need(record.place, +1);
@@ -110,7 +114,7 @@ void Core::Impl::apply(const Record& record, const EnqueueRecord& r) {
 }
 
 void Core::Impl::remember(const NewJob& job, const JobId& id) {
-  DedupKey key = dedup_key_of(job);
+  KeyHash key = dedup_key_of(job);
   std::uint32_t slot = dedup_index.find(key);
   bool known = slot != kNone;
   if (known) {
@@ -151,6 +155,8 @@ void Core::Impl::apply(const Record&, const GrantRecord& r) {
   CHECK(e.state == u8(State::ready));
   CHECK(r.attempt == e.attempt + 1);
   CHECK(r.fence > last_fence);
+  CHECK(!(e.flags & kKeyed) ||
+        keyed[e.extra].limit > keys[key_slot(e)].running);
   leave(slot);
   LeaseEntry lease{};
   lease.fence = r.fence;
@@ -225,6 +231,7 @@ void Core::Impl::apply(const Record& record, const EndRecord& r) {
   leave(slot);
   job_index.erase(slot);
   need(e.body_place, -1);
+  if (e.flags & kKeyed) drop_key(slot);
   if (e.extra != kNone) {
     need(extras[e.extra].note_place, -1);
     extras.release(e.extra);
@@ -232,6 +239,7 @@ void Core::Impl::apply(const Record& record, const EndRecord& r) {
   }
   ++queues[lines[e.line].queue].by_state[u8(r.state)];
   ++totals.ended_by_code[static_cast<int>(r.outcome.code)];
+  if (r.state == State::dead) ++totals.dead;
   if (r.outcome.code != EndCode::none) {
     ++totals.attempts_failed_by_code[static_cast<int>(r.outcome.code)];
   }
@@ -344,11 +352,16 @@ void Core::Impl::insert(std::uint32_t slot, State state) {
     e.a = kNone;
     return;
   }
-  if (state == State::running) return;  // e.a is the lease
+  if (state == State::running) {  // e.a is the lease
+    if (e.flags & kKeyed) use_slot(slot, +1);
+    return;
+  }
   if (state == State::scheduled) {
     due.push(slot);
   } else if (state == State::blocked) {
     if (e.time > 0) deadlines.push(slot);
+  } else if (e.flags & kKeyed) {
+    join_group(slot);
   } else {
     int list = e.flags & kReturned ? kReturnedList : kFreshList;
     list_push(jobs, lines[e.line].lists[e.priority][list], slot);
@@ -371,6 +384,10 @@ void Core::Impl::leave(std::uint32_t slot) {
       due.remove(slot);
       break;
     case State::ready: {
+      if (e.flags & kKeyed) {
+        leave_group(slot);
+        break;
+      }
       int list = e.flags & kReturned ? kReturnedList : kFreshList;
       list_remove(jobs, lines[e.line].lists[e.priority][list], slot);
       count_ready(e.line, -1);
@@ -378,6 +395,7 @@ void Core::Impl::leave(std::uint32_t slot) {
     }
     case State::running:
       end_lease(e.a);
+      if (e.flags & kKeyed) use_slot(slot, -1);
       break;
     case State::blocked:
       if (e.time > 0) deadlines.remove(slot);
@@ -400,8 +418,9 @@ void Core::Impl::make_due(std::uint32_t slot) {
 
 ExtraEntry& Core::Impl::extra_of(std::uint32_t slot) {
   JobEntry& e = jobs[slot];
-  if (e.extra == kNone) e.extra = extras.allocate();
-  return extras[e.extra];
+  std::uint32_t& at = e.flags & kKeyed ? keyed[e.extra].extra : e.extra;
+  if (at == kNone) at = extras.allocate();
+  return extras[at];
 }
 
 void Core::Impl::set_note(std::uint32_t slot, Place place,
@@ -411,6 +430,134 @@ void Core::Impl::set_note(std::uint32_t slot, Place place,
   need(extra.note_place, -1);
   extra.note_place = place;
   extra.note_bytes = bytes;
+}
+
+// --- concurrency keys ---
+
+std::uint32_t Core::Impl::group_of(std::uint32_t key,
+                                   std::uint32_t line) const {
+  std::uint32_t at = keys[key].groups;
+  while (at != kNone && groups[at].line != line) at = groups[at].next;
+  return at;
+}
+
+std::uint32_t Core::Impl::next_ready(std::uint32_t slot) const {
+  const JobEntry& e = jobs[slot];
+  if (e.a != kNone) return e.a;
+  std::uint32_t at = groups[keyed[e.extra].group].ranks;
+  while (at != kNone && ranks[at].rank <= rank_of(e)) at = ranks[at].next;
+  return at == kNone ? kNone : ranks[at].list.head;
+}
+
+// The job has a line, and no key yet.
+void Core::Impl::set_key(std::uint32_t slot, const KeyHash& hash,
+                         std::uint16_t limit) {
+  JobEntry& e = jobs[slot];
+  std::uint32_t key = key_index.find(hash);
+  if (key == kNone) {
+    key = keys.allocate();
+    keys[key].hash = hash;
+    keys[key].groups = kNone;
+    key_index.insert(key);
+  }
+  std::uint32_t at = group_of(key, e.line);
+  if (at == kNone) {
+    at = groups.allocate();
+    GroupEntry& g = groups[at];
+    g.key = key;
+    g.line = e.line;
+    g.ranks = g.before = kNone;
+    g.next = keys[key].groups;
+    if (g.next != kNone) groups[g.next].before = at;
+    keys[key].groups = at;
+    ++keys[key].lines;
+  }
+  ++groups[at].jobs;
+  std::uint32_t own = keyed.allocate();
+  keyed[own].group = at;
+  keyed[own].extra = e.extra;
+  keyed[own].limit = limit;
+  e.extra = own;
+  e.flags |= kKeyed;
+}
+
+void Core::Impl::drop_key(std::uint32_t slot) {
+  JobEntry& e = jobs[slot];
+  std::uint32_t own = e.extra, at = keyed[own].group, key = groups[at].key;
+  e.extra = keyed[own].extra;
+  e.flags = static_cast<std::uint8_t>(e.flags & ~kKeyed);
+  keyed.release(own);
+  GroupEntry& g = groups[at];
+  if (--g.jobs > 0) return;
+  (g.before == kNone ? keys[key].groups : groups[g.before].next) = g.next;
+  if (g.next != kNone) groups[g.next].before = g.before;
+  groups.release(at);
+  if (--keys[key].lines > 0) return;
+  key_index.erase(key);
+  keys.release(key);
+}
+
+void Core::Impl::join_group(std::uint32_t slot) {
+  const JobEntry& e = jobs[slot];
+  std::uint32_t group = keyed[e.extra].group;
+  std::uint32_t* at = &groups[group].ranks;
+  while (*at != kNone && ranks[*at].rank < rank_of(e)) at = &ranks[*at].next;
+  if (*at == kNone || ranks[*at].rank != rank_of(e)) {
+    std::uint32_t fresh = ranks.allocate();
+    ranks[fresh].rank = rank_of(e);
+    ranks[fresh].list = JobList{};
+    ranks[fresh].next = *at;
+    *at = fresh;
+  }
+  list_push(jobs, ranks[*at].list, slot);
+  refresh(group);
+}
+
+void Core::Impl::leave_group(std::uint32_t slot) {
+  const JobEntry& e = jobs[slot];
+  std::uint32_t group = keyed[e.extra].group;
+  std::uint32_t* at = &groups[group].ranks;
+  while (ranks[*at].rank != rank_of(e)) at = &ranks[*at].next;
+  std::uint32_t rank = *at;
+  list_remove(jobs, ranks[rank].list, slot);
+  if (ranks[rank].list.head == kNone) {
+    *at = ranks[rank].next;
+    ranks.release(rank);
+  }
+  refresh(group);
+}
+
+// At most kKeyLinesMax groups look whether they are open now.
+void Core::Impl::use_slot(std::uint32_t slot, int delta) {
+  KeyEntry& key = keys[key_slot(jobs[slot])];
+  key.running += static_cast<std::uint32_t>(delta);
+  for (auto at = key.groups; at != kNone; at = groups[at].next) refresh(at);
+}
+
+// Its first job or its key's slots may have changed.
+void Core::Impl::refresh(std::uint32_t group) {
+  GroupEntry& g = groups[group];
+  std::uint32_t first = first_ready(g);
+  bool open = false;
+  if (first != kNone) {
+    const JobEntry& e = jobs[first];
+    open = keyed[e.extra].limit > keys[g.key].running;
+    g.order = e.order;
+    g.rank = rank_of(e);
+  }
+  std::shared_ptr<OpenGroups>& heap = lines[g.line].open;
+  if (open && g.open) {
+    heap->update(group);
+  } else if (open) {
+    g.open = true;
+    if (!heap) heap = std::make_shared<OpenGroups>(&groups);
+    heap->push(group);
+    count_ready(g.line, +1);
+  } else if (g.open) {
+    g.open = false;
+    heap->remove(group);
+    count_ready(g.line, -1);
+  }
 }
 
 // --- dependencies ---
@@ -491,8 +638,8 @@ void Core::Impl::pump() {
 
 std::uint32_t Core::Impl::line_for(std::string_view queue,
                                    std::string_view kind, Level level) {
-  std::string key = line_key(queue, kind, level);
-  auto found = line_names.find(key);
+  const LineKey key(queue, kind, level);
+  auto found = line_names.find(std::string_view(key));
   if (found != line_names.end()) return found->second;
   std::uint32_t in_queue = queue_for(queue);
   std::uint32_t at = static_cast<std::uint32_t>(lines.size());
@@ -507,7 +654,7 @@ std::uint32_t Core::Impl::line_for(std::string_view queue,
   line.kind = kind;
   line.level = level;
   line.queue = in_queue;
-  line_names.emplace(std::move(key), at);
+  line_names.emplace(key.string(), at);
   match_waiters(at);
   return at;
 }
@@ -540,7 +687,8 @@ std::uint32_t Core::Impl::queue_for(std::string_view name) {
 void Core::Impl::forget_line(std::uint32_t at) {
   const Line& old = lines[at];
   if (old.kind.empty()) return;
-  line_names.erase(line_key(queues[old.queue].name, old.kind, old.level));
+  line_names.erase(
+      LineKey(queues[old.queue].name, old.kind, old.level).string());
   lines[at] = Line{};
   match_waiters(at);
 }

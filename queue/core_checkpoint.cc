@@ -12,9 +12,13 @@ namespace machina {
 namespace {
 
 constexpr std::uint64_t kMagic = 0x31504b4348434d4dULL;  // "MMCHCKP1"
+// "MMCHCKP2": has jobs with concurrency keys. Written only where there are
+// some, so that a program before it can read the rest.
+constexpr std::uint64_t kMagicKeys = 0x32504b4348434d4dULL;
 constexpr std::uint8_t kKeptFlags = kCancel | kReturned | kDiedOnce;
 // The shortest a job can be: its id and one byte for each other field.
 constexpr std::size_t kJobBytesMin = 16 + 14;
+constexpr std::size_t kJobBytesLikely = 56;
 
 class Saver {
  public:
@@ -22,13 +26,14 @@ class Saver {
       : s_(state), w_(out) {}
 
   void save() {
-    w_.u64(kMagic);
+    w_.u64(s_.keyed.used() > 0 ? kMagicKeys : kMagic);
     w_.number(s_.applied);
     w_.signed_number(s_.time);
     w_.number(s_.next_order);
     w_.u64(s_.last_fence);
     names();
     ready();
+    if (s_.keyed.used() > 0) ready_with_keys();
     others();
     w_.number(length(s_.doomed));
     for (auto i = s_.doomed.head; i != kNone; i = s_.jobs[i].a) job(i);
@@ -77,6 +82,20 @@ class Saver {
     }
   }
 
+  void ready_with_keys() {
+    std::uint64_t count = 0;
+    auto each = [this](const auto& visit) {
+      for (std::uint32_t i = 0; i < s_.groups.end(); ++i) {
+        if (s_.groups[i].jobs == 0) continue;  // free
+        auto slot = s_.first_ready(s_.groups[i]);
+        for (; slot != kNone; slot = s_.next_ready(slot)) visit(slot);
+      }
+    };
+    each([&count](std::uint32_t) { ++count; });
+    w_.number(count);
+    each([this](std::uint32_t slot) { job(slot); });
+  }
+
   void others() {
     std::uint64_t count = 0;
     auto each = [this](const auto& visit) {
@@ -110,10 +129,17 @@ class Saver {
     w_.number(e.limit);
     w_.number(e.tenant);
     w_.u8(e.priority);
-    w_.u8(static_cast<std::uint8_t>((e.flags & kKeptFlags) |
-                                    (e.extra == kNone ? 0 : kUsed)));
+    std::uint32_t note = s_.extra_slot(e);
+    w_.u8(static_cast<std::uint8_t>((e.flags & (kKeptFlags | kKeyed)) |
+                                    (note == kNone ? 0 : kUsed)));
+    if (e.flags & kKeyed) {
+      const KeyHash& hash = s_.keys[s_.key_slot(e)].hash;
+      w_.u64(hash.low);
+      w_.u64(hash.high);
+      w_.number(s_.keyed[e.extra].limit);
+    }
     dependents(slot);
-    if (e.extra != kNone) extra(s_.extras[e.extra]);
+    if (note != kNone) extra(s_.extras[note]);
     if (e.state == u8(State::running)) lease(s_.leases[e.a]);
   }
 
@@ -176,13 +202,16 @@ class Loader {
       : s_(*state), r_(bytes) {}
 
   Result<void> load() {
-    if (r_.u64() != kMagic) r_.fail();
+    std::uint64_t magic = r_.u64();
+    has_keys_ = magic == kMagicKeys;
+    if (magic != kMagic && !has_keys_) r_.fail();
     s_.applied = r_.number();
     s_.time = r_.signed_number();
     s_.next_order = r_.number();
     s_.last_fence = r_.u64();
     names();
     ready();
+    if (has_keys_) ready_with_keys();
     others();
     doomed();
     ended();
@@ -230,7 +259,7 @@ class Loader {
       bool good = line.queue < s_.queues.size() && !line.kind.empty();
       if (!ok(good, "lines")) return;
       std::string key =
-          line_key(s_.queues[line.queue].name, line.kind, line.level);
+          LineKey(s_.queues[line.queue].name, line.kind, line.level).string();
       std::uint32_t at = static_cast<std::uint32_t>(s_.lines.size());
       if (!ok(s_.line_names.emplace(key, at).second, "lines")) return;
       s_.lines.push_back(std::move(line));
@@ -248,11 +277,22 @@ class Loader {
           bool returned = i % 2 == kReturnedList;
           bool good = e.line == at && e.priority == i / 2 &&
                       returned == ((e.flags & kReturned) != 0) &&
-                      e.order > before;
+                      !(e.flags & kKeyed) && e.order > before;
           before = e.order;
           ok(good, "a ready job is out of place");
         }
       }
+    }
+  }
+
+  void ready_with_keys() {
+    std::uint64_t count = r_.count_of(kJobBytesMin);
+    for (; count > 0 && r_.ok(); --count) {
+      std::uint32_t slot = job(State::ready);
+      if (slot == kNone) return;
+      const JobEntry& e = s_.jobs[slot];
+      bool in_order = e.b == kNone || s_.jobs[e.b].order < e.order;
+      ok((e.flags & kKeyed) && in_order, "a ready job is out of place");
     }
   }
 
@@ -310,11 +350,11 @@ class Loader {
     e.priority = r_.u8_below(kPriorities);
     std::uint8_t flags = r_.u8();
     bool running = state == State::running;
-    bool good = (flags & ~(kKeptFlags | kUsed)) == 0 &&
-                e.line < s_.lines.size() && e.tenant < s_.tenants.size() &&
-                e.order < s_.next_order && e.base <= e.attempt &&
-                e.attempt <= e.limit && e.base < e.limit &&
-                (running || !(flags & kCancel)) &&
+    const int known = kKeptFlags | kUsed | (has_keys_ ? kKeyed : 0);
+    bool good = (flags & ~known) == 0 && e.line < s_.lines.size() &&
+                e.tenant < s_.tenants.size() && e.order < s_.next_order &&
+                e.base <= e.attempt && e.attempt <= e.limit &&
+                e.base < e.limit && (running || !(flags & kCancel)) &&
                 (!running || ((flags & kReturned) && e.attempt > e.base));
     if (!ok(good, "a job") || !ok(s_.find(e.id) == kNone, "an id twice")) {
       return kNone;
@@ -323,10 +363,19 @@ class Loader {
     s_.job_index.insert(slot);
     s_.use_line(e.line, +1);
     s_.need(e.body_place, +1);
+    if (flags & kKeyed) {
+      KeyHash hash;
+      hash.low = r_.u64();
+      hash.high = r_.u64();
+      std::uint64_t limit = r_.number_to(kConcurrencyLimitMax);
+      if (!ok(r_.ok() && limit > 0, "a concurrency key")) return kNone;
+      s_.set_key(slot, hash, static_cast<std::uint16_t>(limit));
+    }
     dependents(slot);
     if (flags & kUsed) extra(slot);
     bool blocked = state == State::blocked;
-    if (!ok(!blocked || e.extra != kNone, "a blocked job without a token")) {
+    if (!ok(!blocked || s_.extra_slot(e) != kNone,
+            "a blocked job without a token")) {
       return kNone;
     }
     if (running) e.a = lease(slot);
@@ -416,6 +465,7 @@ class Loader {
 
   Core::Impl& s_;
   Reader r_;
+  bool has_keys_ = false;
   const char* why_ = nullptr;
   std::vector<std::pair<std::uint32_t, JobId>> waits_;
 };
@@ -423,7 +473,44 @@ class Loader {
 }  // namespace
 
 void Core::Impl::save(std::vector<std::byte>* out) const {
+  out->reserve(out->size() + jobs.used() * kJobBytesLikely);
   Saver(*this, out).save();
+}
+
+// All that Saver looks at.
+std::unique_ptr<const Core::Impl> Core::Impl::freeze() {
+  auto frozen = std::make_unique<Impl>(options);
+  frozen->applied = applied;
+  frozen->time = time;
+  frozen->next_order = next_order;
+  frozen->last_fence = last_fence;
+  frozen->jobs = jobs.share();
+  frozen->extras = extras.share();
+  frozen->leases = leases.share();
+  frozen->edges = edges.share();
+  frozen->dedups = dedups.share();
+  frozen->keyed = keyed.share();
+  frozen->keys = keys.share();
+  frozen->groups = groups.share();
+  frozen->ranks = ranks.share();
+  frozen->expiries.share(expiries);
+  frozen->lines = lines;
+  frozen->lines_used = lines_used;
+  frozen->queues = queues;
+  frozen->tenants = tenants;
+  frozen->doomed = doomed;
+  frozen->ended = ended;
+  return frozen;
+}
+
+std::shared_ptr<const Core::Frozen> Core::freeze() {
+  return std::make_shared<const Frozen>(impl_->freeze());
+}
+Core::Frozen::Frozen(std::unique_ptr<const Impl> state)
+    : state_(std::move(state)) {}
+Core::Frozen::~Frozen() = default;
+void Core::Frozen::save(std::vector<std::byte>* out) const {
+  state_->save(out);
 }
 
 Result<void> Core::Impl::load(std::span<const std::byte> bytes) {

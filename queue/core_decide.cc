@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <map>
+#include <queue>
 #include <set>
 #include <tuple>
+#include <utility>
 
 #include "queue/check.h"
 #include "queue/core_state.h"
@@ -56,7 +58,7 @@ class Draft {
   Draft(const Core::Impl& state, Millis now, std::uint64_t seed)
       : s_(state), now_(std::max(now, state.time)), chance_(seed) {}
 
-  void decide(const EnqueueCommand&);
+  void decide(EnqueueCommand&);
   void decide(const LeaseCommand&);
   void decide(const HeartbeatCommand&);
   void decide(const CompleteCommand&);
@@ -81,9 +83,25 @@ class Draft {
     std::uint8_t priority = 0;
     bool returned = false;
     std::uint16_t attempt = 0;  // made so far
-    bool taken = false;
+    bool taken = false;         // or it cannot be, in this decision
+    std::uint16_t limit = 0;    // 0: no concurrency key
+    KeyHash key;
+    std::uint32_t group = kNone;  // or its key has no job in its line yet
+    std::string line_key;         // where there is a key
   };
   using Key = std::tuple<int, int, std::uint64_t>;  // least first
+
+  // A ready job with a concurrency key, of those behind it in its group none
+  // goes before it. `heap`: where its group is in its line's heap, or kNone.
+  struct Candidate {
+    Key key;
+    std::uint32_t group = kNone, job = kNone;
+    std::size_t heap = kNoHeap;
+    bool freed = false;  // counts in freed_left_
+    bool operator<(const Candidate& other) const { return other.key < key; }
+  };
+  static constexpr std::size_t kNoHeap = ~std::size_t{0};
+  using Walk = std::priority_queue<Candidate>;
 
   template <class Body>
   void record(Body body) {
@@ -91,19 +109,25 @@ class Draft {
   }
 
   // enqueue
-  Answer admit(const NewJob&, const std::vector<Fact>&, EnqueueRecord*,
-               ItemAnswer*);
+  Answer admit(NewJob&&, const std::vector<Fact>&, EnqueueRecord*, ItemAnswer*);
   Answer check_dependencies(const NewJob&, const std::vector<Fact>&,
                             EnqueueRecord*, ItemAnswer*) const;
   void admit_children(const CompleteCommand::Item&, const std::vector<Fact>&,
                       EndRecord* parent, ItemAnswer*);
   bool dedup_hit(const NewJob&, ItemAnswer*);
   bool has_room(const NewJob&, bool dedup, ItemAnswer*) const;
+  bool has_key_room(const NewJob&, std::string_view line_key,
+                    ItemAnswer*) const;
   void admitted(const EnqueueRecord&);
   void decide_again();
   JobId new_id() {
-    std::uint64_t a = chance_.next();
-    return make_job_id(now_, a, chance_.next());
+    // The count of its last bits: see place_of().
+    const std::uint64_t count = s_.next_id + new_ids_++;
+    const std::uint64_t chance = chance_.next();
+    const JobId id =
+        make_job_id(now_, chance >> 62, chance << 32 | (count & 0xffffffff));
+    s_.job_index.expect(id);  // it will be inserted soon
+    return id;
   }
 
   // leases
@@ -117,6 +141,7 @@ class Draft {
   void release(std::uint32_t lease);
   void release_others(const LeaseCommand&);
   Millis backoff_ms(const JobEntry&);
+  void lease_ends(Fence fence, std::uint32_t slot);
 
   // handing out
   void ready_again(std::uint32_t slot, std::uint16_t attempt);
@@ -132,6 +157,17 @@ class Draft {
   std::vector<GrantAnswer> pick(const LeaseCommand&, const Waiter*,
                                 std::size_t max);
   GrantAnswer grant(const LeaseCommand&, const JobId&, std::uint16_t attempt);
+  std::uint32_t running(const KeyHash&) const;
+  bool may_start(std::uint32_t slot) const;
+  bool new_may_start(std::size_t i);
+  bool behind_stuck(const Candidate&) const;
+  std::uint32_t first_left(std::uint32_t group) const;
+  void open_freed();
+  void offer(Walk*, std::uint32_t group, std::size_t heap, bool freed);
+  Walk* walk_of(std::uint32_t line);
+  const Candidate* next_with_key(std::uint32_t line);
+  Candidate pop(std::uint32_t line);
+  void take(std::uint32_t line);
   void lease(const LeaseCommand&);
   void feed();
   void promote();
@@ -146,10 +182,14 @@ class Draft {
 
   std::set<Fence> ended_leases_;
   std::map<JobId, State> ended_jobs_;
-  std::map<DedupKey, std::pair<JobId, std::uint64_t>> new_keys_;
-  std::set<std::string> new_lines_;  // without live jobs before
+  std::map<KeyHash, std::pair<JobId, std::uint64_t>> new_keys_;
+  std::set<std::string, std::less<>> new_lines_;  // without live jobs before
   std::set<std::string> new_tenants_;
+  std::map<KeyHash, std::set<std::string, std::less<>>>
+      new_groups_;  // key -> lines
+  std::uint64_t new_concurrency_keys_ = 0;
   std::uint64_t new_jobs_ = 0;
+  std::uint64_t new_ids_ = 0;
   std::uint64_t grants_ = 0;
   bool will_lease_ = false;
   bool is_tick_ = false;  // feeds what apply() made ready by itself, too
@@ -160,12 +200,23 @@ class Draft {
   bool new_ready_sorted_ = true;
   std::size_t new_ready_left_ = 0;
   std::vector<std::uint32_t> cursors_;  // by line: its next ready job
+
+  // Of concurrency keys. All slots that this command frees are free before the
+  // first is taken: what cannot start once cannot in this decision.
+  std::map<KeyHash, int> slots_;            // taken less given back
+  std::set<std::uint32_t> freed_keys_;      // not yet looked at
+  std::vector<std::uint32_t> freed_lines_;  // that had nothing to give before
+  std::size_t freed_left_ = 0;              // groups that opened thereby
+  std::map<std::uint32_t, Walk> walks_;     // by line: its open groups
+  std::map<std::uint32_t, std::uint32_t>
+      first_left_;  // by group, once taken of
+  // The foremost new one of a group that may not start, by key and line.
+  std::map<std::pair<KeyHash, std::string>, Key> stuck_;
 };
 
-Decision Core::decide(Millis now, std::uint64_t seed,
-                      const Command& command) const {
+Decision Core::decide(Millis now, std::uint64_t seed, Command command) const {
   Draft draft(*impl_, now, seed);
-  std::visit([&draft](const auto& c) { draft.decide(c); }, command);
+  std::visit([&draft](auto& c) { draft.decide(c); }, command);
   Decision decision = draft.finish();
   for (const ItemAnswer& item : decision.items) {
     // A counter for metrics, not state.
@@ -175,20 +226,23 @@ Decision Core::decide(Millis now, std::uint64_t seed,
 }
 
 Decision Draft::finish() {
-  if (new_ready_left_ > 0 || is_tick_) feed();
+  if (new_ready_left_ > 0 || is_tick_ || !freed_keys_.empty() ||
+      freed_left_ > 0) {
+    feed();
+  }
   return std::move(out_);
 }
 
 // --- enqueue ---
 
-void Draft::decide(const EnqueueCommand& c) {
+void Draft::decide(EnqueueCommand& c) {
   out_.records.reserve(c.jobs.size());
   out_.items.reserve(c.jobs.size());
   bool need_facts = false;
-  for (const NewJob& job : c.jobs) {
+  for (NewJob& job : c.jobs) {
     ItemAnswer& item = out_.items.emplace_back();
     EnqueueRecord r;
-    item.answer = admit(job, c.facts, &r, &item);
+    item.answer = admit(std::move(job), c.facts, &r, &item);
     need_facts |= item.answer == Answer::need_facts;
     if (item.answer != Answer::ok) continue;
     admitted(r);
@@ -205,21 +259,30 @@ void Draft::decide_again() {
   new_ready_left_ = 0;
 }
 
-Answer Draft::admit(const NewJob& job, const std::vector<Fact>& facts,
+// Takes the job only where the answer is ok.
+Answer Draft::admit(NewJob&& job, const std::vector<Fact>& facts,
                     EnqueueRecord* r, ItemAnswer* item) {
   if (dedup_hit(job, item)) return item->answer;
   Answer answer = check_dependencies(job, facts, r, item);
   if (answer != Answer::ok) return answer;
   if (!has_room(job, !job.dedup_key.empty(), item)) return item->answer;
   r->id = new_id();
-  r->job = job;
-  r->job.priority = std::clamp(job.priority, 0, kPriorityMax);
-  r->job.min_level = std::min(job.min_level, kLevelMax);
+  r->job = std::move(job);
+  NewJob& taken = r->job;
+  taken.priority = std::clamp(taken.priority, 0, kPriorityMax);
+  taken.min_level = std::min(taken.min_level, kLevelMax);
+  if (taken.concurrency_key.empty()) {
+    taken.concurrency_limit = 0;
+    taken.kind_key = false;
+  } else {
+    taken.concurrency_limit = static_cast<std::uint16_t>(
+        std::clamp<int>(taken.concurrency_limit, 1, kConcurrencyLimitMax));
+  }
   r->created_ms = now_;
   if (!r->unmet.empty()) {
     r->state = State::waiting;
   } else {
-    r->state = job.run_at_ms > now_ ? State::scheduled : State::ready;
+    r->state = taken.run_at_ms > now_ ? State::scheduled : State::ready;
   }
   item->id = r->id;
   if (item->state != State::cancelled) item->state = r->state;
@@ -228,7 +291,7 @@ Answer Draft::admit(const NewJob& job, const std::vector<Fact>& facts,
 
 bool Draft::dedup_hit(const NewJob& job, ItemAnswer* item) {
   if (job.dedup_key.empty()) return false;
-  DedupKey key = dedup_key_of(job);
+  KeyHash key = dedup_key_of(job);
   std::uint64_t digest = dedup_digest_of(job);
   std::pair<JobId, std::uint64_t> known;
   std::uint32_t slot = s_.dedup_index.find(key);
@@ -288,11 +351,11 @@ bool Draft::has_room(const NewJob& job, bool dedup, ItemAnswer* item) const {
   if (dedup && s_.dedup_index.size() + new_keys_.size() >= o.dedup_max) {
     return full(Answer::dedup_full, "live dedup keys: dedup_max", o.dedup_max);
   }
-  std::string key = line_key(job.queue, job.kind, job.min_level);
-  auto line = s_.line_names.find(key);
+  const LineKey key(job.queue, job.kind, job.min_level);
+  auto line = s_.line_names.find(std::string_view(key));
   bool in_use = line != s_.line_names.end() && s_.lines[line->second].jobs > 0;
   if (!in_use && s_.lines_used + new_lines_.size() >= o.names_max &&
-      !new_lines_.contains(key)) {
+      !new_lines_.contains(std::string_view(key))) {
     return full(Answer::queue_full,
                 "distinct (queue, kind, min_level): names_max", o.names_max);
   }
@@ -301,7 +364,36 @@ bool Draft::has_room(const NewJob& job, bool dedup, ItemAnswer* item) const {
       s_.tenants.size() + new_tenants_.size() >= o.names_max) {
     return full(Answer::queue_full, "tenants: names_max", o.names_max);
   }
-  return true;
+  return job.concurrency_key.empty() || has_key_room(job, key, item);
+}
+
+bool Draft::has_key_room(const NewJob& job, std::string_view line_key,
+                         ItemAnswer* item) const {
+  const std::uint64_t keys_max = s_.options.concurrency_keys_max;
+  KeyHash hash = concurrency_key_of(job);
+  std::uint32_t key = s_.key_index.find(hash);
+  auto added = new_groups_.find(hash);
+  bool fresh = key == kNone && added == new_groups_.end();
+  if (fresh && s_.key_index.size() + new_concurrency_keys_ >= keys_max) {
+    item->answer = Answer::queue_full;
+    item->detail = "distinct concurrency keys of live jobs: " +
+                   ("concurrency_keys_max " + std::to_string(keys_max));
+    return false;
+  }
+  std::size_t lines = key == kNone ? 0 : s_.keys[key].lines;
+  if (added != new_groups_.end()) {
+    if (added->second.contains(line_key)) return true;
+    lines += added->second.size();
+  }
+  auto line = s_.line_names.find(line_key);
+  bool known = key != kNone && line != s_.line_names.end() &&
+               s_.group_of(key, line->second) != kNone;
+  if (known || lines < kKeyLinesMax) return true;
+  item->answer = Answer::queue_full;
+  item->detail =
+      "distinct (queue, kind, min_level) of one concurrency_key: at most " +
+      std::to_string(kKeyLinesMax);
+  return false;
 }
 
 // What later items of this command must know of it.
@@ -311,11 +403,24 @@ void Draft::admitted(const EnqueueRecord& r) {
   if (!r.revived && !job.dedup_key.empty() && job.dedup_ttl_ms > 0) {
     new_keys_[dedup_key_of(job)] = {r.id, dedup_digest_of(job)};
   }
-  std::string key = line_key(job.queue, job.kind, job.min_level);
-  auto line = s_.line_names.find(key);
+  const LineKey key(job.queue, job.kind, job.min_level);
+  auto line = s_.line_names.find(std::string_view(key));
   bool known = line != s_.line_names.end();
-  if (!known || s_.lines[line->second].jobs == 0) new_lines_.insert(key);
+  if (!known || s_.lines[line->second].jobs == 0)
+    new_lines_.insert(key.string());
   if (!s_.tenant_names.contains(job.tenant)) new_tenants_.insert(job.tenant);
+  KeyHash hash;
+  std::uint32_t group = kNone;
+  if (!job.concurrency_key.empty()) {
+    hash = concurrency_key_of(job);
+    std::uint32_t in_use = s_.key_index.find(hash);
+    if (in_use != kNone && known) group = s_.group_of(in_use, line->second);
+    if (group == kNone) {
+      auto& added = new_groups_[hash];
+      if (in_use == kNone && added.empty()) ++new_concurrency_keys_;
+      added.insert(key.string());
+    }
+  }
   if (r.state != State::ready || !may_feed()) return;
   NewReady& ready = new_ready_.emplace_back();
   ready.id = r.id;
@@ -327,6 +432,12 @@ void Draft::admitted(const EnqueueRecord& r) {
   }
   ready.priority = static_cast<std::uint8_t>(job.priority);
   ready.attempt = r.attempt;
+  ready.limit = job.concurrency_limit;
+  if (ready.limit > 0) {
+    ready.key = hash;
+    ready.group = group;
+    ready.line_key = key.string();
+  }
   new_ready_sorted_ = false;
   ++new_ready_left_;
 }
@@ -369,6 +480,16 @@ std::uint32_t Draft::lease_of(Fence fence) const {
   return s_.lease_index.find(fence);
 }
 
+// Its fence is stale from here on, and its key's slot free.
+void Draft::lease_ends(Fence fence, std::uint32_t slot) {
+  ended_leases_.insert(fence);
+  const JobEntry& e = s_.jobs[slot];
+  if (!(e.flags & kKeyed) || !may_feed()) return;
+  std::uint32_t key = s_.key_slot(e);
+  --slots_[s_.keys[key].hash];
+  freed_keys_.insert(key);
+}
+
 EndRecord Draft::end_of(std::uint32_t slot, State state, EndCode code) const {
   const JobEntry& e = s_.jobs[slot];
   EndRecord r;
@@ -392,7 +513,7 @@ void Draft::end_now(std::uint32_t slot, State state, EndCode code,
   EndRecord r = end_of(slot, state, code);
   r.outcome.message = std::move(message);
   ended_jobs_[r.id] = state;
-  if (r.fence) ended_leases_.insert(r.fence);
+  if (r.fence) lease_ends(r.fence, slot);
   record(std::move(r));
 }
 
@@ -419,7 +540,7 @@ void Draft::decide(const CompleteCommand& c) {
     }
     item.state = r.state;
     ended_jobs_[r.id] = r.state;
-    ended_leases_.insert(r.fence);
+    lease_ends(r.fence, slot);
     record(std::move(r));
     foresee(slot, pass);
   }
@@ -438,7 +559,7 @@ void Draft::admit_children(const CompleteCommand::Item& done,
   for (const NewJob& job : done.children) {
     EnqueueRecord child;
     ItemAnswer answer;
-    answer.answer = trial.admit(job, facts, &child, &answer);
+    answer.answer = trial.admit(NewJob(job), facts, &child, &answer);
     if (answer.answer == Answer::duplicate) continue;
     if (answer.answer != Answer::ok) {
       item->answer = answer.answer;
@@ -449,6 +570,7 @@ void Draft::admit_children(const CompleteCommand::Item& done,
     parent->children.push_back(std::move(child));
   }
   chance_ = trial.chance_;
+  new_ids_ = trial.new_ids_;
   for (const EnqueueRecord& child : parent->children) admitted(child);
 }
 
@@ -491,7 +613,7 @@ void Draft::end_attempt(std::uint32_t slot, const Outcome& outcome,
     EndRecord r = end_of(slot, state, code);
     r.outcome = outcome;
     r.outcome.code = code;
-    ended_leases_.insert(r.fence);
+    lease_ends(r.fence, slot);
     ended_jobs_[r.id] = state;
     item->id = r.id;
     item->state = state;
@@ -512,7 +634,7 @@ void Draft::end_attempt(std::uint32_t slot, const Outcome& outcome,
     r.run_at_ms = now_ + backoff_ms(e);
     if (r.run_at_ms <= now_) r.run_at_ms = 0;
   }
-  ended_leases_.insert(r.fence);
+  lease_ends(r.fence, slot);
   item->id = r.id;
   item->state = r.run_at_ms == 0 ? State::ready : State::scheduled;
   if (r.run_at_ms == 0) ready_again(slot, e.attempt);
@@ -552,7 +674,7 @@ void Draft::decide(const BlockCommand& c) {
   if (c.deadline_ms > 0) r.deadline_ms = now_ + c.deadline_ms;
   item.state = State::blocked;
   item.detail = r.token;
-  ended_leases_.insert(c.fence);
+  lease_ends(c.fence, slot);
   record(std::move(r));
 }
 
@@ -568,9 +690,10 @@ void Draft::decide(const UnblockCommand& c) {
   item.state = static_cast<State>(e.state);
   if (e.state != u8(State::blocked)) {
     item.answer = Answer::wrong_state;
+    item.detail = "only a blocked job waits for an unblock";
     return;
   }
-  if (!same_token(s_.extras[e.extra].token, c.token)) {
+  if (!same_token(s_.extras[s_.extra_slot(e)].token, c.token)) {
     item.answer = Answer::bad_token;
     return;
   }
@@ -602,7 +725,7 @@ void Draft::release(std::uint32_t lease) {
             "cancelled while it ran");
     return;
   }
-  ended_leases_.insert(s_.leases[lease].fence);
+  lease_ends(s_.leases[lease].fence, slot);
   ready_again(slot, static_cast<std::uint16_t>(e.attempt - 1));
   record(ReleaseRecord{e.id, s_.leases[lease].fence});
 }
@@ -702,6 +825,14 @@ void Draft::ready_again(std::uint32_t slot, std::uint16_t attempt) {
   ready.priority = e.priority;
   ready.returned = e.flags & kReturned;
   ready.attempt = attempt;
+  if (e.flags & kKeyed) {
+    const Line& line = s_.lines[e.line];
+    ready.limit = s_.keyed[e.extra].limit;
+    ready.key = s_.keys[s_.key_slot(e)].hash;
+    ready.group = s_.keyed[e.extra].group;
+    ready.line_key =
+        LineKey(s_.queues[line.queue].name, line.kind, line.level).string();
+  }
   new_ready_sorted_ = false;
   ++new_ready_left_;
 }
@@ -774,35 +905,171 @@ bool Draft::wants(const LeaseCommand& c, const Waiter* waiter,
   return s_.matches(c, s_.lines[r.line]);
 }
 
+// --- concurrency keys ---
+
+std::uint32_t Draft::running(const KeyHash& hash) const {
+  std::uint32_t key = s_.key_index.find(hash);
+  std::int64_t count = key == kNone ? 0 : s_.keys[key].running;
+  auto here = slots_.find(hash);
+  if (here != slots_.end()) count += here->second;
+  return static_cast<std::uint32_t>(count);
+}
+
+bool Draft::may_start(std::uint32_t slot) const {
+  const JobEntry& e = s_.jobs[slot];
+  return s_.keyed[e.extra].limit > running(s_.keys[s_.key_slot(e)].hash);
+}
+
+// The first job of a group that this decision has not handed out.
+std::uint32_t Draft::first_left(std::uint32_t group) const {
+  auto found = first_left_.find(group);
+  return found != first_left_.end() ? found->second
+                                    : s_.first_ready(s_.groups[group]);
+}
+
+// Nobody overtakes within a group: who stands behind one that cannot start
+// cannot either. False is for the rest of this decision.
+bool Draft::new_may_start(std::size_t i) {
+  NewReady& r = new_ready_[i];
+  if (r.limit == 0) return true;
+  bool may = r.limit > running(r.key) && !stuck_.contains({r.key, r.line_key});
+  if (may && r.group != kNone) {
+    std::uint32_t first = first_left(r.group);
+    bool behind = first != kNone && key_of(s_.jobs[first]) < key_of(r, i);
+    may = !behind || may_start(first);
+  }
+  if (may) return true;
+  stuck_.emplace(std::pair(r.key, r.line_key), key_of(r, i));
+  r.taken = true;
+  --new_ready_left_;
+  return false;
+}
+
+// Groups that are closed in the state, and whose key has given a slot back.
+void Draft::open_freed() {
+  for (std::uint32_t key : std::exchange(freed_keys_, {})) {
+    for (auto g = s_.keys[key].groups; g != kNone; g = s_.groups[g].next) {
+      const GroupEntry& group = s_.groups[g];
+      if (group.open || group.ranks == kNone) continue;
+      if (s_.lines[group.line].ready == 0) freed_lines_.push_back(group.line);
+      offer(walk_of(group.line), g, kNoHeap, true);
+      ++freed_left_;
+    }
+  }
+}
+
+void Draft::offer(Walk* walk, std::uint32_t group, std::size_t heap,
+                  bool freed) {
+  std::uint32_t job = first_left(group);
+  walk->push({key_of(s_.jobs[job]), group, job, heap, freed});
+}
+
+// Made when it is first asked for: a heap's root; pop() adds what is below.
+Draft::Walk* Draft::walk_of(std::uint32_t line) {
+  auto [at, fresh] = walks_.try_emplace(line);
+  const auto& open = s_.lines[line].open;
+  if (fresh && open && !open->empty()) {
+    offer(&at->second, open->top(), 0, false);
+  }
+  return &at->second;
+}
+
+Draft::Candidate Draft::pop(std::uint32_t line) {
+  Walk* walk = walk_of(line);
+  Candidate top = walk->top();
+  walk->pop();
+  if (top.heap != kNoHeap) {
+    const OpenGroups& open = *s_.lines[line].open;
+    for (std::size_t below : {2 * top.heap + 1, 2 * top.heap + 2}) {
+      if (below < open.size()) offer(walk, open.at(below), below, false);
+    }
+  }
+  return top;
+}
+
+// Whether a job that this decision makes ready goes before it, and waits.
+bool Draft::behind_stuck(const Candidate& candidate) const {
+  if (stuck_.empty()) return false;
+  const GroupEntry& group = s_.groups[candidate.group];
+  const Line& line = s_.lines[group.line];
+  auto found = stuck_.find(
+      {s_.keys[group.key].hash,
+       LineKey(s_.queues[line.queue].name, line.kind, line.level).string()});
+  return found != stuck_.end() && found->second < candidate.key;
+}
+
+// What a line's groups would give next, or null.
+const Draft::Candidate* Draft::next_with_key(std::uint32_t line) {
+  const auto& open = s_.lines[line].open;
+  if (!walks_.contains(line) && (!open || open->empty())) return nullptr;
+  Walk* walk = walk_of(line);
+  while (!walk->empty()) {
+    if (may_start(walk->top().job) && !behind_stuck(walk->top())) {
+      return &walk->top();
+    }
+    if (pop(line).freed) --freed_left_;
+  }
+  return nullptr;
+}
+
+void Draft::take(std::uint32_t line) {
+  Candidate taken = pop(line);
+  const JobEntry& e = s_.jobs[taken.job];
+  ++slots_[s_.keys[s_.key_slot(e)].hash];
+  taken.job = s_.next_ready(taken.job);
+  first_left_[taken.group] = taken.job;
+  if (taken.job == kNone) {
+    if (taken.freed) --freed_left_;
+    return;
+  }
+  taken.key = key_of(s_.jobs[taken.job]);
+  taken.heap = kNoHeap;
+  walk_of(line)->push(taken);
+}
+
 std::vector<GrantAnswer> Draft::pick(const LeaseCommand& c,
                                      const Waiter* waiter, std::size_t max) {
   sort_new_ready();
   if (cursors_.size() < s_.lines.size()) {
     cursors_.resize(s_.lines.size(), kUnset);
   }
+  open_freed();
   std::vector<std::uint32_t> mine;
-  for (std::uint32_t at : s_.ready_lines) {
+  auto consider = [&](std::uint32_t at) {
     bool match = waiter ? waiter->lines[at] : s_.matches(c, s_.lines[at]);
-    if (!match) continue;
+    if (!match) return;
     if (cursors_[at] == kUnset) cursors_[at] = first_in(s_.lines[at]);
     mine.push_back(at);
-  }
+  };
+  for (std::uint32_t at : s_.ready_lines) consider(at);
+  for (std::uint32_t at : freed_lines_) consider(at);
   std::vector<GrantAnswer> grants;
   std::size_t fresh = 0;  // of new_ready_
   while (grants.size() < max) {
     std::uint32_t best = kNone;
+    bool with_key = false;
     Key best_key{};
-    for (std::uint32_t at : mine) {
-      if (cursors_[at] == kNone) continue;
-      Key key = key_of(s_.jobs[cursors_[at]]);
-      if (best == kNone || key < best_key) {
-        best = at;
-        best_key = key;
-      }
-    }
+    // These first: one that may not start holds up who is behind it.
     while (fresh < new_ready_.size() &&
-           (new_ready_[fresh].taken || !wants(c, waiter, new_ready_[fresh]))) {
+           (new_ready_[fresh].taken || !wants(c, waiter, new_ready_[fresh]) ||
+            !new_may_start(fresh))) {
       ++fresh;
+    }
+    for (std::uint32_t at : mine) {
+      if (cursors_[at] != kNone) {
+        Key key = key_of(s_.jobs[cursors_[at]]);
+        if (best == kNone || key < best_key) {
+          best = at;
+          best_key = key;
+          with_key = false;
+        }
+      }
+      const Candidate* keyed = next_with_key(at);
+      if (keyed && (best == kNone || keyed->key < best_key)) {
+        best = at;
+        best_key = keyed->key;
+        with_key = true;
+      }
     }
     bool has_fresh = fresh < new_ready_.size();
     if (has_fresh &&
@@ -810,7 +1077,12 @@ std::vector<GrantAnswer> Draft::pick(const LeaseCommand& c,
       NewReady& r = new_ready_[fresh];
       r.taken = true;
       --new_ready_left_;
+      if (r.limit > 0) ++slots_[r.key];
       grants.push_back(grant(c, r.id, r.attempt));
+    } else if (with_key) {
+      const JobEntry& e = s_.jobs[next_with_key(best)->job];
+      take(best);
+      grants.push_back(grant(c, e.id, e.attempt));
     } else if (best != kNone) {
       const JobEntry& e = s_.jobs[cursors_[best]];
       cursors_[best] = next_in(cursors_[best]);
@@ -839,8 +1111,12 @@ GrantAnswer Draft::grant(const LeaseCommand& c, const JobId& id,
 // Parked calls take what became ready, in the order in which they came.
 void Draft::feed() {
   std::size_t budget = kFeedMax;
+  open_freed();
   for (const Waiter& waiter : s_.waiters) {
-    if (budget == 0 || (s_.hungry == 0 && new_ready_left_ == 0)) return;
+    if (budget == 0 ||
+        (s_.hungry == 0 && new_ready_left_ == 0 && freed_left_ == 0)) {
+      return;
+    }
     std::size_t max = static_cast<std::size_t>(
         std::clamp(waiter.command.max, 1, kLeasesPerCallMax));
     std::vector<GrantAnswer> grants =

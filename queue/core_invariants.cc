@@ -1,6 +1,7 @@
 // The numbered list of docs/core-invariants.md, as code.
 
 #include <array>
+#include <map>
 
 #include "queue/check.h"
 #include "queue/core_state.h"
@@ -20,6 +21,7 @@ class Checker {
     lists();
     dedups();
     waiters();
+    keys();
   }
 
  private:
@@ -37,7 +39,7 @@ class Checker {
       } else {
         job(i, e);
       }
-      if (e.extra != kNone) ++extras_;
+      if (s_.extra_slot(e) != kNone) ++extras_;
       for (auto d = e.dependents; d != kNone; d = s_.edges[d].next) {
         CHECK(s_.edges[d].dependency == i);  // C10
         ++edges_out_;
@@ -58,6 +60,14 @@ class Checker {
     std::uint32_t queue = s_.lines[e.line].queue;
     ++by_state_[queue][e.state];
     ++jobs_in_line_[e.line];
+    if (e.flags & kKeyed) {
+      const KeyedEntry& own = s_.keyed[e.extra];
+      CHECK(own.limit > 0 && s_.groups[own.group].line == e.line);  // C16
+      ++keyed_;
+      ++jobs_in_group_[own.group];
+      ready_in_group_[own.group] += e.state == u8(State::ready);
+      running_of_key_[s_.key_slot(e)] += e.state == u8(State::running);
+    }
     switch (static_cast<State>(e.state)) {
       case State::waiting:
         waiting(i, e);
@@ -67,7 +77,7 @@ class Checker {
         ++scheduled_;
         break;
       case State::ready:
-        ++ready_in_line_[e.line];
+        if (!(e.flags & kKeyed)) ++ready_in_line_[e.line];
         break;  // list: lines()
       case State::running:
         CHECK(s_.leases[e.a].job == i && s_.leases[e.a].fence != 0);  // C5
@@ -75,7 +85,7 @@ class Checker {
         ++running_;
         break;
       case State::blocked:
-        CHECK(e.extra != kNone);
+        CHECK(s_.extra_slot(e) != kNone);
         if (e.time > 0) {
           CHECK(e.a < s_.deadlines.size() && s_.deadlines.at(e.a) == i);
           ++deadlines_;
@@ -110,14 +120,16 @@ class Checker {
     for (std::uint32_t i = 0; i < s_.lines.size(); ++i) {
       const Line& line = s_.lines[i];
       CHECK(line.jobs == jobs_in_line_[i]);  // C13
-      CHECK(line.ready == ready_in_line_[i]);
+      std::size_t open = line.open ? line.open->size() : 0;
+      CHECK(line.ready == ready_in_line_[i] + open);
+      open_ += open;
       used += line.jobs > 0;
       hungry += s_.is_hungry(line);
       with_ready += line.ready > 0;
       if (line.ready > 0) CHECK(s_.ready_lines[line.ready_at] == i);
       if (line.kind.empty()) continue;
       auto found = s_.line_names.find(
-          line_key(s_.queues[line.queue].name, line.kind, line.level));
+          LineKey(s_.queues[line.queue].name, line.kind, line.level).string());
       CHECK(found != s_.line_names.end() && found->second == i);
       lists_of(i, line);
     }
@@ -138,7 +150,7 @@ class Checker {
       for (auto j = list.head; j != kNone; j = s_.jobs[j].a, ++ready) {
         const JobEntry& e = s_.jobs[j];
         CHECK(e.state == u8(State::ready) && e.line == at);  // C4
-        CHECK(e.priority == i / 2);
+        CHECK(e.priority == i / 2 && !(e.flags & kKeyed));
         CHECK(((e.flags & kReturned) != 0) == (i % 2 == kReturnedList));
         CHECK(e.b == before);
         CHECK(before == kNone || s_.jobs[before].order < e.order);  // C9
@@ -146,7 +158,13 @@ class Checker {
       }
       CHECK(list.tail == before);
     }
-    CHECK(ready == line.ready);
+    CHECK(ready == ready_in_line_[at]);
+    for (std::size_t i = 0; line.open && i < line.open->size(); ++i) {
+      const GroupEntry& g = s_.groups[line.open->at(i)];  // C17
+      CHECK(g.open && g.line == at && g.position == i);
+      if (i == 0) continue;
+      CHECK(!GroupByHead::before(g, s_.groups[line.open->at((i - 1) / 2)]));
+    }
   }
 
   void leases() {
@@ -219,7 +237,62 @@ class Checker {
     }
   }
 
+  // Everything about concurrency keys, from the groups that jobs name.
+  void keys() {
+    CHECK(keyed_ == s_.keyed.used());  // C16
+    CHECK(jobs_in_group_.size() == s_.groups.used());
+    std::size_t open = 0, ranks = 0;
+    std::map<std::uint32_t, std::uint32_t> lines_of_key;
+    for (const auto& [at, jobs] : jobs_in_group_) {
+      const GroupEntry& g = s_.groups[at];
+      CHECK(g.jobs == jobs && s_.group_of(g.key, g.line) == at);
+      ++lines_of_key[g.key];
+      ranks += ranks_of(at);
+      std::uint32_t first = s_.first_ready(g);
+      bool may_start = first != kNone && s_.keyed[s_.jobs[first].extra].limit >
+                                             s_.keys[g.key].running;
+      CHECK(g.open == may_start);  // C17
+      if (first != kNone) CHECK(g.order == s_.jobs[first].order);
+      open += g.open;
+    }
+    CHECK(open == open_ && ranks == s_.ranks.used());
+    CHECK(lines_of_key.size() == s_.keys.used());
+    CHECK(s_.key_index.size() == s_.keys.used());
+    for (const auto& [key, lines] : lines_of_key) {
+      CHECK(s_.keys[key].running == running_of_key_[key]);  // C16
+      CHECK(s_.keys[key].lines == lines);
+      CHECK(s_.key_index.find(s_.keys[key].hash) == key);
+    }
+  }
+
+  std::size_t ranks_of(std::uint32_t group) {
+    std::size_t ranks = 0, ready = 0;
+    std::uint32_t last = kNone;
+    for (auto r = s_.groups[group].ranks; r != kNone; r = s_.ranks[r].next) {
+      CHECK(last == kNone || s_.ranks[last].rank < s_.ranks[r].rank);
+      last = r;
+      ++ranks;
+      const JobList& list = s_.ranks[r].list;
+      CHECK(list.head != kNone);
+      std::uint32_t before = kNone;
+      for (auto j = list.head; j != kNone; j = s_.jobs[j].a, ++ready) {
+        const JobEntry& e = s_.jobs[j];
+        CHECK(e.state == u8(State::ready) && (e.flags & kKeyed));  // C4
+        CHECK(s_.keyed[e.extra].group == group);
+        CHECK(rank_of(e) == s_.ranks[r].rank && e.b == before);
+        CHECK(before == kNone || s_.jobs[before].order < e.order);  // C9
+        before = j;
+      }
+      CHECK(list.tail == before);
+    }
+    CHECK(ready == ready_in_group_[group]);
+    return ranks;
+  }
+
   const Core::Impl& s_;
+  std::map<std::uint32_t, std::uint32_t> jobs_in_group_, running_of_key_;
+  std::map<std::uint32_t, std::size_t> ready_in_group_;
+  std::size_t keyed_ = 0, open_ = 0;
   std::size_t used_ = 0, ended_ = 0, doomed_ = 0, scheduled_ = 0, running_ = 0,
               deadlines_ = 0, extras_ = 0, edges_in_ = 0, edges_out_ = 0;
   std::vector<std::array<std::uint64_t, kStates>> by_state_;

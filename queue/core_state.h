@@ -12,6 +12,10 @@
 //   lines      (queue, kind, level), interned. Each has, by priority, two
 //              lists of ready jobs: those returned by an attempt and, after
 //              them, those never leased, which keep commit order.
+//   keys       a ready job with a concurrency key is in no line's list but in
+//              its group's: the jobs of one key and one line, by rank. A group
+//              whose first job may start is open, and in its line's heap of
+//              open groups; the others wait out of everybody's way.
 //   ended      jobs that have ended while others wait for them: out of the
 //              index, their slot is kept until the edges are walked, at most
 //              kPumpMax per record, so that no record costs more than that.
@@ -21,6 +25,7 @@
 #include <cstdint>
 #include <list>
 #include <map>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -38,7 +43,10 @@ constexpr std::size_t kPumpMax = 256;     // edges walked by one record
 constexpr std::size_t kTickMax = 256;     // of each thing that one Tick does
 constexpr std::size_t kForgetMax = 4096;  // keys that one Tick forgets
 constexpr Millis kForgetLateMs = 1000;    // so that they go in batches
-constexpr std::size_t kFeedMax = 1024;    // grants to parked calls by one Tick
+// Lines that one concurrency key may have jobs in: a slot that is taken or
+// given back looks at each.
+constexpr std::uint32_t kKeyLinesMax = 64;
+constexpr std::size_t kFeedMax = 1024;  // grants to parked calls by one Tick
 constexpr std::uint64_t kReservePerJob = 512;         // a grant and an end
 constexpr std::uint64_t kReservePerLease = 64 << 10;  // and a result
 
@@ -49,6 +57,7 @@ enum JobFlag : std::uint8_t {
   kDoomed = 8,     // a dependency did not succeed: ends at the next Tick
   kReturned = 16,  // was leased before
   kDiedOnce = 32,  // one worker died under it already
+  kKeyed = 64,     // has a concurrency key: `extra` is a KeyedEntry
 };
 
 struct JobEntry {
@@ -87,6 +96,54 @@ struct ExtraEntry {
   char message[120];  // the beginning of it
 };
 
+// What a job with a concurrency key has beside its entry.
+struct KeyedEntry {
+  std::uint32_t group;
+  std::uint32_t extra;  // what JobEntry::extra is without a key
+  std::uint32_t link;
+  std::uint16_t limit;
+};
+
+// 128 bits of a hash: of (tenant, queue, dedup key) or of a concurrency key.
+struct KeyHash {
+  std::uint64_t low = 0, high = 0;
+  auto operator<=>(const KeyHash&) const = default;
+};
+
+// A concurrency key; there while a live job has it.
+struct KeyEntry {
+  KeyHash hash;
+  std::uint32_t running;  // slots held
+  std::uint32_t groups;   // first of them
+  std::uint32_t lines;    // how many they are
+  std::uint32_t link;
+};
+
+// The live jobs of one key and one line; `ranks` are the ready ones.
+struct GroupEntry {
+  std::uint64_t order;  // of its first ready job
+  std::uint32_t key, line;
+  std::uint32_t jobs;          // live
+  std::uint32_t ranks;         // first of its RankEntries, in their order
+  std::uint32_t next, before;  // among the key's groups
+  std::uint32_t position;      // in the line's heap, where it is open
+  std::uint32_t link;
+  std::uint8_t rank;  // of its first ready job
+  bool open;          // its first ready job may start: limit > running
+};
+
+struct JobList {
+  std::uint32_t head = kNone, tail = kNone;
+};
+
+// The ready jobs of a group that have one rank: priority 9 - rank / 2; even:
+// returned, odd: never leased.
+struct RankEntry {
+  JobList list;
+  std::uint32_t next, link;
+  std::uint8_t rank;
+};
+
 struct LeaseEntry {
   Fence fence;
   Millis started;   // wall
@@ -108,12 +165,8 @@ struct EdgeEntry {
   std::uint32_t link;
 };
 
-struct DedupKey {
-  std::uint64_t low = 0, high = 0;
-  auto operator<=>(const DedupKey&) const = default;
-};
 struct DedupEntry {
-  DedupKey key;
+  KeyHash key;
   JobId job;
   std::uint64_t digest;  // of kind and payload
   Millis expiry;         // at it, the key is new again
@@ -131,9 +184,14 @@ struct LeaseByFence {
   static std::uint64_t hash(Fence);
 };
 struct DedupByKey {
-  using Key = DedupKey;
-  static const DedupKey& key(const DedupEntry& e) { return e.key; }
-  static std::uint64_t hash(const DedupKey& key) { return key.low; }
+  using Key = KeyHash;
+  static const KeyHash& key(const DedupEntry& e) { return e.key; }
+  static std::uint64_t hash(const KeyHash& key) { return key.low; }
+};
+struct KeyByHash {
+  using Key = KeyHash;
+  static const KeyHash& key(const KeyEntry& e) { return e.hash; }
+  static std::uint64_t hash(const KeyHash& key) { return key.low; }
 };
 struct JobByTime {
   static bool before(const JobEntry& x, const JobEntry& y) {
@@ -155,19 +213,27 @@ struct DedupByExpiry {
   static std::uint32_t& position(DedupEntry& e) { return e.position; }
 };
 
-struct JobList {
-  std::uint32_t head = kNone, tail = kNone;
+// The group whose first job goes first.
+struct GroupByHead {
+  static bool before(const GroupEntry& x, const GroupEntry& y) {
+    return x.rank != y.rank ? x.rank < y.rank : x.order < y.order;
+  }
+  static std::uint32_t& position(GroupEntry& e) { return e.position; }
 };
+using OpenGroups = Heap<GroupEntry, GroupByHead, 256>;
+
 enum : int { kReturnedList = 0, kFreshList = 1 };
 
 struct Line {
   std::string kind;
   std::uint32_t queue = 0;
   Level level = 0;
-  std::uint64_t jobs = 0;  // live ones; 0: the line may be reused
-  std::uint64_t ready = 0;
-  std::uint32_t waiters = 0;       // parked calls that match; not durable
-  std::uint32_t ready_at = kNone;  // position in ready_lines
+  std::uint64_t jobs = 0;            // live ones; 0: the line may be reused
+  std::uint64_t ready = 0;           // in `lists`, and the groups in `open`
+  // Null: none so far. A frozen core's lines share it and do not look at it.
+  std::shared_ptr<OpenGroups> open;
+  std::uint32_t waiters = 0;         // parked calls that match; not durable
+  std::uint32_t ready_at = kNone;    // position in ready_lines
   JobList lists[kPriorities][2];
 };
 struct QueueEntry {
@@ -190,10 +256,28 @@ struct TextHash {
 using Names =
     std::unordered_map<std::string, std::uint32_t, TextHash, std::equal_to<>>;
 
-std::string line_key(std::string_view queue, std::string_view kind,
-                     Level level);
-DedupKey dedup_key_of(const NewJob&);
+// What a line is called in line_names. Lives on the stack: each new job asks.
+class LineKey {
+ public:
+  LineKey(std::string_view queue, std::string_view kind, Level level);
+  LineKey(const LineKey&) = delete;
+  operator std::string_view() const {
+    return longer_.empty() ? std::string_view(bytes_, size_) : longer_;
+  }
+  std::string string() const { return std::string(std::string_view(*this)); }
+
+ private:
+  std::size_t size_;
+  char bytes_[kQueueBytesMax + kKindBytesMax + 2];
+  std::string longer_;  // of names over their bounds: they were refused
+};
+KeyHash dedup_key_of(const NewJob&);
+KeyHash concurrency_key_of(const NewJob&);
 std::uint64_t dedup_digest_of(const NewJob&);
+constexpr std::uint8_t rank_of(const JobEntry& e) {
+  return static_cast<std::uint8_t>(2 * (kPriorityMax - e.priority) +
+                                   (e.flags & kReturned ? 0 : 1));
+}
 constexpr std::uint8_t u8(State s) { return static_cast<std::uint8_t>(s); }
 
 struct Core::Impl {
@@ -214,6 +298,11 @@ struct Core::Impl {
   Index<JobEntry, JobById> job_index{&jobs};
   Index<LeaseEntry, LeaseByFence> lease_index{&leases};
   Index<DedupEntry, DedupByKey> dedup_index{&dedups};
+  Slab<KeyedEntry> keyed;
+  Slab<KeyEntry> keys;
+  Slab<GroupEntry> groups;
+  Slab<RankEntry> ranks;
+  Index<KeyEntry, KeyByHash> key_index{&keys};
   Heap<JobEntry, JobByTime> due{&jobs};
   Heap<JobEntry, JobByTime> deadlines{&jobs};
   Heap<DedupEntry, DedupByExpiry> expiries{&dedups};
@@ -235,6 +324,7 @@ struct Core::Impl {
   std::uint32_t waiters_by_level[kLevelMax + 1] = {};
   std::uint32_t epoch = 0;
   std::uint64_t next_counter = 1;  // of the next fence
+  std::uint64_t next_id = 0;       // what the next id counts; not durable
   Millis mono = 0;
   CoreTotals totals;
   PlaceHook place_hook;
@@ -255,6 +345,12 @@ struct Core::Impl {
   void insert(std::uint32_t slot, State state);  // keeping its order
   void leave(std::uint32_t slot);                // out of it
   void make_due(std::uint32_t slot);             // scheduled or ready, by time
+  void set_key(std::uint32_t slot, const KeyHash&, std::uint16_t limit);
+  void drop_key(std::uint32_t slot);
+  void join_group(std::uint32_t slot);   // it is ready
+  void leave_group(std::uint32_t slot);  // no longer
+  void use_slot(std::uint32_t slot, int delta);
+  void refresh(std::uint32_t group);
   void add_edge(std::uint32_t dependency, std::uint32_t dependent);
   void drop_edge(std::uint32_t edge);
   void drop_edges(std::uint32_t slot);
@@ -278,6 +374,18 @@ struct Core::Impl {
   }
 
   // --- looking ---
+  // Its ExtraEntry, or kNone.
+  std::uint32_t extra_slot(const JobEntry& e) const {
+    return e.flags & kKeyed ? keyed[e.extra].extra : e.extra;
+  }
+  std::uint32_t key_slot(const JobEntry& e) const {  // of one with a key
+    return groups[keyed[e.extra].group].key;
+  }
+  std::uint32_t group_of(std::uint32_t key, std::uint32_t line) const;
+  std::uint32_t first_ready(const GroupEntry& g) const {
+    return g.ranks == kNone ? kNone : ranks[g.ranks].list.head;
+  }
+  std::uint32_t next_ready(std::uint32_t slot) const;  // of its group
   std::uint32_t find(const JobId& id) const { return job_index.find(id); }
   bool is_hungry(const Line& line) const {
     return line.ready > 0 && line.waiters > 0;
@@ -290,6 +398,7 @@ struct Core::Impl {
   Look look(std::uint32_t slot) const;
 
   void save(std::vector<std::byte>* out) const;
+  std::unique_ptr<const Impl> freeze();
   Result<void> load(std::span<const std::byte> bytes);
   void check_invariants() const;
 };

@@ -12,13 +12,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <queue>
+#include <utility>
 #include <vector>
 
 #include "queue/slab.h"
 
 namespace machina {
 
-template <class T, class Order>
+template <class T, class Order, std::size_t kPerPage = 4096>
 class Heap {
  public:
   explicit Heap(Slab<T>* slab) : slab_(slab) {}
@@ -43,6 +44,9 @@ class Heap {
   // The entry's key changed.
   void update(std::uint32_t slot) { down(up(Order::position((*slab_)[slot]))); }
 
+  // Takes on what `other` holds, of a slab that is shared with the other's.
+  void share(Heap& other) { slots_ = other.slots_.share(); }
+
   // The first `limit` entries for which due(entry), in order. `due` is true of
   // every entry before one of which it is true.
   template <class Due>
@@ -54,7 +58,7 @@ class Heap {
     std::priority_queue<std::size_t, std::vector<std::size_t>, decltype(later)>
         open(later);
     auto consider = [&](std::size_t i) {
-      if (i < slots_.size() && due((*slab_)[slots_[i]])) open.push(i);
+      if (i < slots_.size() && due(look(slots_[i]))) open.push(i);
     };
     consider(0);
     while (!open.empty() && found.size() < limit) {
@@ -69,7 +73,7 @@ class Heap {
 
  private:
   bool before(std::uint32_t a, std::uint32_t b) const {
-    return Order::before((*slab_)[a], (*slab_)[b]);
+    return Order::before(look(a), look(b));
   }
   void put(std::size_t i, std::uint32_t slot) {
     slots_[i] = slot;
@@ -100,8 +104,12 @@ class Heap {
     put(i, slot);
   }
 
+  const T& look(std::uint32_t slot) const {
+    return std::as_const(*slab_)[slot];
+  }
+
   Slab<T>* slab_;
-  Paged<std::uint32_t, 4096> slots_;
+  Paged<std::uint32_t, kPerPage> slots_;
 };
 
 }  // namespace machina

@@ -1,7 +1,5 @@
 #include "queue/history.h"
 
-#include <sqlite3.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -12,6 +10,8 @@
 #include <mutex>
 #include <utility>
 
+#include "queue/say.h"
+#include "queue/sqlite.h"
 #include "queue/storage.h"
 #include "queue/view.h"
 
@@ -20,7 +20,6 @@ namespace {
 
 constexpr int kSchemaVersion = 1;
 constexpr std::size_t kOpenFilesMax = 8;  // of each of writer and reader
-constexpr int kBusyMs = 5000;
 constexpr Millis kDayMs = 86'400'000;
 
 // Between 1000 (SQLite's default: too many syncs at 25,000 rows a second) and
@@ -62,119 +61,13 @@ enum Column {
   kResult
 };
 
-Error sqlite_error(sqlite3* db, int rc, const std::string& what) {
-  Code code = Code::io;
-  if ((rc & 0xff) == SQLITE_FULL) code = Code::full;
-  if ((rc & 0xff) == SQLITE_CORRUPT || (rc & 0xff) == SQLITE_NOTADB) {
-    code = Code::corrupt;
-  }
-  const char* text = db != nullptr ? sqlite3_errmsg(db) : sqlite3_errstr(rc);
-  return Error{code, "history: " + what + ": " + text};
+using sqlite::Database;
+using sqlite::Statement;
+
+sqlite::Setup writing(const char* schema) {
+  return {"history", schema, kSchemaVersion, kCheckpointPages, {}};
 }
-
-class Statement {
- public:
-  Statement() = default;
-  Statement(const Statement&) = delete;
-  Statement& operator=(const Statement&) = delete;
-  ~Statement() { sqlite3_finalize(stmt_); }
-
-  int prepare(sqlite3* db, const std::string& sql) {
-    return sqlite3_prepare_v3(db, sql.c_str(), -1, SQLITE_PREPARE_PERSISTENT,
-                              &stmt_, nullptr);
-  }
-  void number(int at, std::int64_t value) {
-    sqlite3_bind_int64(stmt_, at, value);
-  }
-  // `bytes` must live until the next reset().
-  void bytes(int at, const void* data, std::size_t size) {
-    // A null pointer would bind NULL.
-    sqlite3_bind_blob64(stmt_, at, size == 0 ? "" : data, size, SQLITE_STATIC);
-  }
-  void text(int at, std::string_view value) {
-    sqlite3_bind_text(stmt_, at, value.empty() ? "" : value.data(),
-                      static_cast<int>(value.size()), SQLITE_STATIC);
-  }
-  int step() { return sqlite3_step(stmt_); }
-  void reset() { sqlite3_reset(stmt_); }
-  int run() {
-    int rc = sqlite3_step(stmt_);
-    sqlite3_reset(stmt_);
-    return rc == SQLITE_DONE || rc == SQLITE_ROW ? SQLITE_OK : rc;
-  }
-  std::int64_t number_at(int column) {
-    return sqlite3_column_int64(stmt_, column);
-  }
-  std::string_view text_at(int column) {
-    auto* data = static_cast<const char*>(sqlite3_column_blob(stmt_, column));
-    auto size = static_cast<std::size_t>(sqlite3_column_bytes(stmt_, column));
-    return data == nullptr ? std::string_view{} : std::string_view{data, size};
-  }
-
- private:
-  sqlite3_stmt* stmt_ = nullptr;
-};
-
-// One connection. `writer` creates, writes and checkpoints; a reader does none
-// of these: SQLite then never has two connections that move its WAL.
-class Database {
- public:
-  Database() = default;
-  Database(const Database&) = delete;
-  Database& operator=(const Database&) = delete;
-  ~Database() { sqlite3_close_v2(db_); }
-
-  Result<void> open(const std::string& path, bool writer, const char* schema) {
-    int flags = SQLITE_OPEN_READWRITE | SQLITE_OPEN_NOMUTEX;
-    if (writer) flags |= SQLITE_OPEN_CREATE;
-    int rc = sqlite3_open_v2(path.c_str(), &db_, flags, nullptr);
-    if (rc != SQLITE_OK) return sqlite_error(db_, rc, "open " + path);
-    sqlite3_extended_result_codes(db_, 1);
-    sqlite3_busy_timeout(db_, kBusyMs);
-    if (!writer) {
-      sqlite3_db_config(db_, SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1, nullptr);
-      return execute("PRAGMA query_only=1; PRAGMA wal_autocheckpoint=0;");
-    }
-    if (auto r = execute("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;");
-        !r) {
-      return r;
-    }
-    auto version = read_version(path);
-    if (!version) return version.error();
-    std::string setup =
-        "PRAGMA wal_autocheckpoint=" + std::to_string(kCheckpointPages) + ";";
-    if (*version == 0) {  // just made: one transaction, one sync
-      setup += std::string("BEGIN;") + schema +
-               "PRAGMA user_version=" + std::to_string(kSchemaVersion) +
-               ";COMMIT;";
-    }
-    return execute(setup.c_str());
-  }
-
-  Result<void> execute(const char* sql) {
-    int rc = sqlite3_exec(db_, sql, nullptr, nullptr, nullptr);
-    if (rc != SQLITE_OK) return sqlite_error(db_, rc, sql);
-    return {};
-  }
-  sqlite3* get() { return db_; }
-
- private:
-  Result<std::int64_t> read_version(const std::string& path) {
-    Statement version;
-    int rc = version.prepare(db_, "PRAGMA user_version");
-    if (rc == SQLITE_OK) rc = version.step();
-    if (rc != SQLITE_ROW) return sqlite_error(db_, rc, "open " + path);
-    if (version.number_at(0) > kSchemaVersion) {
-      return Error{Code::newer, path + " has schema version " +
-                                    std::to_string(version.number_at(0)) +
-                                    "; this program knows " +
-                                    std::to_string(kSchemaVersion)};
-    }
-    return version.number_at(0);
-  }
-
-  sqlite3* db_ = nullptr;
-};
+sqlite::Setup reading() { return {"history"}; }
 
 std::int64_t day_of(const JobId& id) { return created_ms(id) / kDayMs; }
 
@@ -320,38 +213,38 @@ Result<void> SqliteHistory::open_main() {
   std::construct_at(&main_);
   applied_ = 0;
   days_.clear();
-  if (auto r = main_.open(dir_ + "/history.db", true, kMainSchema); !r) {
+  if (auto r = main_.open(dir_ + "/history.db", writing(kMainSchema)); !r) {
     return r;
   }
   Statement meta, buckets;
   sqlite3* db = main_.get();
   int rc = meta.prepare(db, "SELECT value FROM meta WHERE key='applied'");
-  if (rc == SQLITE_OK) {
+  if (rc == sqlite::kOk) {
     rc = meta.step();
-    if (rc == SQLITE_ROW) applied_ = static_cast<Lsn>(meta.number_at(0));
-    if (rc == SQLITE_ROW || rc == SQLITE_DONE) rc = SQLITE_OK;
+    if (rc == sqlite::kRow) applied_ = static_cast<Lsn>(meta.number_at(0));
+    if (rc == sqlite::kRow || rc == sqlite::kDone) rc = sqlite::kOk;
   }
-  if (rc == SQLITE_OK) {
+  if (rc == sqlite::kOk) {
     rc = buckets.prepare(db, "SELECT day,expires FROM buckets");
   }
-  if (rc == SQLITE_OK) {
-    while ((rc = buckets.step()) == SQLITE_ROW) {
+  if (rc == sqlite::kOk) {
+    while ((rc = buckets.step()) == sqlite::kRow) {
       days_[buckets.number_at(0)] = buckets.number_at(1);
     }
-    if (rc == SQLITE_DONE) rc = SQLITE_OK;
+    if (rc == sqlite::kDone) rc = sqlite::kOk;
   }
-  if (rc == SQLITE_OK) {
+  if (rc == sqlite::kOk) {
     rc = set_meta_.prepare(
         db, "INSERT OR REPLACE INTO meta(key,value) VALUES('applied',?1)");
   }
-  if (rc == SQLITE_OK) {
+  if (rc == sqlite::kOk) {
     rc = set_bucket_.prepare(
         db, "INSERT OR REPLACE INTO buckets(day,expires) VALUES(?1,?2)");
   }
-  if (rc == SQLITE_OK) {
+  if (rc == sqlite::kOk) {
     rc = remove_bucket_.prepare(db, "DELETE FROM buckets WHERE day=?1");
   }
-  if (rc != SQLITE_OK) return sqlite_error(db, rc, "read history.db");
+  if (rc != sqlite::kOk) return main_.error(rc, "read history.db");
   return {};
 }
 
@@ -377,8 +270,8 @@ Result<void> SqliteHistory::adopt_days() {
     }
     lost = true;
     remove_bucket_.number(1, it->first);
-    if (int rc = remove_bucket_.run(); rc != SQLITE_OK) {
-      return sqlite_error(main_.get(), rc, "forget a missing file");
+    if (int rc = remove_bucket_.run(); rc != sqlite::kOk) {
+      return main_.error(rc, "forget a missing file");
     }
     it = days_.erase(it);
   }
@@ -398,8 +291,8 @@ Result<void> SqliteHistory::adopt_days() {
     Statement expires;
     int rc = expires.prepare((*opened)->db.get(),
                              "SELECT value FROM meta WHERE key='expires'");
-    if (rc == SQLITE_OK) rc = expires.step();
-    days_[day] = rc == SQLITE_ROW ? expires.number_at(0) : 0;
+    if (rc == sqlite::kOk) rc = expires.step();
+    days_[day] = rc == sqlite::kRow ? expires.number_at(0) : 0;
     dirty_[day] = days_[day];
   }
   if (lost) applied_ = 0;
@@ -408,10 +301,9 @@ Result<void> SqliteHistory::adopt_days() {
 }
 
 Result<void> SqliteHistory::put_aside(const std::string& path) {
-  std::fprintf(stderr,
-               "machina: history: %s is damaged; put aside, rebuilt from what "
-               "the log still holds\n",
-               path.c_str());
+  Saying(Severity::error, "history_damaged",
+         "history: " + path +
+             " is damaged; put aside, rebuilt from what the log still holds");
   std::error_code error;
   for (const char* suffix : {"", "-wal", "-shm"}) {
     std::string from = path + suffix;
@@ -443,23 +335,24 @@ Result<DayWriter*> SqliteHistory::writer(std::int64_t day) {
   }
   trim(&writers_);
   auto made = std::make_unique<DayWriter>();
-  if (auto r = made->db.open(path(day), true, kDaySchema); !r) return r.error();
+  if (auto r = made->db.open(path(day), writing(kDaySchema)); !r)
+    return r.error();
   sqlite3* db = made->db.get();
   int rc = made->put.prepare(
       db,
       "INSERT OR REPLACE INTO jobs(id,lsn,finished,expires,state,fence,kind,"
       "queue,head,tail,payload,result) "
       "VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12)");
-  if (rc == SQLITE_OK) {
+  if (rc == sqlite::kOk) {
     rc = made->remove.prepare(db, "DELETE FROM jobs WHERE id=?1");
   }
-  if (rc == SQLITE_OK) {
+  if (rc == sqlite::kOk) {
     rc = made->keep_expires.prepare(
         db,
         "INSERT INTO meta(key,value) VALUES('expires',?1) "
         "ON CONFLICT(key) DO UPDATE SET value=max(value,excluded.value)");
   }
-  if (rc != SQLITE_OK) return sqlite_error(db, rc, "prepare " + path(day));
+  if (rc != sqlite::kOk) return made->db.error(rc, "prepare " + path(day));
   made->used = ++uses_;
   DayWriter* raw = made.get();
   writers_[day] = std::move(made);
@@ -473,17 +366,17 @@ Result<DayReader*> SqliteHistory::reader(std::int64_t day) {
   }
   trim(&readers_);
   auto made = std::make_unique<DayReader>();
-  if (auto r = made->db.open(path(day), false, nullptr); !r) return r.error();
+  if (auto r = made->db.open(path(day), reading()); !r) return r.error();
   sqlite3* db = made->db.get();
   std::string select = std::string("SELECT ") + kColumns + " FROM jobs WHERE ";
   int rc = made->find.prepare(db, select + "id=?1");
-  if (rc == SQLITE_OK) {
+  if (rc == sqlite::kOk) {
     rc = made->by_fence.prepare(db, select + "fence=?1 AND fence<>0");
   }
-  if (rc == SQLITE_OK) {
+  if (rc == sqlite::kOk) {
     rc = made->scan.prepare(db, select + "id<?1 AND id>=?2 ORDER BY id DESC");
   }
-  if (rc != SQLITE_OK) return sqlite_error(db, rc, "prepare " + path(day));
+  if (rc != sqlite::kOk) return made->db.error(rc, "prepare " + path(day));
   made->used = ++read_uses_;
   DayReader* raw = made.get();
   readers_[day] = std::move(made);
@@ -496,6 +389,7 @@ Result<void> SqliteHistory::apply(const std::vector<HistoryChange>& changes,
                                   Lsn through) {
   std::map<std::int64_t, std::vector<const HistoryChange*>> by_day;
   for (const HistoryChange& change : changes) {
+    if (change.unblock != nullptr) continue;
     bool gone = change.body == nullptr;
     if (!gone && change.body->job.keep_result_ms == 0) continue;
     by_day[day_of(change.id)].push_back(&change);
@@ -520,7 +414,7 @@ Result<void> SqliteHistory::apply_day(
   if (!opened) return opened.error();
   DayWriter* to = *opened;
   if (auto r = to->db.execute("BEGIN IMMEDIATE"); !r) return r;
-  int rc = SQLITE_OK;
+  int rc = sqlite::kOk;
   for (const HistoryChange* change : changes) {
     if (change->body == nullptr) {
       to->remove.bytes(1, change->id.bytes.data(), change->id.bytes.size());
@@ -530,14 +424,14 @@ Result<void> SqliteHistory::apply_day(
       *expires = std::max(*expires, until);
       rc = put(to, *change, until);
     }
-    if (rc != SQLITE_OK) break;
+    if (rc != sqlite::kOk) break;
   }
-  if (rc == SQLITE_OK) {
+  if (rc == sqlite::kOk) {
     to->keep_expires.number(1, *expires);
     rc = to->keep_expires.run();
   }
-  if (rc != SQLITE_OK) {
-    Error error = sqlite_error(to->db.get(), rc, "write " + path(day));
+  if (rc != sqlite::kOk) {
+    Error error = to->db.error(rc, "write " + path(day));
     (void)to->db.execute("ROLLBACK").has_value();
     return error;
   }
@@ -590,18 +484,18 @@ int SqliteHistory::put(DayWriter* day, const HistoryChange& change,
 
 Result<void> SqliteHistory::set_main(Lsn through) {
   if (auto r = main_.execute("BEGIN IMMEDIATE"); !r) return r;
-  int rc = SQLITE_OK;
+  int rc = sqlite::kOk;
   for (const auto& [day, expires] : dirty_) {
     set_bucket_.number(1, day);
     set_bucket_.number(2, expires);
-    if ((rc = set_bucket_.run()) != SQLITE_OK) break;
+    if ((rc = set_bucket_.run()) != sqlite::kOk) break;
   }
-  if (rc == SQLITE_OK) {
+  if (rc == sqlite::kOk) {
     set_meta_.number(1, static_cast<std::int64_t>(through));
     rc = set_meta_.run();
   }
-  if (rc != SQLITE_OK) {
-    Error error = sqlite_error(main_.get(), rc, "write history.db");
+  if (rc != sqlite::kOk) {
+    Error error = main_.error(rc, "write history.db");
     (void)main_.execute("ROLLBACK").has_value();
     return error;
   }
@@ -636,8 +530,8 @@ Result<void> SqliteHistory::expire(Millis now_ms) {
       continue;
     }
     remove_bucket_.number(1, day);
-    if (int rc = remove_bucket_.run(); rc != SQLITE_OK) {
-      return sqlite_error(main_.get(), rc, "forget an expired file");
+    if (int rc = remove_bucket_.run(); rc != sqlite::kOk) {
+      return main_.error(rc, "forget an expired file");
     }
     // Crash here: the file is adopted at the next open and expires again.
     writers_.erase(day);
@@ -685,16 +579,16 @@ Result<FinishedJob> read_row(Statement& row, bool whole) {
   return job;
 }
 
-Result<std::optional<FinishedJob>> read_one(Statement& statement, sqlite3* db,
-                                            Millis now_ms) {
+Result<std::optional<FinishedJob>> read_one(Statement& statement,
+                                            const Database& db, Millis now_ms) {
   int rc = statement.step();
-  if (rc == SQLITE_DONE ||
-      (rc == SQLITE_ROW && statement.number_at(kExpires) <= now_ms)) {
+  if (rc == sqlite::kDone ||
+      (rc == sqlite::kRow && statement.number_at(kExpires) <= now_ms)) {
     statement.reset();
     return std::optional<FinishedJob>{};
   }
-  if (rc != SQLITE_ROW) {
-    Error error = sqlite_error(db, rc, "read");
+  if (rc != sqlite::kRow) {
+    Error error = db.error(rc, "read");
     statement.reset();
     return error;
   }
@@ -712,7 +606,7 @@ Result<std::optional<FinishedJob>> SqliteHistory::find(const JobId& id,
   auto from = reader(day);
   if (!from) return from.error();
   (*from)->find.bytes(1, id.bytes.data(), id.bytes.size());
-  return read_one((*from)->find, (*from)->db.get(), now_ms);
+  return read_one((*from)->find, (*from)->db, now_ms);
 }
 
 Result<std::optional<FinishedJob>> SqliteHistory::find_by_fence(Fence fence,
@@ -722,7 +616,7 @@ Result<std::optional<FinishedJob>> SqliteHistory::find_by_fence(Fence fence,
     auto from = reader(it->first);
     if (!from) return from.error();
     (*from)->by_fence.number(1, static_cast<std::int64_t>(fence));
-    auto job = read_one((*from)->by_fence, (*from)->db.get(), now_ms);
+    auto job = read_one((*from)->by_fence, (*from)->db, now_ms);
     if (!job || *job) return job;
   }
   return std::optional<FinishedJob>{};
@@ -777,7 +671,7 @@ Result<void> SqliteHistory::list_day(std::int64_t day, const ListQuery& query,
   row.bytes(2, from.bytes.data(), from.bytes.size());
   int rc;
   Result<void> result;
-  while ((rc = row.step()) == SQLITE_ROW) {
+  while ((rc = row.step()) == sqlite::kRow) {
     if (page->scanned >= examine ||
         page->jobs.size() >= static_cast<std::size_t>(query.limit)) {
       *more = true;
@@ -807,8 +701,8 @@ Result<void> SqliteHistory::list_day(std::int64_t day, const ListQuery& query,
     if (!wanted_by_labels(query, job->body.job)) continue;
     page->jobs.push_back(std::move(*job));
   }
-  if (rc != SQLITE_ROW && rc != SQLITE_DONE) {
-    result = sqlite_error((*opened)->db.get(), rc, "list");
+  if (rc != sqlite::kRow && rc != sqlite::kDone) {
+    result = (*opened)->db.error(rc, "list");
   }
   row.reset();
   return result;

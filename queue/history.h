@@ -2,9 +2,9 @@
 //
 // The finished jobs, findable: SQLite, one file per UTC day of the job id's
 // creation (history/2026-11-20.db), derived from the log and rebuildable from
-// it. The only includer of sqlite3.h is history.cc. Rows are self-contained:
-// the job's EnqueueRecord and EndRecord as encoded bytes beside the columns
-// that are searched, so that no log segment is kept for a finished job.
+// it. Rows are self-contained: the job's EnqueueRecord and EndRecord as encoded
+// bytes beside the columns that are searched, so that no log segment is kept
+// for a finished job.
 //
 //   <dir>/history.db      meta(applied, version), buckets(day, expires)
 //   <dir>/2026-11-20.db   jobs(id, lsn, finished, expires, state, fence, kind,
@@ -51,9 +51,12 @@ struct HistoryChange {
   JobId id;
   Lsn lsn = 0;
   Millis finished_ms = 0;
-  // Both set: the job finished. Both null: it left history (explicit retry).
+  // Both set: the job finished. Both null: it left history (explicit retry),
+  // or, where `unblock` is set, went on: history keeps nothing of that, but an
+  // EndSink may want to know who said so.
   std::shared_ptr<const EnqueueRecord> body;
   std::shared_ptr<const EndRecord> end;
+  std::shared_ptr<const UnblockRecord> unblock;
 };
 
 class History {

@@ -15,6 +15,12 @@ bool is_dash_position(std::size_t i) {
   return i == 8 || i == 13 || i == 18 || i == 23;
 }
 
+std::uint64_t mix(std::uint64_t x) {  // splitmix64's finaliser
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
+  return x ^ (x >> 31);
+}
+
 }  // namespace
 
 JobId make_job_id(std::int64_t unix_ms, std::uint64_t random_a,
@@ -33,15 +39,26 @@ JobId make_job_id(std::int64_t unix_ms, std::uint64_t random_a,
   return id;
 }
 
+std::uint64_t place_of(const JobId& id) {
+  std::uint32_t count = 0;
+  for (int i = 12; i < 16; ++i) count = count << 8 | id.bytes[i];
+  const std::uint64_t sixteen = mix(count >> 4);
+  return sixteen << 4 | ((count ^ sixteen >> 60) & 15);
+}
+
 std::string to_string(const JobId& id) {
-  std::string text(36, '-');
+  std::string text(kJobIdText, '-');
+  write_job_id(id, text.data());
+  return text;
+}
+
+void write_job_id(const JobId& id, char* text) {
   std::size_t at = 0;
   for (std::uint8_t byte : id.bytes) {
-    if (is_dash_position(at)) ++at;
+    if (is_dash_position(at)) text[at++] = '-';
     text[at++] = kHex[byte >> 4];
     text[at++] = kHex[byte & 15];
   }
-  return text;
 }
 
 std::optional<JobId> parse_job_id(std::string_view text) {

@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "queue/slab.h"
 
@@ -29,27 +30,32 @@ class Index {
 
   std::uint32_t find(const Key& key) const {
     std::uint32_t at = buckets_[bucket_of(Traits::hash(key))];
-    while (at != kNone && !(Traits::key((*slab_)[at]) == key)) {
-      at = (*slab_)[at].link;
-    }
+    while (at != kNone && !(Traits::key(look(at)) == key)) at = look(at).link;
     return at;
+  }
+
+  // To be called some time before find() or insert() of a key: what they look
+  // at is on its way then.
+  void expect(const Key& key) const {
+    std::uint32_t at = buckets_[bucket_of(Traits::hash(key))];
+    if (at != kNone) __builtin_prefetch(&look(at));
   }
 
   // The key must not be there.
   void insert(std::uint32_t slot) {
     if (++size_ > buckets_.size()) split();
-    push(bucket_of(Traits::hash(Traits::key((*slab_)[slot]))), slot);
+    push(bucket_of(Traits::hash(Traits::key(look(slot)))), slot);
   }
 
   // The entry must be there.
   void erase(std::uint32_t slot) {
-    std::size_t bucket = bucket_of(Traits::hash(Traits::key((*slab_)[slot])));
-    std::uint32_t next = (*slab_)[slot].link;
+    std::size_t bucket = bucket_of(Traits::hash(Traits::key(look(slot))));
+    std::uint32_t next = look(slot).link;
     if (buckets_[bucket] == slot) {
       buckets_[bucket] = next;
     } else {
       std::uint32_t at = buckets_[bucket];
-      while ((*slab_)[at].link != slot) at = (*slab_)[at].link;
+      while (look(at).link != slot) at = look(at).link;
       (*slab_)[at].link = next;
     }
     --size_;
@@ -73,15 +79,27 @@ class Index {
     buckets_.push_back(kNone);
     ++split_;
     while (at != kNone) {
-      std::uint32_t next = (*slab_)[at].link;
-      push(bucket_of(Traits::hash(Traits::key((*slab_)[at]))), at);
+      std::uint32_t next = look(at).link;
+      push(bucket_of(Traits::hash(Traits::key(look(at)))), at);
       at = next;
     }
     if (split_ > mask_) {
       mask_ = mask_ * 2 + 1;
       split_ = 0;
     }
+    // The next splits' entries are cold: by then they will have come.
+    if (std::uint32_t soon = std::as_const(buckets_)[split_ + kAhead];
+        soon != kNone) {
+      __builtin_prefetch(&look(soon));
+    }
   }
+
+  // Without taking a shared page for its own.
+  const T& look(std::uint32_t slot) const {
+    return std::as_const(*slab_)[slot];
+  }
+
+  static constexpr std::size_t kAhead = 4;  // less than the buckets at first
 
   Slab<T>* slab_;
   Paged<std::uint32_t, 4096> buckets_;

@@ -75,6 +75,9 @@ constexpr std::size_t kQueueBytesMax = 64;
 constexpr std::size_t kTenantBytesMax = 64;
 constexpr std::size_t kWorkerBytesMax = 64;
 constexpr std::size_t kDedupKeyBytesMax = 256;
+constexpr std::size_t kConcurrencyKeyBytesMax = 256;  // of a client's
+constexpr std::size_t kKindKeyBytesMax = 4352;        // of a kind's: a path
+constexpr int kConcurrencyLimitMax = 10000;
 constexpr std::size_t kDependsOnMax = 100;
 constexpr std::size_t kLabelsMax = 16;
 constexpr std::size_t kLabelKeyBytesMax = 64;
@@ -114,6 +117,9 @@ struct NewJob {
   std::uint64_t payload_digest[2] = {0, 0};  // XXH3-128 of the canonical JSON,
                                              // set where dedup_key is
   std::vector<JobId> depends_on;
+  std::string concurrency_key;          // empty: none
+  std::uint16_t concurrency_limit = 0;  // where there is a key: 1..; else 0
+  bool kind_key = false;  // the kind set it; no client's key is equal to it
   std::vector<std::pair<std::string, std::string>> labels;
   Level min_level = 0;
   std::string sandbox;      // raw JSON object or empty
@@ -161,7 +167,11 @@ struct JobView {
   bool fsync = true;  // "durability": "fsync", else "os"
   Level min_level = 0;
   bool waiting_for_level = false;  // ready, and no worker at its level leases
-  std::string sandbox;             // raw JSON or empty
+  std::string concurrency_key;     // empty: none
+  int concurrency_limit = 0;
+  bool kind_key = false;                 // the key is its kind's
+  bool waiting_for_concurrency = false;  // ready, and its key has no slot free
+  std::string sandbox;                   // raw JSON or empty
   std::string blocked_reason, blocked_data, blocked_token, input;
   Millis blocked_deadline_ms = 0;
   bool cancel_requested = false;

@@ -56,9 +56,10 @@ class Log::Impl {
 
   // --- the owner's side ---
   Result<void> append(Record* record);
+  std::span<const std::byte> encoded() const { return scratch_; }
   void flush();
   void poll();
-  void checkpoint(Lsn lsn, Millis time_ms, std::vector<std::byte> image);
+  void checkpoint(Lsn lsn, Millis time_ms, Image image);
   void release();
   Result<void> close();
 
@@ -117,7 +118,7 @@ class Log::Impl {
   struct CheckpointJob {
     Lsn lsn = 0;
     Millis time_ms = 0;
-    std::vector<std::byte> image;
+    Image image;
   };
   Result<void> run_checkpoint(const CheckpointJob& job);
   Result<void> run_removals(const std::vector<std::string>& names);
@@ -203,6 +204,7 @@ Result<void> Log::Impl::start_manifest() {
   auto lock = storage_.lock("wal/LOCK");
   if (!lock) return lock.error();
   lock_ = std::move(*lock);
+  if (options_.on_locked) options_.on_locked();
   auto manifest = read_manifest(storage_);
   if (!manifest) return manifest.error();
   if (*manifest) {
@@ -391,7 +393,7 @@ void Log::Impl::describe(RecoveryReport* report) const {
     if (report->dropped_bytes != 0)
       text += ", a torn tail of " + std::to_string(report->dropped_bytes) +
               " bytes from lsn " + std::to_string(report->dropped_from) +
-              " dropped (it was never acknowledged)";
+              " dropped (the crash cut it off, or it was damaged since)";
   }
   report->text = text + "; writer epoch " + std::to_string(epoch_);
 }
@@ -680,6 +682,7 @@ bool Log::Impl::do_checkpoint() {
     checkpoint_busy_ = true;
   }
   auto ok = run_checkpoint(*job);
+  job.reset();  // what it holds is much, and should go before it is done
   if (!ok) poison(ok.error());
   {
     std::lock_guard hold(mutex_);
@@ -702,7 +705,7 @@ Result<void> Log::Impl::run_checkpoint(const CheckpointJob& job) {
   }
   const Manifest::Checkpoint oldest = manifest.checkpoint[1];
   auto written =
-      write_checkpoint(storage_, manifest, job.lsn, job.time_ms, job.image);
+      write_checkpoint(storage_, manifest, job.lsn, job.time_ms, job.image());
   if (!written) return written.error();
   ++manifest.generation;
   manifest.checkpoint[1] = manifest.checkpoint[0];
@@ -755,13 +758,18 @@ Result<void> Log::Impl::make_spare() {
     name = "wal/spare-" + std::to_string(++spare_number_) + ".tmp";
   }
   auto file = storage_.open(name, OpenMode::create);
+  // As durable the zeros go past the page cache, which would copy each of them
+  // once more and keep it; they are as many bytes as the log itself writes.
+  if (file && options_.direct) file = storage_.open(name, OpenMode::durable);
   if (!file) return file.error();
-  const std::vector<std::byte> zeros(kSpareStepBytes);
+  BatchBuffer zeros;
+  zeros.reserve(kSpareStepBytes, 0);
+  std::memset(zeros.data(), 0, kSpareStepBytes);
   std::uint64_t size = pad_to(options_.segment_bytes, kBlockBytes), at = 0;
   while (at < size) {
-    std::size_t step = std::min<std::uint64_t>(zeros.size(), size - at);
-    auto ok = (*file)->write_at(at, std::span(zeros).first(step));
-    if (ok) ok = (*file)->sync();
+    std::size_t step = std::min<std::uint64_t>(kSpareStepBytes, size - at);
+    auto ok = (*file)->write_at(at, {zeros.data(), step});
+    if (ok && !options_.direct) ok = (*file)->sync();
     if (!ok && ok.error().code == Code::full) return storage_.remove(name);
     if (!ok) return ok;
     at += step;
@@ -837,8 +845,7 @@ void Log::Impl::stop_threads() {
 
 // --- checkpoints and segments, on the owner's side ---------------------------
 
-void Log::Impl::checkpoint(Lsn lsn, Millis time_ms,
-                           std::vector<std::byte> image) {
+void Log::Impl::checkpoint(Lsn lsn, Millis time_ms, Image image) {
   CHECK(!checkpointing_ && lsn <= durable_);
   bytes_since_checkpoint_ = 0;
   std::lock_guard hold(mutex_);
@@ -1023,6 +1030,7 @@ Result<std::unique_ptr<Log>> Log::open(Storage& storage,
 
 std::uint32_t Log::writer_epoch() const { return impl_->epoch_; }
 Result<void> Log::append(Record* record) { return impl_->append(record); }
+std::span<const std::byte> Log::encoded() const { return impl_->encoded(); }
 void Log::flush() { impl_->flush(); }
 void Log::poll() { impl_->poll(); }
 void Log::on_wake(std::function<void()> wake) { impl_->set_wake(wake); }
@@ -1044,8 +1052,11 @@ void Log::set_history_applied(Lsn lsn) {
   impl_->release();
 }
 
-void Log::checkpoint(Lsn lsn, Millis time_ms, std::vector<std::byte> image) {
+void Log::checkpoint(Lsn lsn, Millis time_ms, Image image) {
   impl_->checkpoint(lsn, time_ms, std::move(image));
+}
+void Log::checkpoint(Lsn lsn, Millis time_ms, std::vector<std::byte> image) {
+  impl_->checkpoint(lsn, time_ms, [image = std::move(image)] { return image; });
 }
 bool Log::checkpointing() const { return impl_->checkpointing_; }
 std::uint64_t Log::bytes_since_checkpoint() const {

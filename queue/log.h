@@ -52,6 +52,7 @@ struct LogOptions {
   bool direct = true;        // try O_DIRECT|O_DSYNC
   Clock* clock = nullptr;    // when segments were made; null: system_clock()
   Random* random = nullptr;  // salts, on the owner's thread; null: the system's
+  std::function<void()> on_locked;  // open() has wal/LOCK; recovery begins
 };
 
 struct RecoveryReport {
@@ -110,6 +111,8 @@ class Log {
   // poisoned and Code::too_large over the batch maximum; then nothing is
   // staged. Two records of one decision that must be atomic are one record.
   Result<void> append(Record* record);
+  // The record that was appended last, as encode() made it; until the next.
+  std::span<const std::byte> encoded() const;
 
   // Sends what is staged to the writing thread if it is idle. Call at the end
   // of each turn of the loop.
@@ -136,10 +139,13 @@ class Log {
   void need(Place place, int delta);
   void set_history_applied(Lsn lsn);
 
-  // Writes a checkpoint of `image` (state as of `lsn` <= durable()) on a
-  // background thread: tmp, sync, rename, sync_dir, MANIFEST; then removes
-  // what no one needs. At most one at a time; checkpointing() tells. Done is
-  // noticed by poll(). A failure poisons the log.
+  // Writes a checkpoint of what `image` gives (the state as of `lsn` <=
+  // durable()) on a background thread, where it is also called: tmp, sync,
+  // rename, sync_dir, MANIFEST; then removes what no one needs. At most one at
+  // a time; checkpointing() tells. Done is noticed by poll(). A failure poisons
+  // the log.
+  using Image = std::function<std::vector<std::byte>()>;
+  void checkpoint(Lsn lsn, Millis time_ms, Image image);
   void checkpoint(Lsn lsn, Millis time_ms, std::vector<std::byte> image);
   bool checkpointing() const;
   std::uint64_t bytes_since_checkpoint() const;

@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <sys/statfs.h>
 #include <sys/statvfs.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -57,6 +58,30 @@ Fd open_at(int dir, const std::string& name, int flags) {
     fd = ::openat(dir, name.c_str(), flags | O_CLOEXEC | O_NOFOLLOW, 0600);
   } while (fd < 0 && errno == EINTR);
   return Fd(fd);
+}
+
+// " (process 123)" where the kernel says who has a flock on this file, else "".
+std::string holder_of(int fd) {
+  struct stat info;
+  if (::fstat(fd, &info) != 0) return "";
+  char wanted[64];
+  std::snprintf(wanted, sizeof(wanted), "%02x:%02x:%llu", major(info.st_dev),
+                minor(info.st_dev),
+                static_cast<unsigned long long>(info.st_ino));
+  std::unique_ptr<FILE, int (*)(FILE*)> locks(::fopen("/proc/locks", "re"),
+                                              ::fclose);
+  char line[256];
+  while (locks && ::fgets(line, sizeof(line), locks.get()) != nullptr) {
+    char kind[16], device[64];
+    int pid = 0;
+    int got =
+        std::sscanf(line, "%*d: %15s %*s %*s %d %63s", kind, &pid, device);
+    if (got != 3 || std::strcmp(kind, "FLOCK") != 0 || pid <= 0) continue;
+    if (std::strcmp(device, wanted) == 0) {
+      return " (process " + std::to_string(pid) + ")";
+    }
+  }
+  return "";
 }
 
 bool aligned(std::uint64_t number) { return number % kBlock == 0; }
@@ -150,6 +175,14 @@ class PosixFile : public File {
   bool direct_;
 };
 
+class PosixLock : public Storage::Lock {
+ public:
+  explicit PosixLock(Fd fd) : fd_(std::move(fd)) {}
+
+ private:
+  Fd fd_;
+};
+
 class PosixStorage : public Storage {
  public:
   PosixStorage(std::string path, Fd dir)
@@ -230,14 +263,6 @@ class PosixStorage : public Storage {
     return {};
   }
 
-  class PosixLock : public Lock {
-   public:
-    explicit PosixLock(Fd fd) : fd_(std::move(fd)) {}
-
-   private:
-    Fd fd_;
-  };
-
   Result<std::unique_ptr<Lock>> lock(std::string_view view) override {
     std::string name(view);
     if (auto ok = check_name(name); !ok) return ok.error();
@@ -251,7 +276,8 @@ class PosixStorage : public Storage {
       std::this_thread::sleep_for(std::chrono::milliseconds(kLockPauseMs));
     }
     return Error{Code::conflict,
-                 full(name) + " is locked: another server has this root"};
+                 full(name) + " is locked: another server has this root" +
+                     holder_of(fd.get())};
   }
 
   Result<std::uint64_t> free_bytes() override {
@@ -324,6 +350,20 @@ Result<std::unique_ptr<Storage>> open_posix_storage(const std::string& path) {
   Fd dir(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (!dir) return system_error("cannot open", path);
   return std::unique_ptr<Storage>(new PosixStorage(path, std::move(dir)));
+}
+
+Result<std::unique_ptr<Storage::Lock>> share_posix_lock(
+    const std::string& dir, const std::string& name) {
+  std::string path = dir + "/" + name;
+  Fd fd = open_at(AT_FDCWD, path, O_RDONLY);
+  if (!fd && errno == ENOENT) return std::unique_ptr<Storage::Lock>();
+  if (!fd) return system_error("cannot open", path);
+  if (::flock(fd.get(), LOCK_SH | LOCK_NB) == 0) {
+    return std::unique_ptr<Storage::Lock>(new PosixLock(std::move(fd)));
+  }
+  if (errno != EWOULDBLOCK) return system_error("cannot lock", path);
+  return Error{Code::conflict, path + " is locked: a server runs on this root" +
+                                   holder_of(fd.get())};
 }
 
 std::string filesystem_kind(const std::string& path) {

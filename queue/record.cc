@@ -19,8 +19,9 @@ enum EnqueueFlag : std::uint64_t {
   kHasTraceparent = 64,
   kHasRequestId = 128,
   kIsRevived = 256,
+  kHasKey = 512,  // unknown to the first programs
 };
-constexpr std::uint64_t kEnqueueFlags = 511;
+constexpr std::uint64_t kEnqueueFlags = 1023;
 
 // A revived job was failed, cancelled or dead.
 constexpr std::uint8_t kRevivedMin = static_cast<std::uint8_t>(State::failed);
@@ -37,6 +38,7 @@ std::uint64_t enqueue_flags(const EnqueueRecord& r) {
   if (!job.traceparent.empty()) flags |= kHasTraceparent;
   if (!job.request_id.empty()) flags |= kHasRequestId;
   if (r.revived || r.attempt) flags |= kIsRevived;
+  if (!job.concurrency_key.empty()) flags |= kHasKey;
   return flags;
 }
 
@@ -80,6 +82,11 @@ void write(Writer& w, const EnqueueRecord& r) {
   if (flags & kIsRevived) {
     w.u8(r.revived);
     w.number(r.attempt);
+  }
+  if (flags & kHasKey) {
+    w.u8(job.kind_key ? 1 : 0);
+    w.number(job.concurrency_limit);
+    w.text(job.concurrency_key);
   }
 }
 
@@ -202,6 +209,13 @@ EnqueueRecord read_enqueue(Reader& r) {
     record.revived = r.u8_below(kStates);
     if (record.revived && record.revived < kRevivedMin) r.fail();
     record.attempt = static_cast<std::uint16_t>(r.number_to(0xffff));
+  }
+  if (flags & kHasKey) {
+    job.kind_key = r.u8_below(2) != 0;
+    job.concurrency_limit =
+        static_cast<std::uint16_t>(r.number_to(kConcurrencyLimitMax));
+    job.concurrency_key = r.text();
+    if (job.concurrency_limit == 0) r.fail();
   }
   // A flag whose member is empty would make two encodings of one record.
   if (r.ok() && flags != enqueue_flags(record)) r.fail();

@@ -5,11 +5,11 @@
 #include <optional>
 
 #include "queue/little_endian.h"
+#include "queue/window.h"
 
 namespace machina {
 namespace {
 
-constexpr std::size_t kWindowBytes = 1 << 20;
 constexpr std::uint8_t kMayBeSkipped = 0x80;  // bit 7 of a record's type
 
 std::string range(Lsn first, Lsn last) {
@@ -21,33 +21,6 @@ bool all_zero(std::span<const std::byte> bytes) {
   return std::all_of(bytes.begin(), bytes.end(),
                      [](std::byte b) { return b == std::byte{0}; });
 }
-
-// A file, read through a window that moves forward.
-class Window {
- public:
-  explicit Window(const File& file) : file_(file) {}
-
-  // Up to `bytes` at `offset`; fewer only at the end of the file.
-  Result<std::span<const std::byte>> at(std::uint64_t offset,
-                                        std::size_t bytes) {
-    if (offset < start_ || offset + bytes > start_ + held_) {
-      buffer_.resize(std::max(bytes, kWindowBytes));
-      auto got = file_.read_at(offset, buffer_);
-      if (!got) return got.error();
-      start_ = offset;
-      held_ = *got;
-    }
-    std::size_t skip = offset - start_;
-    return std::span<const std::byte>(buffer_).subspan(
-        skip, std::min(bytes, held_ - skip));
-  }
-
- private:
-  const File& file_;
-  std::vector<std::byte> buffer_;
-  std::uint64_t start_ = 0;
-  std::size_t held_ = 0;
-};
 
 class Scanner {
  public:

@@ -55,6 +55,11 @@ ShardImpl::~ShardImpl() {
 
 Result<void> ShardImpl::start(RecoveryReport* report) {
   auto history = History::open(options_.history_dir);
+  if (!history && history.error().code == Code::conflict) {
+    // Another server, most likely: the log's lock is the one to name.
+    auto lock = storage_.lock("wal/LOCK");
+    if (!lock && lock.error().code == Code::conflict) return lock.error();
+  }
   if (!history) return history.error();
   history_ = std::move(*history);
 
@@ -81,7 +86,7 @@ Result<void> ShardImpl::start(RecoveryReport* report) {
   }
   early_needs_.clear();
   for (const EndedPtr& ended : feed_) {
-    if (!ended->left) log_->need(ended->body_place, +1);
+    if (ended->is_end()) log_->need(ended->body_place, +1);
   }
   // With fsync off SQLite may have kept what the log lost.
   if (history_->applied() > report->last) {
@@ -118,6 +123,8 @@ Result<void> ShardImpl::visit(const Record& record, Lsn checkpoint) {
     left->lsn = record.lsn;
     left->left = true;
     remember_ended(std::move(left));
+  } else if (std::holds_alternative<UnblockRecord>(record.body)) {
+    remember_unblock(record);
   } else if (auto* end = std::get_if<EndRecord>(&record.body)) {
     auto made = std::make_shared<Ended>();
     made->id = end->id;

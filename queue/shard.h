@@ -34,6 +34,8 @@
 
 namespace machina {
 
+class EndSink;
+
 struct Address {
   std::uint32_t io = 0;
   std::uint64_t connection = 0;
@@ -137,6 +139,8 @@ class Shard {
 
   virtual void on_send(Send send) = 0;
   virtual void on_wake(std::function<void()> wake) = 0;  // from other threads
+  // Before the first turn(); the sink outlives the shard. Null: nobody.
+  virtual void feed_to(EndSink* sink) = 0;
 
   virtual void submit(Request request) = 0;
   // The connection went away: its parked calls and holds are dropped, and
@@ -157,6 +161,11 @@ class Shard {
   virtual Result<void> close() = 0;
 
   virtual ShardStats stats() = 0;
+  // How far the log is; cheap enough to ask at every turn.
+  struct Progress {
+    Lsn applied = 0, durable = 0;
+  };
+  virtual Progress progress() const { return {}; }
   virtual bool poisoned() const = 0;
 };
 

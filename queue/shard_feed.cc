@@ -2,8 +2,8 @@
 // checkpoints the core, watches the disk, samples times.
 
 #include <algorithm>
-#include <cstdio>
 
+#include "queue/say.h"
 #include "queue/shard_impl.h"
 
 namespace machina {
@@ -28,17 +28,28 @@ void ShardImpl::remember_ended(EndedPtr ended) {
       ended_by_fence_.erase(earlier->fence);
       ended_by_id_.erase(ended->id);
     }
-  } else {
+  } else if (ended->is_end()) {
     ended_by_id_[ended->id] = ended;
     if (ended->by_complete) ended_by_fence_[ended->fence] = ended;
   }
   feed_.push_back(std::move(ended));
 }
 
+void ShardImpl::remember_unblock(const Record& record) {
+  auto unblock = std::get<UnblockRecord>(record.body);
+  if (unblock.input.size() > kUnblockInputMax) unblock.input.clear();
+  auto made = std::make_shared<Ended>();
+  made->id = unblock.id;
+  made->lsn = record.lsn;
+  made->finished_ms = record.time_ms;
+  made->unblock = std::make_shared<const UnblockRecord>(std::move(unblock));
+  remember_ended(std::move(made));
+}
+
 void ShardImpl::forget_ended(const EndedPtr& ended) {
   history_lag_bytes_ -= ended->body_bytes + ended->end_bytes;
   ended_memory_ -= ended->memory;
-  if (ended->left) return;
+  if (!ended->is_end()) return;
   log_->need(ended->body_place, -1);
   auto by_id = ended_by_id_.find(ended->id);
   if (by_id != ended_by_id_.end() && by_id->second == ended) {
@@ -106,7 +117,8 @@ Result<HistoryChange> change_of(const Log& log, const Ended& ended) {
   change.id = ended.id;
   change.lsn = ended.lsn;
   change.finished_ms = ended.finished_ms;
-  if (ended.left) return change;
+  change.unblock = ended.unblock;
+  if (!ended.is_end()) return change;
   change.body = ended.body;
   change.end = ended.end;
   if (change.body == nullptr) {
@@ -130,7 +142,7 @@ Result<HistoryChange> change_of(const Log& log, const Ended& ended) {
 // Damage of one job's bytes must not keep all later ones out of history: it is
 // left out, loudly. A disk that does not answer is another matter: the whole
 // batch is tried again, for its rows would otherwise be lost.
-Result<void> apply_batch(const Log& log, History& history,
+Result<void> apply_batch(const Log& log, History& history, EndSink* sink,
                          const std::vector<EndedPtr>& batch, Lsn through) {
   std::vector<HistoryChange> changes;
   changes.reserve(batch.size());
@@ -141,12 +153,15 @@ Result<void> apply_batch(const Log& log, History& history,
     } else if (change.error().code != Code::corrupt) {
       return change.error();
     } else {
-      std::fprintf(stderr,
-                   "machina: history: job %s (lsn %llu) is left out: %s\n",
-                   to_string(ended->id).c_str(),
-                   static_cast<unsigned long long>(ended->lsn),
-                   change.error().what.c_str());
+      Saying(Severity::error, "history_left_out",
+             "history: a job is left out: " + change.error().what)
+          .with("job", to_string(ended->id))
+          .with("lsn", static_cast<std::int64_t>(ended->lsn));
     }
+  }
+  // Crash between the two: the sink is given the same again (S2).
+  if (sink != nullptr && !changes.empty()) {
+    if (auto r = sink->take(changes); !r) return r;
   }
   return history.apply(changes, through);
 }
@@ -163,7 +178,7 @@ void ShardImpl::post_feed(std::vector<EndedPtr> batch, Lsn through) {
   auto shared = std::make_shared<std::vector<EndedPtr>>(std::move(batch));
   bool posted = history_thread_->post([=, this] {
     auto result = std::make_shared<Result<void>>(
-        apply_batch(*log_, *history_, *shared, through));
+        apply_batch(*log_, *history_, sink_, *shared, through));
     if (*result && expire) *result = history_->expire(at);
     return [=, this] { fed(*shared, through, *result); };
   });
@@ -178,7 +193,7 @@ void ShardImpl::fed(const std::vector<EndedPtr>& batch, Lsn through,
     // The same rows again, later; meanwhile the lag grows and enqueue says so.
     if (feed_error_ != result.error().what) {
       feed_error_ = result.error().what;
-      std::fprintf(stderr, "machina: %s; trying again\n", feed_error_.c_str());
+      Saying(Severity::warn, "history_failed", feed_error_ + "; trying again");
     }
     feed_.insert(feed_.begin(), batch.begin(), batch.end());
     feed_retry_mono_ = mono() + kFeedRetryMs;
@@ -228,27 +243,33 @@ void ShardImpl::read_page(const CallPtr& call) {
 void ShardImpl::run_checkpoint() {
   if (log_->poisoned()) return;
   if (image_ && !log_->checkpointing() && log_->durable() >= image_->lsn) {
-    log_->checkpoint(image_->lsn, image_->time_ms, std::move(image_->bytes));
+    auto save = [this, state = std::move(image_->state)] {
+      std::vector<std::byte> bytes;
+      state->save(&bytes);
+      image_bytes_ = bytes.size();
+      return bytes;
+    };
+    log_->checkpoint(image_->lsn, image_->time_ms, std::move(save));
     image_.reset();
   }
   if (image_ || log_->checkpointing() || core_.applied() <= checkpoint_lsn_) {
     return;
   }
-  // save() takes time in proportion to the jobs that live: it is due when the
-  // log has grown by as much as it would write, so that its share stays small.
+  // It is due when the log has grown by as much as the last image had bytes,
+  // so that the disk's time for it stays a small share.
   const std::uint64_t grown = log_->bytes_since_checkpoint();
   const bool due = grown >= options_.checkpoint_log_bytes ||
                    (mono() >= checkpoint_at_mono_ && grown >= image_bytes_);
   if (due) take_image();
 }
 
+// Freezes what is applied; the log's thread makes bytes of it.
 void ShardImpl::take_image() {
   image_.emplace();
   image_->lsn = core_.applied();
   image_->time_ms = core_.time();
-  core_.save(&image_->bytes);
+  image_->state = core_.freeze();
   checkpoint_lsn_ = image_->lsn;
-  image_bytes_ = image_->bytes.size();
   checkpoint_at_mono_ = mono() + options_.checkpoint_ms;
 }
 

@@ -35,6 +35,7 @@
 
 #include "queue/bodies.h"
 #include "queue/core.h"
+#include "queue/end_sink.h"
 #include "queue/history.h"
 #include "queue/log.h"
 #include "queue/shard.h"
@@ -53,7 +54,9 @@ constexpr std::uint64_t kLiveExamineMax = 2000;  // of a list, on the loop
 constexpr std::uint64_t kExamineMax = 10'000;    // of a list, in all
 constexpr std::size_t kFeedBatchMax = 2000;
 constexpr std::size_t kFeedBatchBytesMax = 32u << 20;
-constexpr Millis kFeedMs = 50;        // rows wait at most so long for company
+// Rows wait at most so long for company: each batch is two syncs, and one that
+// is under way delays the log's. Whoever asks for a list does not wait for it.
+constexpr Millis kFeedMs = 500;
 constexpr Millis kFeedIdleMs = 5000;  // applied() follows without rows
 constexpr Millis kFeedRetryMs = 1000;
 constexpr Millis kExpireMs = 60'000;
@@ -61,17 +64,21 @@ constexpr Millis kDiskSampleMs = 1000;
 constexpr Millis kLevelSeenMs = 60'000;
 constexpr Millis kListWaitMs = 2000;  // for history to catch up with the core
 constexpr std::size_t kEndedMemoryMax = 64u << 20;  // else read from the log
-constexpr std::size_t kSamplesMax = 4096;
+constexpr std::size_t kUnblockInputMax = 4096;      // a longer one is not fed
+constexpr std::size_t kSamplesMax = 16384;
 constexpr int kStoreThreads = 2;
 constexpr int kTickRoundsMax = 16;  // of a turn
 constexpr int kFactRoundsMax = 8;
 
-// A job that ended (or, `left`, left history by an explicit retry), which
-// history does not have yet. Immutable: the history thread reads it too.
+// A job that ended, which history does not have yet; or one that left history
+// by an explicit retry (`left`), or went on after a block (`unblock`).
+// Immutable: the history thread reads it too.
 struct Ended {
   JobId id;
   Lsn lsn = 0;
   bool left = false;
+  std::shared_ptr<const UnblockRecord> unblock;
+  bool is_end() const { return !left && unblock == nullptr; }
   Fence fence = 0;
   bool by_complete = false;
   State state = State::succeeded;
@@ -151,6 +158,7 @@ class ShardImpl final : public Shard {
 
   void on_send(Send send) override { send_ = std::move(send); }
   void on_wake(std::function<void()> wake) override;
+  void feed_to(EndSink* sink) override { sink_ = sink; }
   void submit(Request request) override;
   void abandon(std::uint32_t io, std::uint64_t connection) override;
   void turn() override;
@@ -160,6 +168,9 @@ class ShardImpl final : public Shard {
   void release_all() override;
   Result<void> close() override;
   ShardStats stats() override;
+  Progress progress() const override {
+    return {core_.applied(), log_->durable()};
+  }
   bool poisoned() const override { return log_->poisoned(); }
 
  private:
@@ -191,10 +202,9 @@ class ShardImpl final : public Shard {
   void list_live(const CallPtr& call, std::uint64_t cursor);
   void list_history(const CallPtr& call);
 
-  std::optional<Decision> decide(const Command& command);  // and commit
+  std::optional<Decision> decide(Command command);  // and commit
   bool commit(Decision* decision);
   void applied(Record* record);
-  void enqueued(EnqueueRecord record);
   void ended(Record* record);
   void deliver(Decision* decision);
   void give(const CallPtr& call, const std::vector<GrantAnswer>& grants);
@@ -209,7 +219,6 @@ class ShardImpl final : public Shard {
   void need(Call* call, Need need);
   void pin(const Need& need, int delta);
   void drop_needs(Call* call);
-  Body body_of(const JobId& id);
   void answer(const CallPtr& call);  // holds it until durable
   void refuse(const CallPtr& call, Response::Status status,
               std::string detail = {});
@@ -244,6 +253,7 @@ class ShardImpl final : public Shard {
   void fed(const std::vector<EndedPtr>& batch, Lsn through,
            const Result<void>& result);
   void remember_ended(EndedPtr ended);
+  void remember_unblock(const Record& record);
   void forget_ended(const EndedPtr& ended);
   EndedPtr find_ended(const JobId& id) const;
   EndedPtr find_ended(Fence fence) const;
@@ -272,6 +282,9 @@ class ShardImpl final : public Shard {
   const ShardOptions options_;
   Core core_;
   std::unique_ptr<History> history_;
+  EndSink* sink_ = nullptr;
+  std::atomic<std::size_t> image_bytes_{0};  // of the last checkpoint; set by
+                                             // a thread of the log
   std::unique_ptr<Log> log_;
   std::string recovery_;
   Send send_;
@@ -290,8 +303,6 @@ class ShardImpl final : public Shard {
   std::unordered_map<Place, std::pair<Place, int>> early_needs_;
 
   BodyCache cache_;
-  std::vector<Body> fresh_;  // of the commit under way, where the cache is
-                             // too small for them
 
   // Calls.
   std::uint64_t next_call_ = 1;
@@ -325,11 +336,10 @@ class ShardImpl final : public Shard {
   struct Image {
     Lsn lsn = 0;
     Millis time_ms = 0;
-    std::vector<std::byte> bytes;
+    std::shared_ptr<const Core::Frozen> state;
   };
   std::optional<Image> image_;  // waits for its lsn to be durable
   Lsn checkpoint_lsn_ = 0;
-  std::size_t image_bytes_ = 0;  // of the last
   Millis checkpoint_at_mono_ = 0;
 
   DiskBound disk_soft_, disk_hard_;

@@ -2,8 +2,8 @@
 // the log is durable (H1), completed from files by a store thread, sent.
 
 #include <algorithm>
-#include <cstdio>
 
+#include "queue/say.h"
 #include "queue/shard_impl.h"
 
 namespace machina {
@@ -42,7 +42,7 @@ void ShardImpl::fill_live(const Core::Look& look, Call* call, std::size_t index,
   view.fsync = options_.core.fsync;
   view.waiting_for_level = view.state == State::ready && view.min_level > 0 &&
                            !level_seen(view.min_level);
-  if (Body body = body_of(view.id)) {
+  if (Body body = cache_.get(view.id)) {
     fill_from_body(*body, of_lease || call->with_payload, &view);
   } else {
     Need missing;
@@ -101,14 +101,6 @@ void ShardImpl::settle_item(Call* call, std::size_t index, State state) {
   bool cancelled =
       call->purpose == Purpose::cancel && state == State::cancelled;
   item.answer = cancelled ? Answer::already : Answer::wrong_state;
-}
-
-Body ShardImpl::body_of(const JobId& id) {
-  if (Body body = cache_.get(id)) return body;
-  for (const Body& body : fresh_) {
-    if (body->id == id) return body;
-  }
-  return nullptr;
 }
 
 // --- needs ---
@@ -235,7 +227,7 @@ void ShardImpl::fetched(const CallPtr& call, std::vector<Need>* needs) {
 
 void ShardImpl::settle(Call* call, Need* need, std::vector<Fence>* unreadable) {
   if (!need->error.empty()) {
-    std::fprintf(stderr, "machina: %s\n", need->error.c_str());
+    Saying(Severity::error, "read_failed", need->error);
     if (need->of_lease) {
       unreadable->push_back(need->fence);
     } else {
@@ -326,8 +318,8 @@ void ShardImpl::send(const CallPtr& call) {
 void ShardImpl::fail_all_poisoned() {
   if (!told_poison_) {
     told_poison_ = true;
-    std::fprintf(stderr, "machina: the log is poisoned: %s\n",
-                 log_->poison_cause().c_str());
+    Saying(Severity::error, "log_poisoned",
+           "the log is poisoned: " + log_->poison_cause());
   }
   std::deque<CallPtr> held;
   held.swap(held_);

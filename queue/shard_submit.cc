@@ -98,18 +98,27 @@ void ShardImpl::enqueue(const CallPtr& call, EnqueueCommand command,
   call->response.views.resize(items.size());
   const bool one = items.size() == 1;
   call->light = !one;
-  const bool plain = one && decision->records.size() == 1;
+  // One job, and nothing but that it is there: its record says it all.
+  EnqueueRecord* fresh = nullptr;
+  if (one && decision->records.size() == 1) {
+    fresh = std::get_if<EnqueueRecord>(&decision->records[0].body);
+  }
   for (std::size_t i = 0; i < items.size(); ++i) {
     ItemAnswer& item = items[i];
     if (item.answer != Answer::ok && item.answer != Answer::duplicate) continue;
     JobView& view = call->response.views[i];
     // Of many jobs, clients are told id, state and duplicate: no bodies.
-    Body body = plain ? body_of(item.id) : nullptr;
-    if (body != nullptr && body->state == item.state) {
-      view = view_of_new(*body, options_.core.fsync, call->with_payload);
+    if (fresh != nullptr && fresh->state == item.state) {
+      fill_from_new(std::move(*fresh), options_.core.fsync, call->with_payload,
+                    &view);
       view.waiting_for_level = view.state == State::ready &&
                                view.min_level > 0 &&
                                !level_seen(view.min_level);
+      if (!view.concurrency_key.empty()) {
+        auto look = core_.look(item.id);
+        view.waiting_for_concurrency =
+            look && look->view.waiting_for_concurrency;
+      }
     } else if (one || !core_.live(item.id)) {
       want_view(call.get(), i, item.id);
     } else if (item.answer == Answer::duplicate) {
@@ -506,16 +515,15 @@ void ShardImpl::list_history(const CallPtr& call) {
 
 // --- decide and commit ---
 
-std::optional<Decision> ShardImpl::decide(const Command& command) {
+std::optional<Decision> ShardImpl::decide(Command command) {
   core_.set_mono(mono());
-  Decision decision = core_.decide(now(), random_.next(), command);
+  Decision decision = core_.decide(now(), random_.next(), std::move(command));
   if (!commit(&decision)) return std::nullopt;
   return decision;
 }
 
 // Beyond this point the log has it; nobody is told before it is durable.
 bool ShardImpl::commit(Decision* decision) {
-  fresh_.clear();
   for (Record& record : decision->records) {
     if (auto appended = log_->append(&record); !appended) {
       // Poisoned: what was applied before it is never told to anyone (H3). A
@@ -533,7 +541,7 @@ bool ShardImpl::commit(Decision* decision) {
   return true;
 }
 
-// What the shard itself keeps of a record. Takes its body.
+// What the shard itself keeps of a record, the one appended last.
 void ShardImpl::applied(Record* record) {
   std::visit(
       Overload{[&](EnqueueRecord& body) {
@@ -544,12 +552,13 @@ void ShardImpl::applied(Record* record) {
                    left->left = true;
                    remember_ended(std::move(left));
                  }
-                 enqueued(std::move(body));
+                 cache_.put(body.id, log_->encoded());
                },
                [&](EndRecord&) { ended(record); },
                [&](RetryRecord& retry) { wake_beats(retry.fence); },
                [&](ReleaseRecord& release) { wake_beats(release.fence); },
                [&](BlockRecord& block) { wake_beats(block.fence); },
+               [&](UnblockRecord&) { remember_unblock(*record); },
                [&](CancelRecord& cancel) {
                  if (beats_.empty()) return;
                  if (auto look = core_.look(cancel.id)) {
@@ -560,15 +569,14 @@ void ShardImpl::applied(Record* record) {
       record->body);
 }
 
-void ShardImpl::enqueued(EnqueueRecord record) {
-  auto body = std::make_shared<const EnqueueRecord>(std::move(record));
-  if (memory_of(*body) > options_.body_cache_bytes / 2) fresh_.push_back(body);
-  cache_.put(std::move(body));
-}
-
 void ShardImpl::ended(Record* record) {
   auto& end = std::get<EndRecord>(record->body);
-  for (EnqueueRecord& child : end.children) enqueued(std::move(child));
+  for (EnqueueRecord& child : end.children) {
+    std::vector<std::byte> bytes;
+    const JobId id = child.id;
+    encode(Record{record->time_ms, std::move(child)}, &bytes);
+    cache_.put(id, bytes);
+  }
   end.children.clear();
   auto made = std::make_shared<Ended>();
   made->id = end.id;

@@ -5,11 +5,17 @@
 //
 //   G1  Growing never moves or copies an entry: a page at a time is added.
 //   G2  A freed index is the next to be handed out.
+//   G3  share() gives what is there now, unmoved by what is written later, at
+//       the price of a pointer a page; each page is copied when one of the two
+//       first writes to it.
 
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -20,21 +26,33 @@ namespace machina {
 
 constexpr std::uint32_t kNone = 0xffffffff;  // no index
 
-// An array that grows by pages.
+// An array that grows by pages. Two may share their pages (G3); whoever writes
+// to a shared one gets a copy of it first.
 template <class T, std::size_t kPerPage = 1024>
 class Paged {
   static_assert(std::is_trivially_copyable_v<T>);
 
  public:
+  Paged() = default;
+  Paged(Paged&&) = default;
+  Paged& operator=(Paged&&) = default;
+
   std::size_t size() const { return size_; }
   bool empty() const { return size_ == 0; }
-  T& operator[](std::size_t i) { return pages_[i / kPerPage][i % kPerPage]; }
+  T& operator[](std::size_t i) {
+    T* page = to_write_[i / kPerPage];
+    if (page == nullptr) [[unlikely]]
+      page = own(i / kPerPage);
+    return page[i % kPerPage];
+  }
   const T& operator[](std::size_t i) const {
-    return pages_[i / kPerPage][i % kPerPage];
+    return to_read_[i / kPerPage][i % kPerPage];
   }
   void push_back(const T& value) {
     if (size_ == pages_.size() * kPerPage) {
-      pages_.push_back(std::make_unique_for_overwrite<T[]>(kPerPage));
+      pages_.push_back(std::make_shared_for_overwrite<T[]>(kPerPage));
+      to_read_.push_back(pages_.back().get());
+      to_write_.push_back(pages_.back().get());
     }
     ++size_;
     (*this)[size_ - 1] = value;
@@ -42,8 +60,36 @@ class Paged {
   void pop_back() { --size_; }
   std::size_t bytes() const { return pages_.size() * kPerPage * sizeof(T); }
 
+  // What is in it now; O(pages). The two may then be used, and destroyed, on
+  // different threads.
+  Paged share() {
+    Paged other;
+    other.pages_ = pages_;
+    other.to_read_ = to_read_;
+    other.to_write_.resize(pages_.size());
+    other.size_ = size_;
+    std::fill(to_write_.begin(), to_write_.end(), nullptr);
+    return other;
+  }
+
  private:
-  std::vector<std::unique_ptr<T[]>> pages_;
+  T* own(std::size_t page) {
+    std::shared_ptr<T[]>& mine = pages_[page];
+    if (mine.use_count() > 1) {
+      auto copy = std::make_shared_for_overwrite<T[]>(kPerPage);
+      std::memcpy(copy.get(), mine.get(), kPerPage * sizeof(T));
+      mine = std::move(copy);
+    }
+    // The other's last look at it came before it let go: to give one back here
+    // acquires what it released there. (A fence would, too, but the thread
+    // sanitizer knows none.)
+    std::shared_ptr<T[]>(mine).reset();
+    return to_read_[page] = to_write_[page] = mine.get();
+  }
+
+  std::vector<std::shared_ptr<T[]>> pages_;
+  std::vector<T*> to_read_;
+  std::vector<T*> to_write_;  // null: shared, or was
   std::size_t size_ = 0;
 };
 
@@ -80,6 +126,13 @@ class Slab {
     return static_cast<std::uint32_t>(entries_.size());
   }
   std::size_t bytes() const { return entries_.bytes(); }
+  Slab share() {  // G3
+    Slab other;
+    other.entries_ = entries_.share();
+    other.free_ = free_;
+    other.used_ = used_;
+    return other;
+  }
 
  private:
   Paged<T> entries_;

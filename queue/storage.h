@@ -94,6 +94,12 @@ class Storage {
 // The directory `path`, which must exist.
 Result<std::unique_ptr<Storage>> open_posix_storage(const std::string& path);
 
+// Holds the file `name` below `dir` locked against those who lock() it, beside
+// others who hold it like this. Makes nothing: null where there is no such file.
+// conflict: it is locked; the error says by which process, where that is known.
+Result<std::unique_ptr<Storage::Lock>> share_posix_lock(
+    const std::string& dir, const std::string& name);
+
 // The kind of file system that holds `path` ("ext4", "xfs", "nfs", "tmpfs",
 // "overlay", ...; an unknown one as its magic number in hex), and whether the
 // promises above can be believed there. nfs, smb, overlay and tmpfs: no.

@@ -1,14 +1,29 @@
 #include "queue/view.h"
 
+#include <type_traits>
+#include <utility>
+
 namespace machina {
 
-void fill_from_body(const EnqueueRecord& body, bool with_payload,
-                    JobView* view) {
-  const NewJob& job = body.job;
+namespace {
+
+// `part` of a body that is given up, or a copy of one that is not.
+template <class Body>
+void take(auto* to, auto& part) {
+  if constexpr (std::is_const_v<Body>) {
+    *to = part;
+  } else {
+    *to = std::move(part);
+  }
+}
+
+template <class Body>
+void fill(Body& body, bool with_payload, JobView* view) {
+  auto& job = body.job;
   view->id = body.id;
-  view->kind = job.kind;
-  view->queue = job.queue;
-  view->tenant = job.tenant;
+  take<Body>(&view->kind, job.kind);
+  take<Body>(&view->queue, job.queue);
+  take<Body>(&view->tenant, job.tenant);
   view->priority = job.priority;
   view->max_attempts = body.attempt + job.max_attempts;  // a retry renews them
   view->created_ms = body.created_ms;
@@ -17,14 +32,24 @@ void fill_from_body(const EnqueueRecord& body, bool with_payload,
     view->run_at_ms = job.run_at_ms != 0 ? job.run_at_ms : body.created_ms;
   }
   view->timeout_ms = job.timeout_ms;
-  if (with_payload) view->payload = job.payload;
-  view->labels = job.labels;
-  view->dedup_key = job.dedup_key;
-  view->depends_on = job.depends_on;
+  if (with_payload) take<Body>(&view->payload, job.payload);
+  take<Body>(&view->concurrency_key, job.concurrency_key);
+  view->concurrency_limit = job.concurrency_limit;
+  view->kind_key = job.kind_key;
+  take<Body>(&view->labels, job.labels);
+  take<Body>(&view->dedup_key, job.dedup_key);
+  take<Body>(&view->depends_on, job.depends_on);
   view->min_level = job.min_level;
-  view->sandbox = job.sandbox;
-  view->traceparent = job.traceparent;
-  view->request_id = job.request_id;
+  take<Body>(&view->sandbox, job.sandbox);
+  take<Body>(&view->traceparent, job.traceparent);
+  take<Body>(&view->request_id, job.request_id);
+}
+
+}  // namespace
+
+void fill_from_body(const EnqueueRecord& body, bool with_payload,
+                    JobView* view) {
+  fill(body, with_payload, view);
 }
 
 void fill_from_end(const EndRecord& end, Millis finished_ms, JobView* view) {
@@ -58,13 +83,12 @@ void fill_from_note(const Record& note, JobView* view) {
   }
 }
 
-JobView view_of_new(const EnqueueRecord& body, bool fsync, bool with_payload) {
-  JobView view;
-  fill_from_body(body, with_payload, &view);
-  view.state = body.state;
-  view.attempt = body.attempt;
-  view.fsync = fsync;
-  return view;
+void fill_from_new(EnqueueRecord&& body, bool fsync, bool with_payload,
+                   JobView* view) {
+  fill(body, with_payload, view);
+  view->state = body.state;
+  view->attempt = body.attempt;
+  view->fsync = fsync;
 }
 
 }  // namespace machina

@@ -23,7 +23,8 @@ void fill_from_end(const EndRecord& end, Millis finished_ms, JobView* view);
 // A BlockRecord or UnblockRecord that the live entry points to.
 void fill_from_note(const Record& note, JobView* view);
 
-// The view of a job that was enqueued just now.
-JobView view_of_new(const EnqueueRecord& body, bool fsync, bool with_payload);
+// All of a fresh view: of a job that was enqueued just now, by its record.
+void fill_from_new(EnqueueRecord&& body, bool fsync, bool with_payload,
+                   JobView* view);
 
 }  // namespace machina

@@ -8,89 +8,104 @@
 #include <deque>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 namespace machina {
 namespace {
 
-Body body_of(std::uint64_t n, std::size_t payload) {
+JobId id_of(std::uint64_t n) { return make_job_id(1, n, n); }
+
+void put(BodyCache& cache, std::uint64_t n, std::size_t payload) {
   EnqueueRecord record;
-  record.id = make_job_id(1, n, n);
-  record.job.payload.assign(payload, 'p');
-  return std::make_shared<const EnqueueRecord>(std::move(record));
+  record.id = id_of(n);
+  record.job.payload.assign(payload, static_cast<char>('a' + n % 26));
+  std::vector<std::byte> bytes;
+  encode(Record{1, record}, &bytes);
+  cache.put(record.id, bytes);
 }
 
 TEST(BodyCache, NeverHoldsMoreThanItsBound) {
   BodyCache cache(100'000);
-  for (std::uint64_t i = 1; i <= 1000; ++i) {
-    cache.put(body_of(i, 100 + i % 700));
-    ASSERT_LE(cache.bytes(), 100'000u);
-  }
-  EXPECT_GT(cache.size(), 10u);
-  EXPECT_EQ(cache.get(make_job_id(1, 1, 1)), nullptr);
-  EXPECT_NE(cache.get(make_job_id(1, 1000, 1000)), nullptr);
+  for (std::uint64_t i = 1; i <= 1000; ++i) put(cache, i, 100 + i % 700);
+  EXPECT_GT(cache.size(), 100u);
+  EXPECT_LT(cache.size(), 1000u);
+  EXPECT_EQ(cache.get(id_of(1)), nullptr);
+  EXPECT_NE(cache.get(id_of(1000)), nullptr);
 }
 
 TEST(BodyCache, BodyLargerThanTheBoundEvictsNobody) {
   BodyCache cache(10'000);
-  cache.put(body_of(1, 100));
-  cache.put(body_of(2, 20'000));
-  EXPECT_NE(cache.get(make_job_id(1, 1, 1)), nullptr);
-  EXPECT_EQ(cache.get(make_job_id(1, 2, 2)), nullptr);
+  put(cache, 1, 100);
+  put(cache, 2, 20'000);
+  EXPECT_NE(cache.get(id_of(1)), nullptr);
+  EXPECT_EQ(cache.get(id_of(2)), nullptr);
+  BodyCache none(0);
+  put(none, 1, 1);
+  EXPECT_EQ(none.get(id_of(1)), nullptr);
 }
 
-TEST(BodyCache, LeastRecentlyUsedGoesFirst) {
-  std::size_t each = memory_of(*body_of(1, 1000));
-  BodyCache cache(3 * each);
-  for (std::uint64_t i = 1; i <= 3; ++i) cache.put(body_of(i, 1000));
-  cache.get(make_job_id(1, 1, 1));
-  cache.put(body_of(4, 1000));
-  EXPECT_NE(cache.get(make_job_id(1, 1, 1)), nullptr);
-  EXPECT_EQ(cache.get(make_job_id(1, 2, 2)), nullptr);
+TEST(BodyCache, TheOldestGoesFirst) {
+  BodyCache cache(3 * 1200);
+  for (std::uint64_t i = 1; i <= 4; ++i) put(cache, i, 1000);
+  EXPECT_EQ(cache.get(id_of(1)), nullptr);
+  EXPECT_NE(cache.get(id_of(2)), nullptr);
 }
 
-TEST(BodyCache, TakeAndReplaceKeepTheAccount) {
+TEST(BodyCache, AnIdThatComesAgainIsTheLaterOne) {
   BodyCache cache(100'000);
-  cache.put(body_of(1, 5000));
-  cache.put(body_of(1, 50));  // an explicit retry brings the same id again
+  put(cache, 1, 5000);
+  put(cache, 1, 50);  // an explicit retry
   EXPECT_EQ(cache.size(), 1u);
-  EXPECT_EQ(cache.get(make_job_id(1, 1, 1))->job.payload.size(), 50u);
-  EXPECT_NE(cache.take(make_job_id(1, 1, 1)), nullptr);
-  EXPECT_EQ(cache.bytes(), 0u);
-  EXPECT_EQ(cache.take(make_job_id(1, 1, 1)), nullptr);
+  EXPECT_EQ(cache.get(id_of(1))->job.payload.size(), 50u);
+  EXPECT_NE(cache.take(id_of(1)), nullptr);
+  EXPECT_EQ(cache.size(), 0u);
+  EXPECT_EQ(cache.take(id_of(1)), nullptr);
 }
 
-// Every id that is in is found, every other is not, whatever came and went.
-TEST(BodyCache, FindsExactlyWhatIsIn) {
-  std::size_t each = memory_of(*body_of(1, 16));
-  BodyCache cache(60 * each);
-  std::deque<std::uint64_t> order;  // oldest first
-  std::uint64_t random = 1;
-  auto touch = [&](std::uint64_t n) {
-    std::erase(order, n);
-    order.push_back(n);
+// What came last is found, whole; what is found is what was put; whatever came,
+// went and was overwritten.
+TEST(BodyCache, FindsWhatIsInAndNothingElse) {
+  constexpr std::size_t kBytes = 64'000;
+  BodyCache cache(kBytes);
+  struct Put {
+    std::uint64_t n;
+    std::size_t payload;
+    bool taken = false;
   };
-  for (int step = 0; step < 20'000; ++step) {
+  std::deque<Put> order;  // oldest first
+  std::uint64_t random = 1;
+  for (int step = 0; step < 200'000; ++step) {
     random = random * 6364136223846793005u + 1442695040888963407u;
-    std::uint64_t n = (random >> 33) % 97;
-    switch ((random >> 20) % 4) {
-      case 0:
-      case 1:
-        cache.put(body_of(n, 16));
-        touch(n);
-        if (order.size() > 60) order.pop_front();
-        break;
-      case 2: {
-        bool there = std::find(order.begin(), order.end(), n) != order.end();
-        ASSERT_EQ(cache.get(make_job_id(1, n, n)) != nullptr, there) << step;
-        if (there) touch(n);
-        break;
-      }
-      default:
-        cache.take(make_job_id(1, n, n));
-        std::erase(order, n);
+    std::uint64_t n = (random >> 33) % 397;
+    auto last = std::find_if(order.rbegin(), order.rend(),
+                             [n](const Put& p) { return p.n == n; });
+    bool known = last != order.rend() && !last->taken;
+    std::size_t choice = (random >> 20) % 8;
+    if (choice < 5) {
+      std::size_t payload = (random >> 40) % (choice == 0 ? 5000 : 200);
+      put(cache, n, payload);
+      std::erase_if(order, [n](const Put& p) { return p.n == n; });
+      order.push_back({n, payload});
+      ASSERT_NE(cache.get(id_of(n)), nullptr);
+      continue;
     }
-    ASSERT_EQ(cache.size(), order.size());
-    ASSERT_EQ(cache.bytes(), order.size() * each);
+    Body body = choice < 7 ? cache.get(id_of(n)) : cache.take(id_of(n));
+    if (!known) {
+      ASSERT_EQ(body, nullptr) << step;
+      continue;
+    }
+    if (body != nullptr) {
+      ASSERT_EQ(body->id, id_of(n));
+      ASSERT_EQ(body->job.payload,
+                std::string(last->payload, static_cast<char>('a' + n % 26)));
+    }
+    // At most a wrap and one body's room are lost, and the taken and put again.
+    std::size_t later = 0;
+    for (auto it = order.rbegin(); it != last; ++it) later += it->payload + 160;
+    if (later < kBytes / 4) {
+      ASSERT_NE(body, nullptr) << step;
+    }
+    if (choice == 7) last->taken = true;
   }
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <random>
 #include <set>
+#include <thread>
 
 #include "core_harness.h"
 
@@ -96,6 +97,14 @@ class Driver {
     j.max_attempts = 1 + static_cast<int>(below(4));
     j.retry_min_ms = static_cast<Millis>(below(300));
     j.min_level = static_cast<Level>(below(3));
+    if (below(2) == 0) {
+      std::uint64_t key = below(6);
+      j.concurrency_key = "c" + std::to_string(key);
+      // Mostly one limit for each key.
+      j.concurrency_limit =
+          static_cast<std::uint16_t>(1 + (below(4) == 0 ? below(4) : key % 3));
+      j.kind_key = below(4) == 0;
+    }
     return j;
   }
   std::vector<Fact> facts(const std::vector<NewJob>& jobs) {
@@ -276,6 +285,37 @@ TEST(CoreRandom, AReplayOfTheRecordsGivesTheSameState) {
   }
 }
 
+// While another thread writes what was frozen, the core goes on.
+TEST(CoreRandom, WhatIsFrozenStaysAsItWas) {
+  for (std::uint64_t seed = 300; seed < 315; ++seed) {
+    SCOPED_TRACE(seed);
+    Driver driver(seed, small());
+    CoreHarness& h = driver.harness();
+    std::vector<
+        std::pair<std::shared_ptr<const Core::Frozen>, std::vector<std::byte>>>
+        kept;
+    for (int round = 0; round < 8; ++round) {
+      for (int i = 0; i < 100; ++i) driver.step();
+      kept.emplace_back(h.core.freeze(), h.image());
+      std::vector<std::byte> written;
+      std::thread writer([&written, frozen = kept.back().first]() mutable {
+        frozen->save(&written);
+        frozen.reset();
+      });
+      for (int i = 0; i < 50; ++i) driver.step();
+      writer.join();
+      ASSERT_EQ(written, kept.back().second);
+      if (round % 3 == 2) kept.erase(kept.begin());
+      h.core.check_invariants();
+    }
+    for (const auto& [frozen, image] : kept) {
+      std::vector<std::byte> written;
+      frozen->save(&written);
+      ASSERT_EQ(written, image);
+    }
+  }
+}
+
 TEST(CoreRandom, AnImageGoesOnAsItsOriginal) {
   for (std::uint64_t seed = 200; seed < 215; ++seed) {
     SCOPED_TRACE(seed);
@@ -305,7 +345,8 @@ TEST(CoreRandom, AnImageGoesOnAsItsOriginal) {
         const JobView& v = l.view;
         all.insert(to_string(v.id) + std::string(name(v.state)) + v.kind +
                    std::to_string(v.attempt) + fence_hex(v.fence) +
-                   std::to_string(v.run_at_ms) + v.error_message);
+                   std::to_string(v.run_at_ms) + v.error_message +
+                   (v.waiting_for_concurrency ? "held" : ""));
         return true;
       });
       return all;

@@ -724,6 +724,42 @@ TEST(CoreComplete, ADuplicateChildIsNotMadeTwice) {
   EXPECT_EQ(h.core.live_jobs(), 1u);
 }
 
+// Their last bits say where they lie in the tables (place_of): jobs that come
+// with one record, or with records of one millisecond, must not share them.
+TEST(CoreComplete, NoTwoIdsOfARunCountTheSame) {
+  CoreHarness h;
+  std::set<std::uint32_t> counts;
+  auto count = [&](const JobId& id) {
+    std::uint32_t n = 0;
+    for (int i = 12; i < 16; ++i) n = n << 8 | id.bytes[i];
+    EXPECT_TRUE(counts.insert(n).second) << to_string(id);
+  };
+  for (int i = 0; i < 8; ++i) count(h.add(CoreHarness::job()));
+  auto grants = h.lease("w", 8);
+  ASSERT_EQ(grants.size(), 8u);
+  CompleteCommand many;
+  for (int i = 0; i < 4; ++i) {
+    many.items.push_back({grants[i].fence, {}, {}});
+    many.items.back().children = {CoreHarness::job(), CoreHarness::job(),
+                                  CoreHarness::job()};
+  }
+  const std::size_t before = h.log.size();
+  h.run(many);
+  for (int i = 4; i < 8; ++i) {
+    h.complete(grants[i].fence, EndCode::none,
+               {CoreHarness::job(), CoreHarness::job(), CoreHarness::job()});
+  }
+  std::size_t children = 0;
+  for (std::size_t i = before; i < h.log.size(); ++i) {
+    auto* end = std::get_if<EndRecord>(&h.log[i].body);
+    if (end == nullptr) continue;
+    for (const EnqueueRecord& child : end->children) count(child.id);
+    children += end->children.size();
+  }
+  EXPECT_EQ(children, 24u);
+  count(h.add(CoreHarness::job()));
+}
+
 TEST(CoreComplete, OneFenceTwiceInABatchCountsOnce) {
   CoreHarness h;
   for (int i = 0; i < 3; ++i) h.add(CoreHarness::job());

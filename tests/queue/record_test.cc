@@ -88,6 +88,13 @@ std::vector<Record> samples() {
   add(CancelRecord{id_of(8)});
   add(PromoteRecord{{id_of(1), id_of(2), id_of(3)}});
   add(ForgetRecord{1'763'000'000'000, 0xffffffff});
+  EnqueueRecord with_key = full_enqueue(8);
+  with_key.job.concurrency_key = "customer 7";
+  with_key.job.concurrency_limit = 3;
+  add(with_key);
+  with_key.job.kind_key = true;
+  with_key.job.concurrency_limit = kConcurrencyLimitMax;
+  add(with_key);
   add(EnqueueRecord{});
   add(GrantRecord{});
   add(EndRecord{});

@@ -631,7 +631,7 @@ TEST_F(ShardTest, SecondServerOnOneRootIsRefused) {
   auto second = Shard::open(*gate_, clock_, random, options_, nullptr);
   ASSERT_FALSE(second);
   EXPECT_EQ(second.error().code, Code::conflict);
-  EXPECT_NE(second.error().what.find("another server has " + root_ + " ("),
+  EXPECT_NE(second.error().what.find("another server has this root ("),
             std::string::npos)
       << second.error().what;
 }
@@ -803,6 +803,28 @@ TEST_F(ShardTest, ReadyJobSaysWhenNoWorkerIsStrongEnough) {
   EXPECT_FALSE(get(id).views.at(0).waiting_for_level);
   clock_.advance(61'000);
   EXPECT_TRUE(get(id).views.at(0).waiting_for_level);
+}
+
+TEST_F(ShardTest, AJobSaysThatItWaitsForItsConcurrencyKey) {
+  open();
+  NewJob job = noop();
+  job.concurrency_key = "k";
+  job.concurrency_limit = 1;
+  JobId first = enqueued(job);
+  Response leased = call(Command(lease_command()));
+  ASSERT_EQ(leased.leases.size(), 1u);
+  Response second = call(Command(EnqueueCommand{{job}, {}}));
+  const JobView& view = second.views.at(0);
+  EXPECT_TRUE(view.waiting_for_concurrency);
+  EXPECT_EQ(view.concurrency_key, "k");
+  EXPECT_EQ(view.concurrency_limit, 1);
+  EXPECT_TRUE(call(Command(lease_command())).leases.empty());
+  EXPECT_TRUE(get(view.id).views.at(0).waiting_for_concurrency);
+  EXPECT_FALSE(get(first).views.at(0).waiting_for_concurrency);
+  reopen();
+  EXPECT_TRUE(get(view.id).views.at(0).waiting_for_concurrency);
+  EXPECT_EQ(get(view.id).views.at(0).concurrency_key, "k");
+  EXPECT_TRUE(call(Command(lease_command())).leases.empty());
 }
 
 TEST_F(ShardTest, BatchOfManyIsOneAnswer) {

@@ -36,7 +36,10 @@ TEST_F(ShardHarness, IoAndShardOnTwoThreads) {
   open();
   Mailbox<Request> requests(kInFlight * 32);
   Mailbox<Response> responses(kInFlight * 32);
-  Bell for_shard, for_io;
+  // A thread of the log may ring it when this body has ended.
+  auto shards_bell = std::make_shared<Bell>();
+  Bell& for_shard = *shards_bell;
+  Bell for_io;
   std::atomic<bool> stop{false};
 
   shard_->on_send([&](Response response) {
@@ -44,7 +47,7 @@ TEST_F(ShardHarness, IoAndShardOnTwoThreads) {
     ASSERT_NE(put, Mailbox<Response>::Put::full);
     for_io.ring();
   });
-  shard_->on_wake([&] { for_shard.ring(); });
+  shard_->on_wake([shards_bell] { shards_bell->ring(); });
   std::thread shard_thread([&] {
     while (!stop) {
       for (Request& request : requests.take()) {

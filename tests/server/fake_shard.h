@@ -53,6 +53,7 @@ class FakeShard final : public Shard {
     control_.wake = std::move(wake);
   }
 
+  void feed_to(EndSink* sink) override { sink_ = sink; }
   void submit(Request request) override {
     Response response;
     response.to = request.from;
@@ -503,6 +504,7 @@ class FakeShard final : public Shard {
   }
 
   FakeControl& control_;
+  EndSink* sink_ = nullptr;
   Send send_;
   std::map<JobId, Job> jobs_;
   std::map<std::string, JobId> dedup_;

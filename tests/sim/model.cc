@@ -34,12 +34,67 @@ ModelJob& Model::held(const JobId& id, Fence fence) {
   return j;
 }
 
+std::string Model::key_text(const NewJob& job) {
+  if (job.concurrency_key.empty()) return "";
+  if (job.kind_key) return "kind/" + job.concurrency_key;
+  return "client/" + job.tenant + "/" + job.concurrency_key;
+}
+
+Model::Fifo Model::fifo_of(const NewJob& job) {
+  return {job.queue,     job.kind,      job.priority,
+          job.min_level, key_text(job), !job.concurrency_key.empty()};
+}
+
+// Ready, but its key's slots are taken: those that it asks for, or those that
+// one before it in its line asks for.
+bool Model::waits_for_slot(const ModelJob& j) const {
+  std::string key = key_text(j.job);
+  if (j.state != State::ready || key.empty() || j.doomed) return false;
+  auto found = running_.find(key);
+  int running = found == running_.end() ? 0 : found->second;
+  const JobId& id = lines_.at(line_of(j.job)).begin()->second;
+  return running >= j.job.concurrency_limit ||
+         running >= live.at(id).job.concurrency_limit;
+}
+
+Model::Line Model::line_of(const NewJob& job) {
+  return {job.queue, job.kind, job.min_level, key_text(job)};
+}
+
+Model::Rank Model::rank_of(const ModelJob& j) {
+  return {-j.job.priority, !j.leased_before, j.ready};
+}
+
+void Model::unready(const ModelJob& j) {
+  if (j.state != State::ready || j.job.concurrency_key.empty()) return;
+  lines_[line_of(j.job)].erase(rank_of(j));
+}
+
+JobId Model::leasable(const LeaseCommand& c) const {
+  for (const auto& [id, j] : live) {
+    if (j.state != State::ready || j.job.min_level > c.level) continue;
+    bool queue = c.queues.empty() ||
+                 std::count(c.queues.begin(), c.queues.end(), j.job.queue);
+    bool kind = std::any_of(c.kinds.begin(), c.kinds.end(),
+                            [&j = j](const std::string& pattern) {
+                              return pattern == "*" || pattern == j.job.kind;
+                            });
+    if (queue && kind && !waits_for_slot(j)) return id;
+  }
+  return {};
+}
+
 void Model::make_ready(const JobId& id, ModelJob& j) {
   j.state = State::ready;
+  j.ready = ++readies_;
+  if (!j.job.concurrency_key.empty()) lines_[line_of(j.job)][rank_of(j)] = id;
   if (j.leased_before) return;
-  fresh_[{j.job.queue, j.job.kind, j.job.priority, j.job.min_level}].insert(
-      {++commits_, id});
+  fresh_[fifo_of(j.job)].insert({++commits_, id});
   j.commit = commits_;
+}
+
+void Model::free_slot(const ModelJob& j) {
+  if (!j.job.concurrency_key.empty()) --running_[key_text(j.job)];
 }
 
 void Model::make_due(const JobId& id, ModelJob& j) {
@@ -113,12 +168,19 @@ void Model::fold(const Record&, const GrantRecord& r) {
   must(j.run_at <= time, show(r.id) + " is leased before its time");
   must(r.level >= j.job.min_level, show(r.id) + " is leased below its level");
   if (!j.leased_before) {
-    auto& fifo =
-        fresh_[{j.job.queue, j.job.kind, j.job.priority, j.job.min_level}];
+    auto& fifo = fresh_[fifo_of(j.job)];
     must(!fifo.empty() && fifo.begin()->second == r.id,
          show(r.id) + " is leased before an older one, " +
              (fifo.empty() ? "none" : show(fifo.begin()->second)));
     fifo.erase(fifo.begin());
+  }
+  if (std::string key = key_text(j.job); !key.empty()) {
+    must(running_[key] < j.job.concurrency_limit,
+         show(r.id) + " is leased while " + std::to_string(running_[key]) +
+             " of its key run");
+    must(!waits_for_slot(j), show(r.id) + " overtakes one of its key");
+    ++running_[key];
+    unready(j);
   }
   j.state = State::running;
   j.leased_before = true;
@@ -133,6 +195,8 @@ void Model::fold(const Record& record, const EndRecord& r) {
   must((j.state == State::running) == (r.fence != 0),
        show(r.id) + " ends by a lease that it has not");
   if (r.fence) held(r.id, r.fence);
+  if (r.fence) free_slot(j);
+  unready(j);
   must(r.body_place == j.body_place && r.body_bytes == j.body_bytes,
        show(r.id) + " ends with another's body");
   must(r.attempt == j.attempt, show(r.id) + " ends with a wrong attempt");
@@ -148,8 +212,7 @@ void Model::fold(const Record& record, const EndRecord& r) {
     must(completed.emplace(r.fence, r.state).second, "completed twice");
   }
   if (j.state == State::ready && !j.leased_before) {
-    fresh_[{j.job.queue, j.job.kind, j.job.priority, j.job.min_level}].erase(
-        {j.commit, r.id});
+    fresh_[fifo_of(j.job)].erase({j.commit, r.id});
   }
   live.erase(found);
   must(ended.emplace(r.id, r.state).second, show(r.id) + " ended twice");
@@ -174,6 +237,7 @@ void Model::fold(const Record&, const RetryRecord& r) {
   must(r.attempt == j.attempt && j.attempt < j.base + j.job.max_attempts,
        show(r.id) + " is retried past its allowance");
   j.fence = 0;
+  free_slot(j);
   j.run_at = r.run_at_ms;
   make_due(r.id, j);
 }
@@ -182,6 +246,7 @@ void Model::fold(const Record&, const ReleaseRecord& r) {
   ModelJob& j = held(r.id, r.fence);
   must(!j.cancel, show(r.id) + " is released though it was cancelled");
   j.fence = 0;
+  free_slot(j);
   --j.attempt;
   make_ready(r.id, j);
 }
@@ -190,6 +255,7 @@ void Model::fold(const Record&, const BlockRecord& r) {
   ModelJob& j = held(r.id, r.fence);
   must(!j.cancel, show(r.id) + " is blocked though it was cancelled");
   j.fence = 0;
+  free_slot(j);
   --j.attempt;
   j.state = State::blocked;
   j.token = r.token;
@@ -239,12 +305,14 @@ std::string Model::difference(const Core& core) const {
         v.queue == j.job.queue && v.priority == j.job.priority &&
         v.fence == j.fence && v.cancel_requested == j.cancel &&
         v.blocked_deadline_ms == j.deadline &&
+        v.waiting_for_concurrency == waits_for_slot(j) &&
         v.max_attempts == j.base + j.job.max_attempts &&
         look->body_place == j.body_place && look->body_bytes == j.body_bytes;
     if (!same) {
       return show(id) + " is " + std::string(name(v.state)) + " attempt " +
              std::to_string(v.attempt) + " fence " + fence_hex(v.fence) +
-             ", not " + std::string(name(state)) + " attempt " +
+             (v.waiting_for_concurrency ? " held" : "") + ", not " +
+             std::string(name(state)) + " attempt " +
              std::to_string(j.attempt) + " fence " + fence_hex(j.fence);
     }
   }

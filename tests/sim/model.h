@@ -8,6 +8,8 @@
 //   - nothing is leased before its time or before what it depends on
 //   - first leases per (queue, priority, kind, level) are in commit order
 //   - final states are final, but for an explicit retry
+//   - at most `limit` jobs of one concurrency key run when one of them starts,
+//     and none that may start is left while a parked call wants it
 //   - a dedup key is given to a new job only after its window
 //   - logged time never goes back
 
@@ -36,6 +38,7 @@ struct ModelJob {
   int attempt = 0, base = 0;
   Fence fence = 0;
   Millis run_at = 0, deadline = 0;
+  std::uint64_t ready = 0;   // order of becoming ready
   std::uint64_t commit = 0;  // order of commit among all jobs
   std::uint64_t born = 0;    // order of enqueue
   std::string token;
@@ -57,6 +60,8 @@ class Model {
 
   // The unexpired entry of a job's key, or null.
   const ModelKey* key_of(const NewJob&, Millis now) const;
+  // A ready job that this call could be given, or a nil id.
+  JobId leasable(const LeaseCommand&) const;
   // How the core differs from this, or empty.
   std::string difference(const Core&) const;
 
@@ -69,7 +74,11 @@ class Model {
 
  private:
   using Key = std::tuple<std::string, std::string, std::string>;
-  using Fifo = std::tuple<std::string, std::string, int, Level>;
+  using Fifo =
+      std::tuple<std::string, std::string, int, Level, std::string, bool>;
+  static Fifo fifo_of(const NewJob&);
+  static std::string key_text(const NewJob&);
+  bool waits_for_slot(const ModelJob&) const;
 
   void fold(const Record&, const EnqueueRecord&);
   void fold(const Record&, const GrantRecord&);
@@ -83,12 +92,21 @@ class Model {
   void fold(const Record&, const ForgetRecord&);
   ModelJob& job(const JobId&, State must_be);
   ModelJob& held(const JobId&, Fence);
+  void free_slot(const ModelJob&);
+  void unready(const ModelJob&);
   void make_ready(const JobId&, ModelJob&);
   void make_due(const JobId&, ModelJob&);
 
   std::map<Key, ModelKey> keys_;
   std::map<Fifo, std::set<std::pair<std::uint64_t, JobId>>> fresh_;
-  std::uint64_t commits_ = 0, births_ = 0;
+  std::map<std::string, int> running_;  // by concurrency key
+  // The ready jobs of a key by line, in their order.
+  using Line = std::tuple<std::string, std::string, Level, std::string>;
+  using Rank = std::tuple<int, bool, std::uint64_t>;
+  std::map<Line, std::map<Rank, JobId>> lines_;
+  static Line line_of(const NewJob&);
+  static Rank rank_of(const ModelJob&);
+  std::uint64_t commits_ = 0, births_ = 0, readies_ = 0;
 };
 
 }  // namespace machina::sim

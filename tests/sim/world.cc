@@ -147,6 +147,7 @@ World::World(std::uint64_t seed, Planted planted)
   use_park_ = one_in(2);
   use_children_ = one_in(2);
   use_block_ = one_in(2);
+  use_keys_ = !one_in(3);
 }
 
 World::~World() = default;
@@ -157,6 +158,7 @@ bool World::start() {
   log_.reset();
   core_ = std::make_unique<Core>(core_options_);
   pending_.clear();
+  parked_.clear();
   needs_.clear();
   report_ = {};
   loaded_image_.clear();
@@ -274,6 +276,7 @@ bool World::serve(const Command& command) {
   Pending answer{core_->applied(), d.grants};
   for (const auto& fed : d.fed) {
     core_->unpark(fed.waiter);
+    parked_.erase(fed.waiter);
     answer.grants.insert(answer.grants.end(), fed.grants.begin(),
                          fed.grants.end());
   }
@@ -282,7 +285,18 @@ bool World::serve(const Command& command) {
   if (planted_ == kAnswersEarly) answered_ = core_->applied();
   if (d.park) {
     auto* complete = std::get_if<CompleteCommand>(&command);
-    core_->park(complete ? *complete->lease : std::get<LeaseCommand>(command));
+    const LeaseCommand& c =
+        complete ? *complete->lease : std::get<LeaseCommand>(command);
+    core_->park(c);
+    parked_[c.waiter] = c;
+  }
+  // Whoever asked was given what there was to give.
+  const LeaseCommand* asked = std::get_if<LeaseCommand>(&command);
+  if (auto* complete = std::get_if<CompleteCommand>(&command)) {
+    if (complete->lease) asked = &*complete->lease;
+  }
+  if (asked && d.grants.size() < static_cast<std::size_t>(asked->max)) {
+    judge_hunger(*asked, "a call");
   }
   core_->check_invariants();
   return true;
@@ -295,6 +309,7 @@ void World::turn() {
     serve(TickCommand{});
   }
   if (dead()) return;
+  for (const auto& [waiter, c] : parked_) judge_hunger(c, "a parked call");
   log_->flush();
   work(below(4));
   release_answers();
@@ -407,7 +422,11 @@ void World::step() {
   wall_ += ms;
   mono_ += ms;
   if (one_in(100)) wall_ += static_cast<Millis>(below(7'200'000)) - 3'600'000;
-  if (one_in(30) && waiters_ > 0) core_->unpark(1 + below(waiters_));
+  if (one_in(30) && waiters_ > 0) {
+    std::uint64_t waiter = 1 + below(waiters_);
+    core_->unpark(waiter);
+    parked_.erase(waiter);
+  }
   if (one_in(10) && !held_.empty()) {
     core_->heartbeat(some_fence(), mono_ + core_options_.lease_ms, 10, "ten");
   }
@@ -569,6 +588,13 @@ NewJob World::new_job() {
   if (use_delays_ && one_in(4)) {
     j.run_at_ms = now() + static_cast<Millis>(below(4000)) - 500;
   }
+  if (use_keys_ && one_in(2)) {
+    std::uint64_t key = below(4);
+    j.concurrency_key = "c" + std::to_string(key);
+    j.concurrency_limit =
+        static_cast<std::uint16_t>(1 + (one_in(5) ? below(4) : key % 3));
+    j.kind_key = one_in(4);
+  }
   return j;
 }
 
@@ -722,6 +748,12 @@ void World::judge(const Command& command, const Decision& d) {
     must(right == (d.items.at(0).answer == Answer::ok),
          "an unblock was judged wrongly");
   }
+}
+
+// No slot is free for a job that this call would take.
+void World::judge_hunger(const LeaseCommand& c, const char* who) {
+  JobId id = model_.leasable(c);
+  must(id.is_nil(), std::string(who) + " is left without " + to_string(id));
 }
 
 void World::judge_item(const NewJob& job, const ItemAnswer& a, Millis at) {

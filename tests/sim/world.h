@@ -84,6 +84,7 @@ class World {
   LeaseCommand lease();
   std::vector<Fact> facts(const std::vector<NewJob>&) const;
   void judge(const Command&, const Decision&);
+  void judge_hunger(const LeaseCommand& c, const char* who);
   void judge_item(const NewJob&, const ItemAnswer&, Millis now);
   void read_a_body();
   JobId some_job();
@@ -101,13 +102,15 @@ class World {
   Storage* storage_;
   LogOptions log_options_;
   CoreOptions core_options_;
-  bool use_dedup_, use_deps_, use_delays_, use_park_, use_children_, use_block_;
+  bool use_dedup_, use_deps_, use_delays_, use_park_, use_children_, use_block_,
+      use_keys_;
 
   std::unique_ptr<Core> core_;
   std::unique_ptr<Log> log_;
   std::map<Place, int> needs_;
   std::deque<Pending> pending_;
   std::uint64_t waiters_ = 0;
+  std::map<std::uint64_t, LeaseCommand> parked_;
   RecoveryReport report_;
   Error error_{Code::io, ""};
   std::vector<std::byte> loaded_image_;
