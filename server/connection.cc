@@ -129,6 +129,10 @@ void Connection::feed(std::string_view bytes, Millis now) {
     return;
   }
   if (state_ == State::body) since_ = now;
+  if (fresh_) {
+    fresh_ = false;
+    since_ = now;
+  }
   if (in_.empty()) {
     std::size_t used = process(bytes);
     if (state_ == State::head || state_ == State::body) {
@@ -142,9 +146,19 @@ void Connection::feed(std::string_view bytes, Millis now) {
   }
 }
 
+void Connection::hold() {
+  held_ = true;
+  if (held_since_ < 0) held_since_ = now_;
+}
+
 void Connection::resume(Millis now) {
   now_ = now;
   held_ = false;
+  if (held_since_ >= 0) {
+    body_since_ += now - held_since_;
+    since_ = now;
+    held_since_ = -1;
+  }
   if (next_ - base_ < kPipelineMax) blocked_ = false;
   if (wants_pause() || in_.empty()) return;
   if (state_ != State::head && state_ != State::body) return;
@@ -208,13 +222,24 @@ bool Connection::take_head(std::string_view* bytes) {
     // Empty lines before a request line are forgiven (RFC 9112, 2.2).
     while (bytes->size() >= 2 && (*bytes)[0] == '\r' && (*bytes)[1] == '\n') {
       bytes->remove_prefix(2);
+      if (++empty_lines_ > kEmptyLinesMax) {
+        begin_slot();
+        head_ = Head{};
+        refuse(HttpError{400, "bad-request",
+                         "more than " + std::to_string(kEmptyLinesMax) +
+                             " empty lines before a request"});
+        *bytes = {};
+        return false;
+      }
     }
     if (bytes->empty() || *bytes == "\r") return false;
+    empty_lines_ = 0;
     head_begun_ = true;
     since_ = now_;
     scanned_ = 0;
   }
-  std::size_t size = HeadParser::find_end(*bytes, &scanned_);
+  std::size_t size = parser_.remembered(*bytes);
+  if (size == 0) size = HeadParser::find_end(*bytes, &scanned_);
   if (size == 0) {
     bool line_open = bytes->find('\n') == bytes->npos;
     std::size_t max =
@@ -278,7 +303,8 @@ bool Connection::take_head(std::string_view* bytes) {
   chunked_ = ChunkedBody();
   head_text_.assign(text);
   head_kept_ = false;
-  since_ = now_;
+  since_ = body_since_ = now_;
+  held_since_ = -1;
   state_ = State::body;
   return true;
 }
@@ -354,6 +380,15 @@ Connection::Due Connection::check_deadline(Millis now) {
         refuse(HttpError{408, "request-timeout",
                          "the body paused for more than " +
                              std::to_string(kBodyPauseMs) + " ms"});
+      } else if (!wants_pause() &&
+                 now - body_since_ >
+                     kBodyMs + static_cast<Millis>(body_seen_ * 1000 /
+                                                   kBodyBytesPerS)) {
+        refuse(HttpError{408, "request-timeout",
+                         "the body came slower than " +
+                             std::to_string(kBodyBytesPerS) +
+                             " bytes a second after its first " +
+                             std::to_string(kBodyMs) + " ms"});
       }
       return Due::nothing;
     case State::head:
@@ -366,7 +401,8 @@ Connection::Due Connection::check_deadline(Millis now) {
             "the headers took more than " + std::to_string(kHeadMs) + " ms"});
         return Due::nothing;
       }
-      if (!head_begun_ && base_ == next_ && waited > kIdleMs) {
+      if (!head_begun_ && base_ == next_ &&
+          waited > (fresh_ ? kFirstByteMs : kIdleMs)) {
         return Due::close;
       }
       return Due::nothing;

@@ -14,8 +14,13 @@
 //   N1  Replies leave in request order, each exactly once, none after `close`.
 //   N2  A body over its plan's maximum is answered 413 before it is all here.
 //   N3  At most kPipelineMax requests are open; then reading stops.
-//   N4  A head must be whole kHeadMs after its first byte; a body may not pause
-//       for kBodyPauseMs; nothing at all for kIdleMs ends an idle connection.
+//   N4  A first byte must come within kFirstByteMs, a head be whole kHeadMs
+//   after
+//       its first byte. A body has kBodyMs and a second more for each
+//       kBodyBytesPerS that came of it, and may not pause for kBodyPauseMs;
+//       what we made it wait does not count. An idle connection ends after
+//       kIdleMs.
+//   N5  Before a request line at most kEmptyLinesMax empty lines are forgiven.
 
 #pragma once
 
@@ -28,17 +33,24 @@
 #include <vector>
 
 #include "queue/clock.h"
+#include "queue/ids.h"
 #include "server/http_parser.h"
+#include "server/limits.h"
 
 namespace machina {
 
 constexpr int kPipelineMax = 64;
-constexpr Millis kHeadMs = 10'000;
-constexpr Millis kBodyPauseMs = 30'000;
+constexpr Millis kFirstByteMs = 15'000;
+constexpr Millis kHeadMs = 5'000;
+constexpr Millis kBodyMs = 15'000;
+constexpr std::uint64_t kBodyBytesPerS = 32 * 1024;
+constexpr Millis kBodyPauseMs = 15'000;
+constexpr int kEmptyLinesMax = 4;
 constexpr Millis kIdleMs = 75'000;
 constexpr Millis kLingerMs = 5'000;
 constexpr std::uint64_t kLingerBytes = 16u << 20;
 constexpr std::size_t kRequestIdBytesMax = 64;
+constexpr std::size_t kSaidPathBytesMax = 120;
 
 // What the owner keeps with a request until its reply is written.
 struct PendingExtra {
@@ -53,6 +65,14 @@ struct Pending {
   std::uint64_t begun_us = 0;
   std::uint8_t request_id_bytes = 0;
   char request_id[kRequestIdBytesMax];
+  // For the line about this request: its method, and its path or the pattern
+  // that it matched. Never a query, never a lease's token.
+  std::string_view method, pattern;
+  bool quiet = false;  // a worker's verb or a probe: many, and alike
+  std::uint8_t path_bytes = 0;
+  char path[kSaidPathBytesMax];
+  JobId job;         // the one it made, or nil
+  LimitNote limits;  // what its reply says of them
   std::unique_ptr<PendingExtra> extra;
 };
 
@@ -89,7 +109,7 @@ class Connection {
   // call.
   void resume(Millis now);
   // Stops handing over pieces until resume().
-  void hold() { held_ = true; }
+  void hold();
   bool wants_pause() const { return held_ || blocked_; }
 
   // A reply is written by appending to reply(sequence), then finish(). `close`
@@ -158,8 +178,12 @@ class Connection {
   State state_ = State::head;
   bool held_ = false, blocked_ = false;
   Millis now_ = 0;
-  Millis since_ = 0;  // what N4 counts from; < 0: from the next check on
+  Millis since_ = 0;       // what N4 counts from; < 0: from the next check on
+  Millis body_since_ = 0;  // when the body began, less what we held it up
+  Millis held_since_ = -1;
   bool head_begun_ = false;
+  bool fresh_ = true;  // no byte came yet
+  int empty_lines_ = 0;
   std::uint64_t lingered_ = 0;
 };
 

@@ -2,6 +2,7 @@
 
 #include <llhttp.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "queue/check.h"
@@ -137,6 +138,48 @@ std::string_view name(Method method) {
 
 // --- llhttp ----------------------------------------------------------------
 
+// An authority as Host carries it: a name or an address, and maybe a port.
+bool valid_host(std::string_view host) {
+  std::size_t end;
+  if (host.starts_with('[')) {
+    end = host.find(']');
+    if (end == host.npos || end == 1) return false;
+    if (host.substr(1, end - 1).find_first_not_of("0123456789abcdefABCDEF:.") !=
+        host.npos) {
+      return false;
+    }
+    ++end;
+  } else {
+    end = std::min(host.find(':'), host.size());
+    if (end == 0 || end > 255) return false;
+    for (char c : host.substr(0, end)) {
+      if (!((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
+            (c >= '0' && c <= '9') || c == '-' || c == '.' || c == '_' ||
+            c == '~')) {
+        return false;
+      }
+    }
+  }
+  if (end == host.size()) return true;
+  std::string_view port = host.substr(end + 1);
+  return host[end] == ':' && port.size() <= 5 &&
+         port.find_first_not_of("0123456789") == port.npos;
+}
+
+// What may not come after a body that was framed, routed and let in without it.
+bool forbidden_trailer(std::string_view field) {
+  static constexpr std::string_view kForbidden[] = {
+      "content-length",  "transfer-encoding", "host",   "authorization",
+      "content-type",    "content-encoding",  "cookie", "connection",
+      "expect",          "content-range",     "prefer", "max-forwards",
+      "idempotency-key", "traceparent",       "origin", "x-request-id"};
+  for (std::string_view name : kForbidden) {
+    if (equals_ignoring_case(field, name)) return true;
+  }
+  return field.size() > 10 &&
+         equals_ignoring_case(field.substr(0, 10), "x-machina-");
+}
+
 struct HeadParser::Impl {
   llhttp_t parser;
   llhttp_settings_t settings;
@@ -144,8 +187,9 @@ struct HeadParser::Impl {
   std::string_view url, field, value;
   Head* head = nullptr;
   std::optional<HttpError> error;
-  bool saw_host = false, saw_length = false, saw_encoding = false;
-  std::string_view encoding, connection;
+  std::uint32_t seen = 0;
+  bool says_close = false, says_keep_alive = false;
+  std::string_view encoding;
   bool complete = false;
 
   static Impl& of(llhttp_t* p) { return *static_cast<Impl*>(p->data); }
@@ -163,16 +207,52 @@ struct HeadParser::Impl {
   void refuse(int status, const char* code, std::string detail) {
     if (!error) error = HttpError{status, code, std::move(detail)};
   }
-  void once(bool* seen, const char* header) {
-    if (*seen) {
+  enum Seen : std::uint32_t {
+    kHost = 1,
+    kLength = 2,
+    kEncoding = 4,
+    kOrigin = 8,
+    kExpect = 16,
+    kTraceparent = 32,
+    kContentType = 64,
+    kRequestId = 128,
+    kAuthorization = 256,
+    kIdempotencyKey = 512,
+    kTs = 1024,
+    kNonce = 2048,
+    kSignature = 4096,
+    kPrefer = 8192,
+  };
+  void once(std::uint32_t which, const char* header) {
+    if ((seen & which) != 0) {
       refuse(400, "bad-request",
              std::string("header ") + header + " is there twice");
     }
-    *seen = true;
+    seen |= which;
+  }
+  void take(std::uint32_t which, const char* header, std::string_view* into,
+            std::string_view v) {
+    once(which, header);
+    *into = v;
   }
   void header();
+  void length(std::string_view v);
   void finish();
+  void finish_target();
 };
+
+void HeadParser::Impl::length(std::string_view v) {
+  once(kLength, "Content-Length");
+  if (v.empty() || v.size() > 18 ||
+      v.find_first_not_of("0123456789") != v.npos) {
+    refuse(400, "bad-request", "Content-Length is not a number");
+    return;
+  }
+  head->has_length = true;
+  for (char c : v) {
+    head->length = head->length * 10 + static_cast<std::uint64_t>(c - '0');
+  }
+}
 
 void HeadParser::Impl::header() {
   std::string_view v = trim(value);
@@ -181,15 +261,13 @@ void HeadParser::Impl::header() {
   };
   switch (field.size()) {
     case 4:
-      if (is("host")) {
-        once(&saw_host, "Host");
-        head->host = v;
-      }
+      if (is("host")) take(kHost, "Host", &head->host, v);
       break;
     case 6:
-      if (is("prefer")) head->prefer = v;
-      if (is("origin")) head->origin = v;
+      if (is("prefer")) take(kPrefer, "Prefer", &head->prefer, v);
+      if (is("origin")) take(kOrigin, "Origin", &head->origin, v);
       if (is("expect")) {
+        once(kExpect, "Expect");
         if (equals_ignoring_case(v, "100-continue")) {
           head->expect_continue = true;
         } else {
@@ -199,42 +277,89 @@ void HeadParser::Impl::header() {
       }
       break;
     case 10:
-      if (is("connection")) connection = v;
-      break;
-    case 11:
-      if (is("traceparent")) head->traceparent = v;
-      break;
-    case 12:
-      if (is("content-type")) head->content_type = v;
-      if (is("x-request-id")) head->request_id = v;
-      break;
-    case 13:
-      if (is("authorization")) head->authorization = v;
-      break;
-    case 14:
-      if (is("content-length")) {
-        once(&saw_length, "Content-Length");
-        if (v.empty() || v.size() > 18 ||
-            v.find_first_not_of("0123456789") != v.npos) {
-          refuse(400, "bad-request", "Content-Length is not a number");
-          break;
-        }
-        head->has_length = true;
-        for (char c : v) head->length = head->length * 10 + (c - '0');
+      if (is("connection")) {
+        says_close = says_close || has_token(v, "close");
+        says_keep_alive = says_keep_alive || has_token(v, "keep-alive");
       }
       break;
+    case 11:
+      if (is("traceparent")) {
+        take(kTraceparent, "traceparent", &head->traceparent, v);
+      }
+      break;
+    case 12:
+      if (is("content-type")) {
+        take(kContentType, "Content-Type", &head->content_type, v);
+      } else if (is("x-request-id")) {
+        take(kRequestId, "X-Request-Id", &head->request_id, v);
+      } else if (is("x-machina-ts")) {
+        take(kTs, "X-Machina-Ts", &head->signature_ts, v);
+      }
+      break;
+    case 13:
+      if (is("authorization")) {
+        take(kAuthorization, "Authorization", &head->authorization, v);
+      }
+      break;
+    case 14:
+      if (is("content-length")) length(v);
+      break;
     case 15:
-      if (is("idempotency-key")) head->idempotency_key = v;
+      if (is("idempotency-key")) {
+        take(kIdempotencyKey, "Idempotency-Key", &head->idempotency_key, v);
+      } else if (is("x-machina-nonce")) {
+        take(kNonce, "X-Machina-Nonce", &head->nonce, v);
+      }
       break;
     case 17:
       if (is("transfer-encoding")) {
-        once(&saw_encoding, "Transfer-Encoding");
-        encoding = v;
+        take(kEncoding, "Transfer-Encoding", &encoding, v);
+      }
+      break;
+    case 19:
+      if (is("x-machina-signature")) {
+        take(kSignature, "X-Machina-Signature", &head->signature, v);
       }
       break;
     default:
       break;
   }
+}
+
+// RFC 9112, 3.2: the origin form of whatever form the target came in.
+void HeadParser::Impl::finish_target() {
+  std::string_view target = url;
+  for (unsigned char c : target) {
+    if (c <= 0x20 || c >= 0x7f || c == '#') {
+      return refuse(400, "bad-request",
+                    "the target holds a byte that no URL may hold");
+    }
+  }
+  if (!target.starts_with('/') && target != "*") {
+    std::size_t colon = target.find("://");
+    if (colon == target.npos ||
+        !(equals_ignoring_case(target.substr(0, colon), "http") ||
+          equals_ignoring_case(target.substr(0, colon), "https"))) {
+      return refuse(400, "bad-request",
+                    "the target is neither a path nor an http URL");
+    }
+    target.remove_prefix(colon + 3);
+    std::size_t end = std::min(target.find_first_of("/?"), target.size());
+    std::string_view authority = target.substr(0, end);
+    if (!equals_ignoring_case(authority, head->host)) {
+      return refuse(400, "bad-request",
+                    "the target's authority is not that of header Host");
+    }
+    target.remove_prefix(end);
+    if (target.empty()) target = "/";
+    if (target.front() != '/') {
+      return refuse(400, "bad-request", "the target has no path");
+    }
+  }
+  head->target = target;
+  std::size_t mark = target.find('?');
+  head->path = target.substr(0, mark);
+  if (mark != target.npos) head->query = target.substr(mark + 1);
 }
 
 void HeadParser::Impl::finish() {
@@ -243,8 +368,8 @@ void HeadParser::Impl::finish() {
   if (parser.http_major != 1) {
     refuse(505, "http-version", "only HTTP/1.0 and HTTP/1.1 are spoken");
   }
-  if (saw_encoding) {
-    if (saw_length) {
+  if ((seen & kEncoding) != 0) {
+    if ((seen & kLength) != 0) {
       refuse(400, "bad-request",
              "Content-Length and Transfer-Encoding exclude each other");
     } else if (!head->http11) {
@@ -254,15 +379,16 @@ void HeadParser::Impl::finish() {
     }
     head->chunked = true;
   }
-  if (head->http11 && !saw_host) {
+  if (head->http11 && (seen & kHost) == 0) {
     refuse(400, "bad-request", "header Host is missing");
   }
-  head->keep_alive = head->http11 ? !has_token(connection, "close")
-                                  : has_token(connection, "keep-alive");
-  head->target = url;
-  std::size_t mark = url.find('?');
-  head->path = url.substr(0, mark);
-  if (mark != url.npos) head->query = url.substr(mark + 1);
+  if ((seen & kHost) != 0 && !valid_host(head->host) &&
+      (head->http11 || !head->host.empty())) {
+    refuse(400, "bad-request", "header Host is no name and no address");
+  }
+  head->keep_alive =
+      head->http11 ? !says_close : says_keep_alive && !says_close;
+  finish_target();
 }
 
 HeadParser::HeadParser() : impl_(std::make_unique<Impl>()) {
@@ -320,6 +446,20 @@ std::size_t HeadParser::find_end(std::string_view bytes, std::size_t* scanned) {
 }
 
 std::optional<HttpError> HeadParser::parse(std::string_view bytes, Head* head) {
+  if (bytes.size() > kRememberedHeadMax) return parse_anew(bytes, head);
+  if (bytes != text_) {
+    text_.assign(bytes);
+    if (auto error = parse_anew(text_, &said_)) {
+      text_.clear();
+      return error;
+    }
+  }
+  *head = said_;
+  return std::nullopt;
+}
+
+std::optional<HttpError> HeadParser::parse_anew(std::string_view bytes,
+                                                Head* head) {
   if (bytes.size() > kHeadBytesMax + kRequestLineMax) {
     return HttpError{431, "headers-too-large",
                      "the head has " + std::to_string(bytes.size()) +
@@ -336,10 +476,12 @@ std::optional<HttpError> HeadParser::parse(std::string_view bytes, Head* head) {
   }
   Impl& self = *impl_;
   llhttp_reset(&self.parser);
-  self.url = self.field = self.value = self.encoding = self.connection = {};
-  self.saw_host = self.saw_length = self.saw_encoding = self.complete = false;
+  self.url = self.field = self.value = self.encoding = {};
+  self.seen = 0;
+  self.says_close = self.says_keep_alive = self.complete = false;
   self.error.reset();
   *head = Head{};
+  head->method_text = bytes.substr(0, bytes.find(' '));
   self.head = head;
   llhttp_errno e = llhttp_execute(&self.parser, bytes.data(), bytes.size());
   // Ours first: it says which header was wrong.
@@ -413,6 +555,10 @@ ChunkedBody::Step ChunkedBody::next(std::string_view* bytes,
         if (digits < line.size() && line[digits] != ';') {
           return bad("a chunk size is not hex");
         }
+        extension_bytes_ += line.size() - digits;
+        if (extension_bytes_ > kChunkExtensionsMax) {
+          return bad("the chunk extensions are too long");
+        }
         line_.clear();
         at_ = left_ == 0 ? At::trailer : At::data;
         break;
@@ -444,6 +590,17 @@ ChunkedBody::Step ChunkedBody::next(std::string_view* bytes,
           return Step::done;
         }
         if (trailer_bytes_ > kTrailerBytesMax) return bad("trailers too long");
+        std::size_t colon = 0;
+        while (colon < line.size() &&
+               is_token_char(static_cast<unsigned char>(line[colon]))) {
+          ++colon;
+        }
+        if (colon == 0 || colon == line.size() || line[colon] != ':') {
+          return bad("a trailer has no valid name");
+        }
+        if (forbidden_trailer(line.substr(0, colon))) {
+          return bad("a trailer is of a kind that must come in the head");
+        }
         line_.clear();  // trailers are read and dropped
         break;
       }

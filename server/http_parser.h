@@ -6,11 +6,16 @@
 // bare LF or CR, control bytes, folded lines, a space before the colon. What
 // two readers could take for two different requests is refused:
 //
-//   P1  Content-Length with Transfer-Encoding, either of them twice, Host twice
-//       or missing on 1.1: 400. Transfer-Encoding but `chunked`: 501.
+//   P1  Content-Length with Transfer-Encoding, either of them twice, Host
+//   twice,
+//       malformed, or missing on 1.1: 400. Transfer-Encoding but `chunked`:
+//       501. So is each header twice that we take one value of.
 //   P2  A head is at most kHeadBytesMax and kHeaderCountMax headers (431), its
 //       first line at most kRequestLineMax (414).
-//   P3  Chunked bodies: hex sizes, no extensions over kChunkLineMax, CRLF only.
+//   P3  Chunked bodies: hex sizes, CRLF only, a line at most kChunkLineMax, all
+//       extensions at most kChunkExtensionsMax; a trailer that would change how
+//       a request is read is refused, others are dropped.
+//   P4  A target is a path, or an absolute one whose authority is Host's.
 //
 // Views in a Head point into the bytes that were parsed.
 
@@ -28,6 +33,7 @@ constexpr std::size_t kRequestLineMax = 8 * 1024;
 constexpr std::size_t kHeadBytesMax = 16 * 1024;
 constexpr std::size_t kHeaderCountMax = 100;
 constexpr std::size_t kChunkLineMax = 256;
+constexpr std::size_t kChunkExtensionsMax = 4 * 1024;
 constexpr std::size_t kTrailerBytesMax = 4 * 1024;
 
 enum class Method : std::uint8_t { get, post, put, del, head, other };
@@ -35,7 +41,8 @@ std::string_view name(Method);
 
 struct Head {
   Method method = Method::other;
-  std::string_view target, path, query;
+  std::string_view method_text;          // as it was sent
+  std::string_view target, path, query;  // the target in origin form
   bool http11 = true;
   bool keep_alive = true;
   bool chunked = false;
@@ -43,7 +50,7 @@ struct Head {
   std::uint64_t length = 0;
   bool expect_continue = false;
   std::string_view host, origin, authorization, content_type, prefer,
-      idempotency_key, request_id, traceparent;
+      idempotency_key, request_id, traceparent, signature_ts, nonce, signature;
 };
 
 // Why bytes are no request; answered and then the connection ends.
@@ -52,6 +59,10 @@ struct HttpError {
   const char* code = "bad-request";
   std::string detail;
 };
+
+// Most heads of a connection are the one before again, byte for byte: that one
+// is remembered, with what it says.
+constexpr std::size_t kRememberedHeadMax = 1024;
 
 class HeadParser {
  public:
@@ -63,12 +74,22 @@ class HeadParser {
   // not all there yet. `scanned` carries the search across calls; start at 0.
   static std::size_t find_end(std::string_view bytes, std::size_t* scanned);
 
-  // `bytes` is exactly one head. Nothing: `head` is filled in.
+  // The same where `bytes` begin with the remembered head, else 0.
+  std::size_t remembered(std::string_view bytes) const {
+    return bytes.starts_with(text_) ? text_.size() : 0;
+  }
+
+  // `bytes` is exactly one head. Nothing: `head` is filled in, with views into
+  // `bytes` or into what is remembered until the next call.
   std::optional<HttpError> parse(std::string_view bytes, Head* head);
 
  private:
   struct Impl;
+  std::optional<HttpError> parse_anew(std::string_view bytes, Head* head);
+
   std::unique_ptr<Impl> impl_;
+  std::string text_;  // remembered: empty, or a head without error
+  Head said_;         // what it says; views into text_
 };
 
 // Takes a chunked body apart.
@@ -87,7 +108,7 @@ class ChunkedBody {
 
   std::string line_;
   std::uint64_t left_ = 0;
-  std::size_t trailer_bytes_ = 0;
+  std::size_t trailer_bytes_ = 0, extension_bytes_ = 0;
   const char* why_ = "";
 };
 

@@ -1,5 +1,7 @@
 #include "server/job_json.h"
 
+#include <algorithm>
+
 namespace machina {
 namespace {
 
@@ -211,10 +213,14 @@ MaybeProblem read_kind(const JsonValue& v, const ServerOptions& options,
 }
 
 // The checks of a built-in kind's payload name fields below "payload".
-MaybeProblem check_payload(const KindFacts& facts, const NewJob& job) {
+MaybeProblem check_payload(const KindFacts& facts, const NewJob& job,
+                           KindFacts::Kept* kept) {
   if (!facts.check) return std::nullopt;
-  Result<void> ok = facts.check(job.payload);
-  if (ok) return std::nullopt;
+  Result<KindFacts::Kept> ok = facts.check(job.payload);
+  if (ok) {
+    *kept = std::move(*ok);
+    return std::nullopt;
+  }
   const std::string& what = ok.error().what;
   std::size_t colon = what.find(':');
   std::string field = "payload";
@@ -226,6 +232,26 @@ MaybeProblem check_payload(const KindFacts& facts, const NewJob& job) {
   p.field = field;
   p.detail = "payload." + what;
   return p;
+}
+
+// A kind that must not run twice on one thing says so by itself.
+MaybeProblem set_kind_key(const KindFacts& facts, std::string key,
+                          NewJob* job) {
+  if (key.empty()) return std::nullopt;
+  if (!job->concurrency_key.empty()) {
+    return bad_field("concurrency_key",
+                     "jobs of kind " + job->kind +
+                         " have one of their own, and a job has one: leave "
+                         "it out");
+  }
+  if (key.size() > kKindKeyBytesMax) {
+    return too_long("payload", key.size(), kKindKeyBytesMax);
+  }
+  job->concurrency_key = std::move(key);
+  job->concurrency_limit = static_cast<std::uint16_t>(
+      std::clamp(facts.concurrency_limit, 1, kConcurrencyLimitMax));
+  job->kind_key = true;
+  return std::nullopt;
 }
 
 }  // namespace
@@ -333,6 +359,7 @@ MaybeProblem read_new_job(const JsonValue& json, const JobContext& context,
         problem = too_long(name, m.raw().size(), kPayloadBytesMax);
         problem->status = 413;
         problem->code = "too-large";
+        problem->detail += kLargeDiff;
       } else {
         job->payload.assign(m.raw());
       }
@@ -390,8 +417,16 @@ MaybeProblem read_new_job(const JsonValue& json, const JobContext& context,
       problem = read_integer(m, name, 0, kKeepMsMax, &job->keep_result_ms);
     } else if (name == "sandbox") {
       problem = read_sandbox(m, options, job, &level_set);
-    } else if (name == "concurrency_key" || name == "concurrency_limit" ||
-               name == "callback_url") {
+    } else if (name == "concurrency_key") {
+      problem =
+          read_string(m, name, kConcurrencyKeyBytesMax, &job->concurrency_key);
+      if (!problem && job->concurrency_key.empty()) {
+        problem = bad_field(name, "it is empty");
+      }
+    } else if (name == "concurrency_limit") {
+      problem = read_integer(m, name, 1, kConcurrencyLimitMax, &n);
+      job->concurrency_limit = static_cast<std::uint16_t>(n);
+    } else if (name == "callback_url") {
       problem = not_implemented(
           std::string(name),
           std::string(name) + ": this version does not have it");
@@ -407,6 +442,13 @@ MaybeProblem read_new_job(const JsonValue& json, const JobContext& context,
   if (key && alias) {
     return bad_field("request_id",
                      "dedup_key and its alias request_id exclude each other");
+  }
+  if (job->concurrency_limit > 0 && job->concurrency_key.empty()) {
+    return bad_field("concurrency_limit",
+                     "it needs concurrency_key, which says of what jobs");
+  }
+  if (!job->concurrency_key.empty() && job->concurrency_limit == 0) {
+    job->concurrency_limit = 1;
   }
   if (job->retry_max_ms < job->retry_min_ms) {
     // One that was set alone moves the other's default, never the reverse.
@@ -432,7 +474,16 @@ MaybeProblem read_new_job(const JsonValue& json, const JobContext& context,
   }
   auto facts = options.kinds.find(job->kind);
   if (facts != options.kinds.end()) {
-    if (auto p = check_payload(facts->second, *job)) return p;
+    KindFacts::Kept kept;
+    if (auto p = check_payload(facts->second, *job, &kept)) return p;
+    if (kept.payload.size() > kPayloadBytesMax) {
+      return too_long("payload", kept.payload.size(), kPayloadBytesMax);
+    }
+    if (!kept.payload.empty()) job->payload = std::move(kept.payload);
+    if (auto p =
+            set_kind_key(facts->second, std::move(kept.concurrency_key), job)) {
+      return p;
+    }
     if (job->timeout_ms == 0) job->timeout_ms = facts->second.timeout_ms;
     if (!level_set) job->min_level = options.min_level;
   }
@@ -780,7 +831,7 @@ void append_blocked(JsonWriter& json, const JobView& job) {
 
 void append_job(JsonWriter& json, const JobView& job, Show show) {
   json.begin_object();
-  json.key("id").string(to_string(job.id));
+  json.key("id").id(job.id);
   json.key("kind").string(job.kind);
   json.key("queue").string(job.queue);
   json.key("tenant").string(job.tenant);
@@ -832,7 +883,7 @@ void append_job(JsonWriter& json, const JobView& job, Show show) {
   string_or_null(json, "dedup_key", job.dedup_key);
   json.key("duplicate").boolean(job.duplicate);
   json.key("depends_on").begin_array();
-  for (const JobId& id : job.depends_on) json.string(to_string(id));
+  for (const JobId& id : job.depends_on) json.id(id);
   json.end_array();
   json.key("artifacts").begin_array();
   for (const std::string& artifact : job.artifacts) json.string(artifact);
@@ -840,6 +891,14 @@ void append_job(JsonWriter& json, const JobView& job, Show show) {
   json.key("durability").string(job.fsync ? "fsync" : "os");
   json.key("min_level").string(level_name(job.min_level));
   if (job.waiting_for_level) json.key("waiting_for_level").boolean(true);
+  if (!job.concurrency_key.empty()) {
+    json.key("concurrency_key").string(job.concurrency_key);
+    json.key("concurrency_limit").number(job.concurrency_limit);
+    json.key("concurrency_key_of").string(job.kind_key ? "kind" : "client");
+  }
+  if (job.waiting_for_concurrency) {
+    json.key("waiting_for_concurrency").boolean(true);
+  }
   if (!job.sandbox.empty()) json.key("sandbox").raw(job.sandbox);
   raw_or_null(json, "isolation", job.isolation);
   raw_or_null(json, "usage", job.usage);

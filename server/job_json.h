@@ -34,6 +34,10 @@ constexpr std::size_t kArtifactNameBytesMax = 128;
 constexpr std::size_t kArtifactsPerAttemptMax = 256;
 constexpr std::size_t kBlockReasonBytesMax = 256;
 constexpr std::size_t kBlockDataBytesMax = 64 * 1024;
+// What a 413 for a job's submission adds.
+constexpr char kLargeDiff[] =
+    "; a patch's diff may be an artifact of another job instead "
+    "(payload.diff_artifact)";
 constexpr std::size_t kPatternsMax = 64;  // kinds, queues of a lease
 constexpr std::size_t kSandboxBytesMax = 4096;
 

@@ -610,84 +610,74 @@ void append_json_string(std::string* out, std::string_view value) {
   *out += '"';
 }
 
-JsonWriter& JsonWriter::key(std::string_view key) {
-  std::size_t at = out_.size();
-  out_.resize(at + key.size() + (comma_ ? 4 : 3));
-  char* to = out_.data() + at;
-  if (comma_) *to++ = ',';
-  *to++ = '"';
-  std::memcpy(to, key.data(), key.size());
-  to += key.size();
-  *to++ = '"';
-  *to = ':';
-  comma_ = false;
-  return *this;
+void JsonWriter::grow(std::size_t bytes) {
+  const std::size_t used = size();
+  out_.resize(std::max({used + bytes, 2 * used, used + kRoom}));
+  at_ = out_.data() + used;
+  end_ = out_.data() + out_.size();
+}
+
+void JsonWriter::quoted(std::string_view value) {
+  room(value.size() + 2);
+  char* const begin = at_;
+  *at_++ = '"';
+  for (char c : value) {
+    auto u = static_cast<unsigned char>(c);
+    if (u < 0x20 || u >= 0x7f || c == '"' || c == '\\') {
+      at_ = begin;
+      std::string text;
+      append_json_string(&text, value);
+      room(text.size());
+      return copy(text);
+    }
+    *at_++ = c;
+  }
+  *at_++ = '"';
 }
 
 JsonWriter& JsonWriter::key_escaped(std::string_view key) {
-  before();
-  append_json_string(&out_, key);
-  out_ += ':';
+  begin_value();
+  quoted(key);
+  room(1);
+  *at_++ = ':';
   comma_ = false;
-  return *this;
-}
-
-JsonWriter& JsonWriter::string(std::string_view value) {
-  before();
-  append_json_string(&out_, value);
   return *this;
 }
 
 JsonWriter& JsonWriter::number(std::int64_t value) {
-  before();
-  char buffer[24];
-  auto done = std::to_chars(buffer, buffer + sizeof buffer, value);
-  out_.append(buffer, done.ptr);
-  return *this;
+  begin_value();
+  room(24);
+  at_ = std::to_chars(at_, end_, value).ptr;
+  return end_value();
 }
 
 JsonWriter& JsonWriter::number(std::uint64_t value) {
-  before();
-  char buffer[24];
-  auto done = std::to_chars(buffer, buffer + sizeof buffer, value);
-  out_.append(buffer, done.ptr);
-  return *this;
+  begin_value();
+  room(24);
+  at_ = std::to_chars(at_, end_, value).ptr;
+  return end_value();
 }
 
 JsonWriter& JsonWriter::real(double value) {
   if (!std::isfinite(value)) return null();
-  before();
-  char buffer[40];
-  auto done = std::to_chars(buffer, buffer + sizeof buffer, value);
-  out_.append(buffer, done.ptr);
-  return *this;
-}
-
-JsonWriter& JsonWriter::boolean(bool value) {
-  before();
-  out_ += value ? "true" : "false";
-  return *this;
-}
-
-JsonWriter& JsonWriter::null() {
-  before();
-  out_ += "null";
-  return *this;
-}
-
-JsonWriter& JsonWriter::raw(std::string_view json) {
-  before();
-  out_ += json;
-  return *this;
+  begin_value();
+  room(40);
+  at_ = std::to_chars(at_, end_, value).ptr;
+  return end_value();
 }
 
 JsonWriter& JsonWriter::time(Millis wall_ms) {
   if (wall_ms == 0) return null();
-  before();
-  out_ += '"';
-  append_rfc3339(&out_, wall_ms);
-  out_ += '"';
-  return *this;
+  if (wall_ms != last_ms_) {
+    write_rfc3339(last_time_, wall_ms);
+    last_ms_ = wall_ms;
+  }
+  begin_value();
+  room(sizeof last_time_ + 2);
+  *at_++ = '"';
+  copy(std::string_view(last_time_, sizeof last_time_));
+  *at_++ = '"';
+  return end_value();
 }
 
 // --- Times -----------------------------------------------------------------
@@ -731,6 +721,12 @@ bool take(std::string_view* text, std::string_view any_of) {
 }  // namespace
 
 void append_rfc3339(std::string* out, Millis wall_ms) {
+  char text[kRfc3339Text];
+  write_rfc3339(text, wall_ms);
+  out->append(text, sizeof text);
+}
+
+void write_rfc3339(char* text, Millis wall_ms) {
   std::int64_t days = wall_ms / 86'400'000;
   std::int64_t ms = wall_ms % 86'400'000;
   if (ms < 0) {
@@ -746,7 +742,7 @@ void append_rfc3339(std::string* out, Millis wall_ms) {
   unsigned d = doy - (153 * mp + 2) / 5 + 1;
   unsigned m = mp < 10 ? mp + 3 : mp - 9;
   std::int64_t y = static_cast<std::int64_t>(yoe) + era * 400 + (m <= 2);
-  char text[] = "0000-00-00T00:00:00.000Z";
+  std::memcpy(text, "0000-00-00T00:00:00.000Z", kRfc3339Text);
   put(text, 4, y);
   put(text + 5, 2, m);
   put(text + 8, 2, d);
@@ -754,7 +750,6 @@ void append_rfc3339(std::string* out, Millis wall_ms) {
   put(text + 14, 2, ms / 60'000 % 60);
   put(text + 17, 2, ms / 1000 % 60);
   put(text + 20, 3, ms % 1000);
-  out->append(text, sizeof text - 1);
 }
 
 std::optional<Millis> parse_rfc3339(std::string_view text) {

@@ -16,12 +16,14 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "queue/clock.h"
+#include "queue/ids.h"
 #include "queue/result.h"
 
 namespace machina {
@@ -111,50 +113,116 @@ class JsonDoc {
 // strings and numbers in one spelling.
 void canonical_digest(const JsonValue& value, std::uint64_t digest[2]);
 
+constexpr std::size_t kRfc3339Text = 24;
+
+// Appends one value, with all that is in it, to a string. The string is longer
+// meanwhile and ends with the value when its outermost object or array does.
 class JsonWriter {
  public:
   explicit JsonWriter(std::string& out) : out_(out) {}
+  ~JsonWriter() { finish(); }
+  JsonWriter(const JsonWriter&) = delete;
 
   JsonWriter& begin_object() { return open('{'); }
   JsonWriter& end_object() { return close('}'); }
   JsonWriter& begin_array() { return open('['); }
   JsonWriter& end_array() { return close(']'); }
   // `key` needs no escaping.
-  JsonWriter& key(std::string_view key);
+  JsonWriter& key(std::string_view key) {
+    room(key.size() + 4);
+    if (comma_) *at_++ = ',';
+    *at_++ = '"';
+    copy(key);
+    *at_++ = '"';
+    *at_++ = ':';
+    comma_ = false;
+    return *this;
+  }
   JsonWriter& key_escaped(std::string_view key);
-  JsonWriter& string(std::string_view value);
+  JsonWriter& string(std::string_view value) {
+    begin_value();
+    quoted(value);
+    return end_value();
+  }
   JsonWriter& number(std::int64_t value);
   JsonWriter& number(std::uint64_t value);
   JsonWriter& number(int value) {
     return number(static_cast<std::int64_t>(value));
   }
   JsonWriter& real(double value);
-  JsonWriter& boolean(bool value);
-  JsonWriter& null();
-  JsonWriter& raw(std::string_view json);
+  JsonWriter& boolean(bool value) { return raw(value ? "true" : "false"); }
+  JsonWriter& null() { return raw("null"); }
+  JsonWriter& raw(std::string_view json) {
+    begin_value();
+    room(json.size());
+    copy(json);
+    return end_value();
+  }
+  JsonWriter& id(const JobId& id) {
+    begin_value();
+    room(kJobIdText + 2);
+    *at_++ = '"';
+    write_job_id(id, at_);
+    at_ += kJobIdText;
+    *at_++ = '"';
+    return end_value();
+  }
   // RFC 3339 in UTC with milliseconds; 0 is null.
   JsonWriter& time(Millis wall_ms);
 
-  std::string& out() { return out_; }
+  // Of the string so far.
+  std::size_t size() const {
+    return at_ == nullptr ? out_.size()
+                          : static_cast<std::size_t>(at_ - out_.data());
+  }
 
  private:
-  void before() {
-    if (comma_) out_ += ',';
+  static constexpr std::size_t kRoom = 1024;  // at least, when there is none
+  void room(std::size_t bytes) {
+    if (static_cast<std::size_t>(end_ - at_) < bytes) grow(bytes);
+  }
+  void grow(std::size_t bytes);
+  void finish() {
+    if (at_ == nullptr) return;
+    out_.resize(size());
+    at_ = end_ = nullptr;
+  }
+  void copy(std::string_view text) {
+    std::memcpy(at_, text.data(), text.size());
+    at_ += text.size();
+  }
+  void quoted(std::string_view value);
+  void begin_value() {
+    room(1);
+    if (comma_) *at_++ = ',';
+  }
+  JsonWriter& end_value() {
     comma_ = true;
+    if (depth_ == 0) finish();
+    return *this;
   }
   JsonWriter& open(char c) {
-    before();
-    out_ += c;
+    begin_value();
+    room(1);
+    *at_++ = c;
     comma_ = false;
+    ++depth_;
     return *this;
   }
   JsonWriter& close(char c) {
-    out_ += c;
-    comma_ = true;
-    return *this;
+    room(1);
+    *at_++ = c;
+    --depth_;
+    return end_value();
   }
+
   std::string& out_;
+  char* at_ = nullptr;  // in out_; null: out_ is as long as its text
+  char* end_ = nullptr;
+  int depth_ = 0;
   bool comma_ = false;
+  Millis last_ms_ = 0;  // job times repeat: the last one's text
+  char last_time_[kRfc3339Text];
 };
 
 void append_json_string(std::string* out, std::string_view value);
@@ -162,6 +230,7 @@ void append_json_string(std::string* out, std::string_view value);
 // Z or an offset). Nothing for any other text.
 std::optional<Millis> parse_rfc3339(std::string_view text);
 void append_rfc3339(std::string* out, Millis wall_ms);
+void write_rfc3339(char* text, Millis wall_ms);  // kRfc3339Text bytes
 
 // Whether `text` is valid UTF-8.
 bool valid_utf8(std::string_view text);

@@ -1,12 +1,13 @@
 // server/loop.h
 //
-// The event loop and everything that comes through it: sockets, one timer,
-// signals, child processes, and messages from other threads. loop.cc is the
-// only includer of uv.h; it moves bytes and decides nothing.
+// The event loop and everything that comes through it: sockets (sockets.h), one
+// timer, signals, child processes, and messages from other threads. loop.cc is
+// the only includer of uv.h; it moves bytes and decides nothing.
 //
-// One iteration: wait for I/O, hand each socket's bytes to its SocketEvents,
-// run what other threads posted, then call `on_turn` once, then write what the
-// turn put out: many requests share one turn, and a socket one write.
+// One iteration: wait for I/O, hand each socket's bytes to its SocketEvents, run
+// the timers that are due and what other threads posted, then call `on_turn`
+// once, then write what the turn put out: many requests share one turn, and a
+// socket one write.
 //
 //   L1  on_turn runs after every iteration that called anything of ours.
 //   L2  SocketEvents::on_gone is called exactly once, and is the last call.
@@ -26,6 +27,8 @@
 
 #include "queue/clock.h"
 #include "queue/result.h"
+#include "server/limits.h"
+#include "server/server.h"
 
 namespace machina {
 
@@ -50,9 +53,16 @@ class Socket {
   virtual void pause(bool paused) = 0;  // stop or resume reading
   virtual void end() = 0;               // after what is unsent: no more writing
   virtual void close() = 0;             // drop it now; on_gone follows
+  // Who is at the other end: ADDRESS:PORT, or "unix". A system call.
+  virtual std::string remote() const = 0;
+  // Of the other end; zero on the Unix socket.
+  const ClientAddress& address() const { return address_; }
+  // Bytes that the kernel has taken since the beginning.
+  virtual std::uint64_t sent() const = 0;
 
  protected:
   std::string out_;
+  ClientAddress address_;
 };
 
 class Loop {
@@ -66,10 +76,17 @@ class Loop {
   virtual void on_accept(Accept accept) = 0;
   // Both fail with Code::conflict where the address is taken. listen_tcp
   // returns the port. listen_unix replaces a stale socket: call it only while
-  // holding the root's lock.
-  virtual Result<int> listen_tcp(const std::string& host, int port) = 0;
-  virtual Result<void> listen_unix(const std::string& path) = 0;
-  virtual void stop_listening() = 0;
+  // holding the root's lock. Both take those of `inherited` that are what is
+  // asked for: a connection that waits there is not refused.
+  virtual Result<int> listen_tcp(
+      const std::string& host, int port,
+      const std::vector<ListeningSocket>& inherited = {}) = 0;
+  virtual Result<void> listen_unix(
+      const std::string& path,
+      const std::vector<ListeningSocket>& inherited = {}) = 0;
+  virtual std::vector<ListeningSocket> listening() const = 0;
+  // `passed_on`: somebody else has these sockets too, and their paths stay.
+  virtual void stop_listening(bool passed_on = false) = 0;
 
   virtual void on_turn(std::function<void()> turn) = 0;
   virtual Millis now() const = 0;  // CLOCK_MONOTONIC, as of this iteration

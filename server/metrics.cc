@@ -1,6 +1,9 @@
 #include "server/metrics.h"
 
+#include <algorithm>
 #include <cstdio>
+
+#include "queue/say.h"
 
 namespace machina {
 namespace {
@@ -68,10 +71,16 @@ std::string label_value(std::string_view value) {
 }
 
 void Histogram::observe(double seconds) {
-  std::size_t i = 0;
-  while (i < kBuckets && seconds > kBounds[i]) ++i;
-  ++buckets_[i];
+  ++buckets_[bucket_of(seconds)];
   ++count_;
+  sum_ += seconds;
+}
+
+void Histogram::add(const std::uint64_t* buckets, double seconds) {
+  for (std::size_t i = 0; i <= kBuckets; ++i) {
+    buckets_[i] += buckets[i];
+    count_ += buckets[i];
+  }
   sum_ += seconds;
 }
 
@@ -84,7 +93,8 @@ void Histogram::append(std::string* out, std::string_view name,
   std::uint64_t total = 0;
   for (std::size_t i = 0; i < kBuckets; ++i) {
     total += buckets_[i];
-    lines.value(bucket, prefix + "le=\"" + real(kBounds[i]) + "\"", total);
+    lines.value(bucket, prefix + "le=\"" + real(kSecondsBuckets[i]) + "\"",
+                total);
   }
   lines.value(bucket, prefix + "le=\"+Inf\"", count_);
   lines.value(std::string(name) + "_sum", labels, sum_);
@@ -116,6 +126,31 @@ void Metrics::tool_ended(const std::string& kind, bool ok, Millis ms) {
   tool.ms += static_cast<std::uint64_t>(std::max<Millis>(ms, 0));
 }
 
+void Metrics::pool_counts(const std::string& pool, const PoolCounts& now) {
+  if (pools_.size() >= kPoolsCountedMax && pools_.count(pool) == 0) {
+    // Pools come and go; one that reports again after this is counted twice.
+    pools_.clear();
+  }
+  PoolCounts& last = pools_[pool];
+  // A sum that fell is no sum of this pool's.
+  auto news = [](std::uint64_t& before, std::uint64_t after) {
+    std::uint64_t n = after > before ? after - before : 0;
+    before = std::max(before, after);
+    return n;
+  };
+  std::uint64_t starts[kBuckets + 1];
+  for (std::size_t i = 0; i <= kBuckets; ++i) {
+    starts[i] = news(last.starts[i], now.starts[i]);
+  }
+  sandbox_start_.add(
+      starts, static_cast<double>(news(last.starts_us, now.starts_us)) / 1e6);
+  for (const auto& [what, count] : now.denied) {
+    if (denied_.size() >= kDeniedMax && denied_.count(what) == 0) continue;
+    denied_[what] += news(last.denied[what], count);
+  }
+  pools_dropped_ += news(last.log_dropped, now.log_dropped);
+}
+
 void Metrics::absorb(const ShardStats& stats) {
   for (std::uint64_t us : stats.log.sync_us) {
     sync_.observe(static_cast<double>(us) / 1e6);
@@ -129,8 +164,8 @@ void Metrics::absorb(const ShardStats& stats) {
 }
 
 std::string Metrics::text(const ShardStats& stats, const WorkerNumbers& workers,
-                          int connections, Millis now_ms,
-                          const std::string& version) const {
+                          int connections, Millis now_ms, Millis uptime_ms,
+                          bool ready, const std::string& version) const {
   std::string out;
   Lines lines(&out);
 
@@ -158,11 +193,8 @@ std::string Metrics::text(const ShardStats& stats, const WorkerNumbers& workers,
   }
   lines.counter("machina_jobs_retried_total",
                 "Attempts that failed and were put back.", totals.retried);
-  std::uint64_t dead = 0;
-  for (const QueueCounts& queue : stats.queues) {
-    dead += queue.by_state[static_cast<int>(State::dead)];
-  }
-  lines.counter("machina_jobs_dead_total", "Jobs out of attempts.", dead);
+  lines.counter("machina_jobs_dead_total", "Jobs out of attempts.",
+                totals.dead);
 
   const struct {
     const char* name;
@@ -207,7 +239,9 @@ std::string Metrics::text(const ShardStats& stats, const WorkerNumbers& workers,
   } plain[] = {
       {"machina_enqueue_seconds", "From a request's last byte to its reply.",
        enqueue_},
-      {"machina_wal_sync_seconds", "One write and sync of a batch.", sync_}};
+      {"machina_wal_sync_seconds", "One write and sync of a batch.", sync_},
+      {"machina_sandbox_start_seconds",
+       "From asking for a sandbox to having it.", sandbox_start_}};
   for (const auto& h : plain) {
     lines.head(h.name, "histogram", h.help);
     h.histogram.append(&out, h.name, "");
@@ -242,6 +276,14 @@ std::string Metrics::text(const ShardStats& stats, const WorkerNumbers& workers,
     }
   }
 
+  lines.head("machina_sandbox_denied_total", "counter",
+             "Steps that a sandbox stopped, by what they ran into; system "
+             "calls refused with an error are not counted.");
+  for (const auto& [what, count] : denied_) {
+    lines.value("machina_sandbox_denied_total", "what=" + label_value(what),
+                count);
+  }
+
   lines.gauge("machina_wal_durable_lsn", "The last record known synced.",
               stats.durable);
   lines.gauge("machina_wal_batch_records", "Records in the last batch.",
@@ -265,6 +307,28 @@ std::string Metrics::text(const ShardStats& stats, const WorkerNumbers& workers,
     lines.value("machina_http_replies_total",
                 "class=\"" + std::to_string(i) + "xx\"", by_status_[i]);
   }
+  lines.counter("machina_http_unauthorized_total",
+                "Requests without a right credential.", unauthorized_);
+  lines.head("machina_http_rate_limited_total", "counter",
+             "Requests answered 429 by a rate limit.");
+  for (std::size_t i = 0; i < std::size(kLimitNames); ++i) {
+    lines.value("machina_http_rate_limited_total",
+                "limit=" + label_value(kLimitNames[i]), limited_[i]);
+  }
+  lines.counter("machina_http_connections_refused_total",
+                "Connections over a cap.", connections_refused_);
+  lines.head("machina_log_dropped_total", "counter",
+             "Lines that could not be written to the log.");
+  lines.value("machina_log_dropped_total", "component=\"server\"",
+              said_dropped());
+  lines.value("machina_log_dropped_total", "component=\"pool\"",
+              pools_dropped_);
+  lines.gauge("machina_ready", "1 while /ready answers 200.",
+              std::uint64_t{ready ? 1u : 0u});
+  lines.gauge("machina_log_poisoned", "1 after a write of the log failed.",
+              std::uint64_t{stats.poisoned ? 1u : 0u});
+  lines.gauge("machina_uptime_seconds", "Since this server started.",
+              static_cast<std::uint64_t>(uptime_ms / 1000));
   lines.head("machina_build_info", "gauge", "This program.");
   lines.value("machina_build_info", "version=" + label_value(version),
               std::uint64_t{1});

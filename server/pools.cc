@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <csignal>
 
 #include "server/service.h"
 
@@ -29,6 +30,43 @@ bool lock_is_free(const std::string& path) {
 
 // --- What pools say --------------------------------------------------------
 
+namespace {
+
+// False where it is not what a pool writes (workers/sandbox_counts.h).
+bool read_counts(const JsonValue& json, PoolCounts* counts) {
+  auto number = [](const JsonValue& v, std::uint64_t* out) {
+    auto n = v.is_number() ? v.as_integer() : std::nullopt;
+    if (!n || *n < 0) return false;
+    *out = static_cast<std::uint64_t>(*n);
+    return true;
+  };
+  if (!json.is_object()) return false;
+  for (JsonValue m = json.first(); m; m = m.next()) {
+    bool good = false;
+    if (m.key() == "starts" && m.is_array() && m.size() == kBuckets + 1) {
+      std::size_t at = 0;
+      good = true;
+      for (JsonValue v = m.first(); v; v = v.next()) {
+        good = number(v, &counts->starts[at++]) && good;
+      }
+    } else if (m.key() == "starts_us") {
+      good = number(m, &counts->starts_us);
+    } else if (m.key() == "log_dropped") {
+      good = number(m, &counts->log_dropped);
+    } else if (m.key() == "denied" && m.is_object() && m.size() <= kDeniedMax) {
+      good = true;
+      for (JsonValue v = m.first(); v; v = v.next()) {
+        good = valid_name(v.key()) &&
+               number(v, &counts->denied[std::string(v.key())]) && good;
+      }
+    }
+    if (!good) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
 bool Service::read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
                         std::vector<std::string>* gone, Millis* wait_ms) {
   auto fail = [&](const Problem& p) {
@@ -41,6 +79,14 @@ bool Service::read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
       p = read_string(m, "host", 256, &pool->host);
     } else if (m.key() == "wait_ms") {
       p = read_integer(m, "wait_ms", 0, kWaitMsMax, wait_ms);
+    } else if (m.key() == "counts") {
+      pool->counts.emplace();
+      if (!read_counts(m, &*pool->counts)) {
+        return fail(
+            bad_field("counts", "starts has " + std::to_string(kBuckets + 1) +
+                                    " counts, denied at most " +
+                                    std::to_string(kDeniedMax) + " names"));
+      }
     } else if (m.key() == "workers" || m.key() == "gone") {
       if (!m.is_array()) {
         return fail(bad_field(m.key(), "an array is needed"));
@@ -127,6 +173,7 @@ void Service::post_sync(const Exchange& call) {
   Where old = pool.parked;
   said.seen_mono = clock_.mono_ms();
   said.seen_wall = clock_.wall_ms();
+  if (said.counts) metrics_.pool_counts(id, *said.counts);
   pool = std::move(said);
   if (Peer* p = peer(old.peer)) answer_sync(*p, old.sequence);
 
@@ -267,13 +314,51 @@ bool Service::pool_heard() const {
   return false;
 }
 
+// Whether the pool that was heard of, started by somebody else, is no more:
+// its lock is free, and was at the look before.
+bool Service::pool_left() {
+  Millis now = clock_.mono_ms();
+  if (now - pool_looked_ < kPoolLookMs) return false;
+  pool_looked_ = now;
+  if (!lock_is_free(options_.root + "/pool.lock")) return false;
+  Saying(Severity::info, "pool_left", "the pool has left");
+  pools_.clear();
+  return true;
+}
+
+// Whether a pool is still there. It would wait for a server that does not come
+// back, so one that has not heard of the drain in time (it was just starting,
+// or between two calls) is told by a signal. To be killed is for those that
+// stay even then: a service manager starts again whoever did not end by itself.
+bool Service::pool_stays(Millis now) {
+  if (!options_.events.end_pool) return pool_running_;
+  if (!pool_running_ && lock_is_free(options_.root + "/pool.lock")) {
+    return false;
+  }
+  if (!pool_asked_ && now >= leave_until_ - kPoolLeaveMs + kPoolHearMs) {
+    pool_asked_ = true;
+    options_.events.end_pool(false);
+  }
+  return true;
+}
+
+void Service::end_pool_left_behind() {
+  if (pool_running_) ::kill(pool_pid_, SIGKILL);  // ours, and not reaped
+  if (!options_.events.end_pool) return;
+  if (lock_is_free(options_.root + "/pool.lock")) return;
+  Saying(Severity::warn, "pool_killed",
+         "the pool did not leave within " + std::to_string(kPoolLeaveMs) +
+             " ms and is killed");
+  options_.events.end_pool(true);
+}
+
 void Service::supervise_pool() {
   if (draining_ || poisoned_ || pool_running_ || target_ == 0 ||
       options_.pool_argv.empty()) {
     return;
   }
   Millis now = clock_.mono_ms();
-  if (now < pool_start_at_ || pool_heard()) return;
+  if (now < pool_start_at_ || (pool_heard() && !pool_left())) return;
   // One that outlived the last server has the lock and will call soon.
   if (now - started_mono_ < kPoolGraceMs &&
       !lock_is_free(options_.root + "/pool.lock")) {
@@ -282,6 +367,8 @@ void Service::supervise_pool() {
   }
   Loop::Child child;
   child.argv = options_.pool_argv;
+  // As many as there are to be, from the first: none is started for nothing.
+  child.argv.insert(child.argv.end(), {"--workers", std::to_string(target_)});
   child.env = options_.pool_env;
   child.output = options_.root + "/logs/pool.log";
   pool_started_ = now;
@@ -301,16 +388,19 @@ void Service::supervise_pool() {
       loop_->wake();
       return;
     }
-    say("the pool ended with code " + std::to_string(code) + "; see " +
-        options_.root + "/pool.log; starting another in " +
-        std::to_string(pool_backoff_) + " ms");
+    Saying(Severity::error, "pool_ended",
+           "the pool ended with code " + std::to_string(code) + "; see " +
+               options_.root + "/pool.log; starting another in " +
+               std::to_string(pool_backoff_) + " ms")
+        .with("code", code);
   });
   if (!started) {
     pool_backoff_ = std::clamp(pool_backoff_ * 2, kBackoffMinMs, kBackoffMaxMs);
     pool_start_at_ = now + pool_backoff_;
-    say(started.error().what);
+    Saying(Severity::error, "pool_not_started", started.error().what);
     return;
   }
+  pool_pid_ = *started;
   pool_running_ = true;
 }
 
@@ -329,17 +419,19 @@ void Service::check_levels() {
   if (best >= options_.min_level) level_passed_ = true;
   if (!options_.prod) {
     if (best < 2 && !warned_level_) {
-      say("warning: the sandbox reaches only " +
-          level_name(static_cast<Level>(best)) +
-          " here; run `machina doctor` to see why");
+      Saying(Severity::warn, "isolation_low",
+             "the sandbox reaches only " +
+                 level_name(static_cast<Level>(best)) +
+                 " here; run `machina doctor` to see why");
     }
     warned_level_ = true;
     return;
   }
   if (level_passed_ || draining_ || target_ == 0 || reported < target_) return;
-  say("no worker reaches isolation level " + level_name(options_.min_level) +
-      " (the best is " + level_name(static_cast<Level>(best)) +
-      "); run `machina doctor`, or set MACHINA_SANDBOX_MIN_LEVEL");
+  Saying(Severity::error, "isolation_low",
+         "no worker reaches isolation level " + level_name(options_.min_level) +
+             " (the best is " + level_name(static_cast<Level>(best)) +
+             "); run `machina doctor`, or set MACHINA_SANDBOX_MIN_LEVEL");
   exit_code_ = 2;
   begin_drain(false);
 }

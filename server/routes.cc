@@ -10,13 +10,17 @@ const std::vector<Route>& Service::routes() {
   using S = Service;
   using M = Method;
   constexpr auto open = Route::open;
-  constexpr auto raw = Route::raw;
-  constexpr std::uint8_t stream = Route::raw | Route::stream;
+  constexpr auto worker = Route::worker;
+  constexpr std::uint8_t stream = Route::raw | Route::stream | Route::worker;
+  constexpr std::uint8_t log = Route::raw | Route::worker;
+  constexpr std::uint8_t jobs = Route::enqueue | Route::may_wait;
+  constexpr std::uint8_t enqueue = Route::enqueue | Route::plain;
+  constexpr std::uint8_t run_sync = Route::enqueue | Route::waits;
   static const std::vector<Route> table = {
-      {M::post, "/v1/jobs", &S::post_jobs},
-      {M::post, "/v1/leases", &S::post_leases},
-      {M::post, "/v1/leases/complete", &S::post_complete_many},
-      {M::post, "/v1/leases/heartbeat", &S::post_heartbeat},
+      {M::post, "/v1/jobs", &S::post_jobs, jobs},
+      {M::post, "/v1/leases", &S::post_leases, worker},
+      {M::post, "/v1/leases/complete", &S::post_complete_many, worker},
+      {M::post, "/v1/leases/heartbeat", &S::post_heartbeat, worker},
       {M::get, "/v1/jobs", &S::list_jobs},
       {M::get, "/v1/jobs/{}", &S::get_job},
       {M::post, "/v1/jobs/cancel", &S::not_built},
@@ -28,18 +32,22 @@ const std::vector<Route>& Service::routes() {
       {M::get, "/v1/jobs/{}/logs", &S::get_logs},
       {M::get, "/v1/jobs/{}/artifacts", &S::list_artifacts},
       {M::get, "/v1/jobs/{}/artifacts/{}", &S::get_artifact},
-      {M::post, "/v1/leases/{}/complete", &S::post_complete},
-      {M::post, "/v1/leases/{}/fail", &S::post_fail},
-      {M::post, "/v1/leases/{}/block", &S::post_block},
-      {M::post, "/v1/leases/{}/release", &S::post_release},
-      {M::post, "/v1/leases/{}/log", &S::post_log, raw, kLogChunkBytesMax},
+      {M::post, "/v1/leases/{}/complete", &S::post_complete, worker},
+      {M::post, "/v1/leases/{}/fail", &S::post_fail, worker},
+      {M::post, "/v1/leases/{}/block", &S::post_block, worker},
+      {M::post, "/v1/leases/{}/release", &S::post_release, worker},
+      {M::post, "/v1/leases/{}/log", &S::post_log, log, kLogChunkBytesMax},
       {M::put, "/v1/leases/{}/artifacts/{}", &S::put_artifact, stream,
        kArtifactBytesMax},
-      {M::post, "/v1/pools/{}/sync", &S::post_sync},
+      {M::post, "/v1/pools/{}/sync", &S::post_sync, worker},
+      {M::get, "/v1/patches", &S::list_patches},
+      {M::get, "/v1/patches/{}", &S::get_patch},
+      {M::get, "/v1/patches/{}/ancestry", &S::get_ancestry},
+      {M::get, "/v1/patches/{}/reverse_diff", &S::get_reverse_diff},
       {M::get, "/v1/workers", &S::get_workers},
       {M::put, "/v1/workers/scale", &S::put_scale},
-      {M::post, "/enqueue", &S::post_enqueue},
-      {M::post, "/run_sync", &S::post_run_sync},
+      {M::post, "/enqueue", &S::post_enqueue, enqueue},
+      {M::post, "/run_sync", &S::post_run_sync, run_sync},
       {M::get, "/health", &S::get_health, open},
       {M::get, "/ready", &S::get_ready, open},
       {M::get, "/stats", &S::get_stats},
@@ -78,14 +86,6 @@ bool matches(std::string_view pattern, std::string_view path,
   }
 }
 
-Problem unauthorized() {
-  Problem p;
-  p.status = 401;
-  p.code = "unauthorized";
-  p.detail = "a valid bearer token is needed";
-  return p;
-}
-
 // Without a token whoever is on this machine may ask; a web page that a browser
 // on it has open may not. It shows itself by the page's origin, or, where its
 // name was made to point here, by that name.
@@ -111,8 +111,8 @@ Problem forbidden() {
   p.status = 403;
   p.code = "forbidden";
   p.detail =
-      "Host, Origin: without MACHINA_API_TOKEN only requests to a loopback "
-      "name, and from no other page, are taken";
+      "Host, Origin: without MACHINA_API_TOKEN or MACHINA_API_HMAC_SECRET only "
+      "requests to a loopback name, and from no other page, are taken";
   return p;
 }
 
@@ -134,17 +134,158 @@ std::uint64_t mono_us() {
          static_cast<std::uint64_t>(t.tv_nsec) / 1000;
 }
 
-bool Service::authorized(const Peer& peer, const Head& head) const {
-  if (peer.local || options_.api_token.empty()) return true;
-  std::string_view given = head.authorization;
-  constexpr std::string_view kBearer = "bearer ";
-  if (given.size() <= kBearer.size() ||
-      !equals_ignoring_case(given.substr(0, kBearer.size()), kBearer)) {
-    return false;
+// --- Who may come in -------------------------------------------------------
+
+// One answer whatever was wrong (A1); the log has the cause, now and then.
+MaybeProblem Service::unauthorized(Peer& peer, Gate::Cause cause,
+                                   bool presented) {
+  metrics_.unauthorized();
+  Millis now = loop_->now();
+  if (presented) {
+    wrong_.take({peer.socket.address().counted(), 0}, 1u << 0, now);
   }
-  given.remove_prefix(kBearer.size());
-  while (!given.empty() && given.front() == ' ') given.remove_prefix(1);
-  return same_secret(options_.api_token, given);
+  if (now - cause_said_ms_ >= kCauseEveryMs) {
+    Saying(Severity::warn, "unauthorized", Gate::text(cause))
+        .with("remote", peer.socket.address().text())
+        .with("more", static_cast<std::int64_t>(causes_unsaid_));
+    cause_said_ms_ = now;
+    causes_unsaid_ = 0;
+  } else {
+    ++causes_unsaid_;
+  }
+  Problem p;
+  p.status = 401;
+  p.code = "unauthorized";
+  p.detail = "a valid credential is needed";
+  return p;
+}
+
+MaybeProblem Service::let_in(Peer& peer, std::uint64_t sequence,
+                             const Head& head, bool open) {
+  peer.entry = Gate::Entry::granted;
+  if (open || peer.local) return std::nullopt;
+  peer.credential = 0;
+  if (!gate_->closed()) {
+    if (from_a_page(head)) return forbidden();
+    return spend(peer, sequence, head);
+  }
+  Gate::Cause cause = Gate::Cause::none;
+  bool presented = false;
+  Gate::Entry entry = gate_->look(head, &cause, &presented);
+  if (presented && !peer.proved) {
+    // Whoever guesses too much is not told whether the next guess was right.
+    int wait =
+        wrong_.wait_s({peer.socket.address().counted(), 0}, 0, loop_->now());
+    if (wait > 0) {
+      metrics_.limited(3);
+      Problem p;
+      p.status = 429;
+      p.code = "rate-limited";
+      p.detail =
+          "too many wrong credentials came from this address; the next "
+          "one is looked at in " +
+          std::to_string(wait) + " s";
+      p.retry_after = wait;
+      return p;
+    }
+  }
+  if (entry == Gate::Entry::refused) {
+    return unauthorized(peer, cause, presented);
+  }
+  if (entry == Gate::Entry::after_body) {
+    peer.entry = entry;
+    peer.head_wall_ms = clock_.wall_ms();
+    return std::nullopt;
+  }
+  peer.proved = true;
+  peer.credential = 1;
+  return spend(peer, sequence, head);
+}
+
+MaybeProblem Service::let_in_signed(Peer& peer, std::uint64_t sequence,
+                                    const Head& head, const HexDigest& body) {
+  peer.entry = Gate::Entry::granted;
+  Gate::Cause cause = Gate::Cause::none;
+  switch (
+      gate_->verify(head, body, peer.head_wall_ms, clock_.mono_ms(), &cause)) {
+    case Gate::Entry::granted:
+      break;
+    case Gate::Entry::full: {
+      Problem p;
+      p.status = 503;
+      p.code = "nonces-full";
+      p.retry_after = gate_->retry_s(clock_.mono_ms());
+      p.detail = std::to_string(kNoncesMax) +
+                 " nonces are remembered, the most that are; sign again later";
+      return p;
+    }
+    default:
+      return unauthorized(peer, cause, true);
+  }
+  peer.proved = true;
+  peer.credential = 2;
+  // Refused here, a request may come again with the same signature.
+  if (auto limited = spend(peer, sequence, head)) return limited;
+  gate_->record(head);
+  return std::nullopt;
+}
+
+MaybeProblem Service::reserve(Peer& peer, const Head& head, std::uint64_t max) {
+  if (peer.proved) return std::nullopt;
+  std::uint64_t bytes = head.chunked ? max : std::min(head.length, max);
+  if (unproved_bytes_ + bytes > kUnprovedBytesMax) {
+    Problem p;
+    p.status = 503;
+    p.code = "busy";
+    p.retry_after = 1;
+    p.detail = "bodies of " + std::to_string(kUnprovedBytesMax) +
+               " bytes wait for their signatures, the most that may";
+    return p;
+  }
+  unproved_bytes_ += bytes;
+  peer.reserved = bytes;
+  return std::nullopt;
+}
+
+void Service::release(Peer& peer) {
+  unproved_bytes_ -= peer.reserved;
+  peer.reserved = 0;
+}
+
+MaybeProblem Service::spend(Peer& peer, std::uint64_t sequence,
+                            const Head& head) {
+  if (limits_.active() == 0) return std::nullopt;
+  std::uint8_t flags = peer.route == nullptr ? 0 : peer.route->flags;
+  if ((flags & Route::worker) != 0) return std::nullopt;
+  auto mask = static_cast<std::uint8_t>(1u << kRequests);
+  if ((flags & Route::enqueue) != 0) mask |= 1u << kEnqueues;
+  if ((flags & Route::waits) != 0 ||
+      ((flags & Route::may_wait) != 0 && preferred_wait(head.prefer) > 0)) {
+    mask |= 1u << kRunSyncs;
+  }
+  Limits::Taken taken = limits_.take(
+      {peer.socket.address().counted(), peer.credential}, mask, loop_->now());
+  peer.connection.pending(sequence)->limits = taken.note;
+  if (taken.wait_s == 0) return std::nullopt;
+  metrics_.limited(taken.limit);
+  static constexpr const char* kVariables[] = {
+      "MACHINA_API_RPM", "MACHINA_API_ENQUEUE_RPM", "MACHINA_API_RUNSYNC_RPM"};
+  Problem p;
+  p.status = 429;
+  p.code = "rate-limited";
+  p.retry_after = taken.wait_s;
+  p.detail = std::string(kVariables[taken.limit]) + ": its " +
+             std::to_string(limits_.rpm(taken.limit)) +
+             " a minute are used up; the next is taken in " +
+             std::to_string(taken.wait_s) + " s";
+  return p;
+}
+
+void Service::spend_jobs(Peer& peer, std::uint64_t sequence, std::size_t jobs) {
+  Pending* pending = peer.connection.pending(sequence);
+  if (jobs < 2 || (pending->limits.mask >> kEnqueues & 1) == 0) return;
+  limits_.charge({peer.socket.address().counted(), peer.credential}, kEnqueues,
+                 static_cast<double>(jobs - 1), loop_->now(), &pending->limits);
 }
 
 void Service::take_request_id(Pending& pending, const Head& head) {
@@ -165,71 +306,151 @@ void Service::take_request_id(Pending& pending, const Head& head) {
   pending.request_id_bytes = 16;
 }
 
+// --- Which route -----------------------------------------------------------
+
+namespace {
+
+int hex_digit(char c) {
+  return c >= '0' && c <= '9'   ? c - '0'
+         : c >= 'a' && c <= 'f' ? c - 'a' + 10
+         : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                : -1;
+}
+
+}  // namespace
+
+// A segment is decoded after the path was split: an encoded slash is no
+// separator to some and one to others, so no path of ours has it: "". Null: it
+// cannot be decoded.
+std::optional<std::string_view> Service::plain_path(const Head& head) {
+  if (head.path.find('%') == head.path.npos) return head.path;
+  path_.clear();
+  for (std::size_t i = 0; i < head.path.size(); ++i) {
+    char c = head.path[i];
+    if (c == '%') {
+      if (i + 2 >= head.path.size()) return std::nullopt;
+      int high = hex_digit(head.path[i + 1]), low = hex_digit(head.path[i + 2]);
+      if (high < 0 || low < 0) return std::nullopt;
+      c = static_cast<char>(high << 4 | low);
+      auto u = static_cast<unsigned char>(c);
+      if (c == '/' || c == '\\' || u < 0x20 || u == 0x7f) return "";
+      i += 2;
+    }
+    path_ += c;
+  }
+  if (!valid_utf8(path_)) return std::nullopt;
+  return path_;
+}
+
+MaybeProblem Service::route(const Head& head, const Route** found,
+                            std::array<std::string_view, 2>* args) {
+  *found = nullptr;
+  Problem p;
+  auto path = plain_path(head);
+  if (!path) {
+    p.detail =
+        "path: its percent-encoding is malformed (%XX, two hexadecimal digits, "
+        "UTF-8)";
+    return p;
+  }
+  Method method = head.method == Method::head ? Method::get : head.method;
+  std::string allow;
+  for (const Route& route : routes()) {
+    if (!matches(route.pattern, *path, args)) continue;
+    if (route.method == method) {
+      *found = &route;
+      return std::nullopt;
+    }
+    std::string_view other = name(route.method);
+    if (allow.find(other) == allow.npos) {
+      if (!allow.empty()) allow += ", ";
+      allow += other;
+      if (route.method == Method::get) allow += ", HEAD";
+    }
+  }
+  p.status = allow.empty() ? 404 : 405;
+  p.code = allow.empty() ? "not-found" : "method-not-allowed";
+  p.detail =
+      allow.empty() ? "there is no such path" : "this path takes " + allow;
+  p.allow = allow;
+  return p;
+}
+
 // Decided before the body is read: who asks, what for, how much may come.
 BodyPlan Service::head_read(Peer& peer, std::uint64_t sequence,
                             const Head& head) {
-  peer.route = nullptr;
   peer.refusal.reset();
   Pending* pending = peer.connection.pending(sequence);
   take_request_id(*pending, head);
   pending->begun_us = mono_us();
 
   std::array<std::string_view, 2> args;
-  std::string allow;
-  for (const Route& route : routes()) {
-    if (!matches(route.pattern, head.path, &args)) continue;
-    if (route.method == head.method) {
-      peer.route = &route;
-      break;
-    }
-    std::string_view method = name(route.method);
-    if (allow.find(method) == allow.npos) {
-      if (!allow.empty()) allow += ", ";
-      allow += method;
-    }
-  }
+  MaybeProblem nowhere = route(head, &peer.route, &args);
+  std::uint8_t flags = peer.route == nullptr ? 0 : peer.route->flags;
+  pending->plain_errors = (flags & Route::plain) != 0;
+  note_request(*pending, head, peer.route);
   BodyPlan plan{BodyPlan::buffer, options_.max_body_bytes};
-  bool open = peer.route != nullptr && (peer.route->flags & Route::open) != 0;
-  if (!open && !authorized(peer, head)) {
-    peer.refusal = unauthorized();
-  } else if (!open && !peer.local && options_.api_token.empty() &&
-             from_a_page(head)) {
-    peer.refusal = forbidden();
-  } else if (peer.route == nullptr) {
-    Problem p;
-    p.status = allow.empty() ? 404 : 405;
-    p.code = allow.empty() ? "not-found" : "method-not-allowed";
-    p.detail =
-        allow.empty() ? "there is no such path" : "this path takes " + allow;
-    p.allow = allow;
-    peer.refusal = std::move(p);
-  } else {
-    if (peer.route->max_body != 0) plan.max = peer.route->max_body;
-    if ((peer.route->flags & Route::stream) != 0) {
-      // A streamed body's handler begins here and ends in dispatch().
-      (this->*peer.route->handle)(Exchange{peer, sequence, head, {}, args});
-      if (!peer.refusal) plan.kind = BodyPlan::stream;
-    }
+  peer.refusal = let_in(peer, sequence, head, (flags & Route::open) != 0);
+  if (!peer.refusal) peer.refusal = std::move(nowhere);
+  if (peer.route != nullptr && peer.route->max_body != 0) {
+    plan.max = peer.route->max_body;
   }
-  if (peer.refusal) plan.kind = BodyPlan::discard;
+  bool stream = (flags & Route::stream) != 0;
+  if (stream && !peer.refusal) {
+    // A streamed body's handler begins here and ends in dispatch().
+    (this->*peer.route->handle)(Exchange{peer, sequence, head, {}, args});
+  }
+  if (peer.entry == Gate::Entry::after_body) {
+    // Even what will be refused is read: its digest says who asked, and before
+    // that nothing is told.
+    if (stream) {
+      plan.kind = BodyPlan::stream;
+      if (peer.digest == nullptr) peer.digest = std::make_unique<Sha256>();
+      (void)peer.digest->finish();
+    } else if (auto busy = reserve(peer, head, plan.max)) {
+      peer.refusal = std::move(busy);
+      peer.entry = Gate::Entry::granted;  // to be told so, and no more
+      plan.kind = BodyPlan::discard;
+    }
+  } else if (peer.refusal) {
+    plan.kind = BodyPlan::discard;
+  } else if (stream) {
+    plan.kind = BodyPlan::stream;
+  }
   return plan;
 }
 
 void Service::dispatch(Peer& peer, std::uint64_t sequence, const Head& head,
                        std::string_view body) {
+  bool stream =
+      peer.route != nullptr && (peer.route->flags & Route::stream) != 0;
+  release(peer);
+  if (peer.entry == Gate::Entry::after_body) {
+    HexDigest digest = stream ? peer.digest->finish() : Sha256::of(body);
+    if (auto p = let_in_signed(peer, sequence, head, digest)) {
+      // What was staged of the body stays out.
+      if (peer.upload != nullptr && peer.upload->sequence == sequence) {
+        peer.upload->dead = true;
+        peer.upload.reset();
+      }
+      peer.refusal.reset();
+      return refuse(peer, sequence, *p);
+    }
+  }
   if (peer.refusal) {
     Problem p = std::move(*peer.refusal);
     peer.refusal.reset();
     refuse(peer, sequence, p);
     return;
   }
-  if ((peer.route->flags & Route::stream) != 0) {
+  if (stream) {
     peer.upload->complete = true;
     pump_upload(peer.upload);
     return;
   }
   std::array<std::string_view, 2> args;
-  matches(peer.route->pattern, head.path, &args);
+  auto path = plain_path(head);
+  matches(peer.route->pattern, *path, &args);
   (this->*peer.route->handle)(Exchange{peer, sequence, head, body, args});
 }
 
@@ -239,12 +460,6 @@ namespace {
 
 std::optional<std::string> decoded(std::string_view text) {
   std::string out;
-  auto digit = [](char c) {
-    return c >= '0' && c <= '9'   ? c - '0'
-           : c >= 'a' && c <= 'f' ? c - 'a' + 10
-           : c >= 'A' && c <= 'F' ? c - 'A' + 10
-                                  : -1;
-  };
   for (std::size_t i = 0; i < text.size(); ++i) {
     if (text[i] == '+') {
       out += ' ';
@@ -252,7 +467,7 @@ std::optional<std::string> decoded(std::string_view text) {
       out += text[i];
     } else {
       if (i + 2 >= text.size()) return std::nullopt;
-      int high = digit(text[i + 1]), low = digit(text[i + 2]);
+      int high = hex_digit(text[i + 1]), low = hex_digit(text[i + 2]);
       if (high < 0 || low < 0) return std::nullopt;
       out += static_cast<char>(high << 4 | low);
       i += 2;
@@ -263,6 +478,18 @@ std::optional<std::string> decoded(std::string_view text) {
 }
 
 }  // namespace
+
+std::string without_cursor(std::string_view query) {
+  std::string rest;
+  while (!query.empty()) {
+    std::size_t end = std::min(query.find('&'), query.size());
+    std::string_view one = query.substr(0, end);
+    query.remove_prefix(std::min(end + 1, query.size()));
+    if (one.empty() || one.substr(0, 7) == "cursor=") continue;
+    rest += std::string(one) + "&";
+  }
+  return rest;
+}
 
 std::optional<std::vector<std::pair<std::string, std::string>>> parse_query(
     std::string_view query) {

@@ -267,11 +267,11 @@ void Service::pump_upload(std::shared_ptr<Peer::Upload> upload) {
         upload->busy = false;
         if (!written) upload->error = written.error();
         Peer* p = peer(upload->peer);
-        if (p == nullptr || p->upload != upload) return;
-        p->connection.resume(loop_->now());
-        if (p->upload == upload &&
-            (upload->complete || upload->error ||
-             upload->waiting.size() >= kDownloadPieceBytes)) {
+        if (p == nullptr) return;
+        // The next one may have begun behind it.
+        if (p->upload == upload) p->connection.resume(loop_->now());
+        if (upload->complete || upload->error ||
+            upload->waiting.size() >= kDownloadPieceBytes) {
           pump_upload(upload);
         }
         after(*p);
@@ -373,7 +373,7 @@ void Service::send_file(const Where& where, OpenedFile file, Extras extras) {
   begin_reply(*p, where.sequence, 200, file.size, extras);
   auto download = std::make_unique<Download>();
   download->fd = std::move(file.fd);
-  download->size = file.size;
+  download->size = p->connection.is_head(where.sequence) ? 0 : file.size;
   pending->op = static_cast<std::uint8_t>(PendingOp::stream);
   pending->stage = 1;
   pending->extra = std::move(download);
@@ -399,6 +399,7 @@ void Service::pump_streams(Peer& peer) {
     peer.streams.erase(found);
     peer.connection.finish(front);
     peer.socket.touch();
+    resume_later(peer);
     after(peer);
     return pump_streams(peer);
   }

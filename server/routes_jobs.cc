@@ -42,7 +42,40 @@ bool valid_traceparent(std::string_view text) {
   return text.substr(0, 2) != "ff";
 }
 
-// The N of "wait=N" in a Prefer header; -1: it has none.
+bool is_ndjson(std::string_view content_type) {
+  std::string_view type = content_type.substr(0, content_type.find(';'));
+  while (!type.empty() && type.back() == ' ') type.remove_suffix(1);
+  return equals_ignoring_case(type, "application/x-ndjson") ||
+         equals_ignoring_case(type, "application/ndjson");
+}
+
+std::string location_of(const JobId& id) {
+  constexpr std::string_view kHead = "Location: /v1/jobs/";
+  std::string line;
+  line.reserve(kHead.size() + kJobIdText + 2);
+  line = kHead;
+  line.resize(kHead.size() + kJobIdText);
+  write_job_id(id, line.data() + kHead.size());
+  return line += "\r\n";
+}
+
+Problem malformed(const JsonError& error) {
+  Problem p;
+  if (!error.duplicate.empty()) {
+    p.code = "unknown-field";
+    p.field = error.duplicate;
+    p.detail = error.duplicate + ": the member is there twice (byte " +
+               std::to_string(error.offset) + ")";
+    return p;
+  }
+  p.code = "malformed-json";
+  p.detail = "malformed JSON at byte " + std::to_string(error.offset) + ": " +
+             error.what;
+  return p;
+}
+
+}  // namespace
+
 int preferred_wait(std::string_view prefer) {
   while (!prefer.empty()) {
     std::size_t end = std::min(prefer.find(','), prefer.size());
@@ -64,34 +97,6 @@ int preferred_wait(std::string_view prefer) {
   }
   return -1;
 }
-
-bool is_ndjson(std::string_view content_type) {
-  std::string_view type = content_type.substr(0, content_type.find(';'));
-  while (!type.empty() && type.back() == ' ') type.remove_suffix(1);
-  return equals_ignoring_case(type, "application/x-ndjson") ||
-         equals_ignoring_case(type, "application/ndjson");
-}
-
-std::string location_of(const JobId& id) {
-  return "Location: /v1/jobs/" + to_string(id) + "\r\n";
-}
-
-Problem malformed(const JsonError& error) {
-  Problem p;
-  if (!error.duplicate.empty()) {
-    p.code = "unknown-field";
-    p.field = error.duplicate;
-    p.detail = error.duplicate + ": the member is there twice (byte " +
-               std::to_string(error.offset) + ")";
-    return p;
-  }
-  p.code = "malformed-json";
-  p.detail = "malformed JSON at byte " + std::to_string(error.offset) + ": " +
-             error.what;
-  return p;
-}
-
-}  // namespace
 
 // --- Bodies ----------------------------------------------------------------
 
@@ -129,11 +134,9 @@ JobContext Service::context_of(const Exchange& call) {
   if (valid_traceparent(call.head.traceparent)) {
     context.traceparent = call.head.traceparent;
   }
-  if (!call.head.request_id.empty()) {
-    Pending* pending = call.peer.connection.pending(call.sequence);
-    context.request_id =
-        std::string_view(pending->request_id, pending->request_id_bytes);
-  }
+  Pending* pending = call.peer.connection.pending(call.sequence);
+  context.request_id =
+      std::string_view(pending->request_id, pending->request_id_bytes);
   return context;
 }
 
@@ -172,7 +175,6 @@ void Service::post_jobs(const Exchange& call) {
 }
 
 void Service::post_enqueue(const Exchange& call) {
-  call.peer.connection.pending(call.sequence)->plain_errors = true;
   JsonValue json;
   if (!parse_body(call, false, &json)) return;
   enqueue_one(call, json, 0, kEnqueueForm);
@@ -222,6 +224,7 @@ void Service::enqueued(Peer& peer, std::uint64_t sequence, Pending& pending,
                                 ? ItemAnswer{Answer::need_facts, {}, {}, {}, {}}
                                 : response.items.front();
   if (auto p = problem_of(answer, "job")) return refuse(peer, sequence, *p);
+  pending.job = answer.id;
   bool duplicate = answer.answer == Answer::duplicate;
   if (pending.stage == kEnqueueForm) {
     std::string body =
@@ -306,6 +309,7 @@ void Service::enqueue_many(const Exchange& call, bool lines) {
     p.detail = "more than " + std::to_string(kBatchMax) + " jobs in a request";
     return refuse(call.peer, call.sequence, p);
   }
+  spend_jobs(call.peer, call.sequence, command.jobs.size());
   Pending* pending = call.peer.connection.pending(call.sequence);
   bool nothing = command.jobs.empty();
   pending->op = static_cast<std::uint8_t>(PendingOp::enqueue_many);
@@ -346,7 +350,7 @@ void Service::enqueued_many(Peer& peer, std::uint64_t sequence,
         if (!duplicate && at < bulk.names.size()) {
           metrics_.enqueued(bulk.names[at].first, bulk.names[at].second);
         }
-        json.key("id").string(to_string(answer.id));
+        json.key("id").id(answer.id);
         json.key("state").string(name(answer.state));
         json.key("duplicate").boolean(duplicate);
       } else {
@@ -518,13 +522,7 @@ MaybeProblem read_list(std::string_view text, ListQuery* query,
     }
   }
   // The next page's address: as it was asked, but for the cursor.
-  while (!text.empty()) {
-    std::size_t end = std::min(text.find('&'), text.size());
-    std::string_view one = text.substr(0, end);
-    text.remove_prefix(std::min(end + 1, text.size()));
-    if (one.empty() || one.substr(0, 7) == "cursor=") continue;
-    *rest += std::string(one) + "&";
-  }
+  *rest = without_cursor(text);
   return std::nullopt;
 }
 
@@ -609,6 +607,119 @@ void Service::retry_job(const Exchange& call) {
   submit(std::move(request));
 }
 
+namespace {
+
+Problem mismatch(const std::string& field, const std::string& detail) {
+  Problem p;
+  p.status = 422;
+  p.code = "digest-mismatch";
+  p.field = field;
+  p.detail = field + ": " + detail + "; the job stays blocked";
+  return p;
+}
+
+constexpr char kApprovalForm[] =
+    "{\"approve\":true,\"digest\":\"<blocked.data.digest>\"} or "
+    "{\"approve\":false}";
+
+bool is_commit_name(std::string_view text) {
+  return text.size() >= 40 && text.size() <= 64 &&
+         text.find_first_not_of("0123456789abcdef") == std::string_view::npos;
+}
+
+// The unblock of a job that waits for approval says what it approves: the
+// digest that the job was blocked with. A denial needs none. The commit that
+// the job was blocked with goes into the input, so that what runs next is what
+// was shown.
+MaybeProblem check_approval(const JobView& job, UnblockCommand* unblock) {
+  // A rollback that waits with a merge is asked for a yes to just that; where
+  // there is none, to look again.
+  const bool merge =
+      job.kind == kRollbackKind && job.blocked_reason == "conflict";
+  if (job.state != State::blocked ||
+      (job.blocked_reason != "approval" && !merge)) {
+    return std::nullopt;
+  }
+  if (!same_secret(job.blocked_token, unblock->token)) {
+    return std::nullopt;  // the core says so
+  }
+  JsonDoc data_doc, input_doc;
+  std::string bound, base;
+  if (!job.blocked_data.empty() && !data_doc.parse(job.blocked_data) &&
+      data_doc.root().is_object()) {
+    JsonValue digest = data_doc.root().find("digest");
+    if (digest && digest.is_string()) bound = digest.as_string();
+    JsonValue commit = data_doc.root().find("base_commit");
+    if (commit && commit.is_string()) base = commit.as_string();
+    if (!is_commit_name(base)) base.clear();
+  }
+  // Of other kinds, what binds nothing may say what it likes.
+  if (bound.empty() && !job.kind.starts_with("patch.")) return std::nullopt;
+  const bool empty = unblock->input.empty();
+  if (empty || input_doc.parse(unblock->input) ||
+      !input_doc.root().is_object()) {
+    return bad_field("input",
+                     (empty ? "it is missing"
+                            : shown(unblock->input) + " is not an object") +
+                         std::string("; the job waits for approval: "
+                                     "send ") +
+                         kApprovalForm);
+  }
+  bool approve = true;
+  std::string given, comment, commit;
+  for (JsonValue m = input_doc.root().first(); m; m = m.next()) {
+    MaybeProblem p;
+    if (m.key() == "approve") {
+      p = read_bool(m, "input.approve", &approve);
+    } else if (m.key() == "digest") {
+      p = read_string(m, "input.digest", 256, &given);
+    } else if (m.key() == "base_commit") {
+      p = read_string(m, "input.base_commit", 64, &commit);
+    } else if (m.key() == "comment") {
+      p = read_string(m, "input.comment", 1024, &comment);
+    } else {
+      p = unknown_field("input." + std::string(m.key()));
+    }
+    if (p) return p;
+  }
+  if (!commit.empty() && commit != base) {
+    return mismatch(
+        "input.base_commit",
+        shown(commit) + " is not blocked.data.base_commit" +
+            (base.empty() ? ", which this job has not" : ", " + shown(base)));
+  }
+  if (given.empty() && (!approve || (merge && bound.empty()))) {
+    return std::nullopt;
+  }
+  if (bound.empty()) {
+    return mismatch("input.digest",
+                    "blocked.data names no digest to approve: deny it with "
+                    "{\"approve\":false}, or cancel the job");
+  }
+  if (given.empty()) {
+    return mismatch("input.digest",
+                    "it is missing: send blocked.data.digest, " + shown(bound) +
+                        ", which is what is approved");
+  }
+  if (!same_secret(bound, given)) {
+    return mismatch(
+        "input.digest",
+        shown(given) + " is not blocked.data.digest, " + shown(bound));
+  }
+  if (base.empty()) return std::nullopt;
+  unblock->input.clear();
+  JsonWriter json(unblock->input);
+  json.begin_object();
+  json.key("approve").boolean(approve);
+  json.key("digest").string(given);
+  json.key("base_commit").string(base);
+  if (!comment.empty()) json.key("comment").string(comment);
+  json.end_object();
+  return std::nullopt;
+}
+
+}  // namespace
+
 void Service::unblock_job(const Exchange& call) {
   auto id = job_of(call);
   JsonValue json;
@@ -634,14 +745,26 @@ void Service::unblock_job(const Exchange& call) {
     if (p) return refuse(call.peer, call.sequence, *p);
   }
   if (unblock.token.empty()) {
-    return refuse(call.peer, call.sequence,
-                  bad_field("token", "it is missing"));
+    return refuse(
+        call.peer, call.sequence,
+        bad_field("token", "it is missing: send the job's blocked.token"));
   }
-  call.peer.connection.pending(call.sequence)->op =
-      static_cast<std::uint8_t>(PendingOp::act);
-  Request request = request_of(call);
-  request.what.emplace<Command>(std::move(unblock));
-  submit(std::move(request));
+  // What it waits for decides what the input has to say. The token is of this
+  // one block, so that the core's look at it makes this look hold.
+  Where where{call.peer.id, call.sequence};
+  with_job(where, *id, [this, where, unblock](const JobView& job) mutable {
+    if (auto p = check_approval(job, &unblock)) return refuse(where, *p);
+    Peer* waiting = peer(where.peer);
+    Pending* pending = waiting == nullptr
+                           ? nullptr
+                           : waiting->connection.pending(where.sequence);
+    if (pending == nullptr) return;
+    pending->op = static_cast<std::uint8_t>(PendingOp::act);
+    Request request;
+    request.from = Address{0, where.peer, where.sequence};
+    request.what.emplace<Command>(std::move(unblock));
+    submit(std::move(request));
+  });
 }
 
 // Of clients' and of workers' actions alike: done, so show the job.

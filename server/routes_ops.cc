@@ -75,6 +75,7 @@ void Service::get_stats(const Exchange& call) {
   json.key("duplicates").number(stats.totals.duplicates);
   json.key("leases").number(stats.totals.grants);
   json.key("retried").number(stats.totals.retried);
+  json.key("dead").number(stats.totals.dead);
   json.key("succeeded").number(stats.totals.ended_by_code[0]);
   json.key("ended_by_code").begin_object();
   for (int i = 1; i < kEndCodes; ++i) {
@@ -111,6 +112,12 @@ void Service::get_stats(const Exchange& call) {
   json.key("applied_lsn").number(stats.history_applied);
   json.key("lag_bytes").number(stats.history_lag_bytes);
   json.end_object();
+  json.key("scraped_at");
+  if (scraped_wall_ == 0) {
+    json.null();
+  } else {
+    json.time(scraped_wall_);
+  }
   json.key("disk_free_bytes").number(stats.disk_free_bytes);
   json.key("reserved_bytes").number(stats.reserved_bytes);
   json.key("connections").number(connections_);
@@ -119,12 +126,14 @@ void Service::get_stats(const Exchange& call) {
 }
 
 void Service::get_metrics(const Exchange& call) {
+  if (!call.peer.local) scraped_wall_ = clock_.wall_ms();
   ShardStats stats = shard_->stats();
   metrics_.absorb(stats);
   Extras extras;
   extras.content_type = "text/plain; version=0.0.4; charset=utf-8";
   reply(call.peer, call.sequence, 200,
         metrics_.text(stats, worker_numbers(), connections_, clock_.wall_ms(),
+                      clock_.mono_ms() - started_mono_, unready().empty(),
                       options_.version),
         extras);
 }

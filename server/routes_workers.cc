@@ -11,6 +11,7 @@ struct TokenBatch final : PendingExtra {
   struct Item {
     std::string token;
     MaybeProblem problem;
+    Fence fence = 0;  // of a completion
   };
   std::vector<Item> items;
 };
@@ -91,7 +92,7 @@ void Service::append_leases(JsonWriter& json, std::vector<LeaseView>& leases) {
     // here, payload and input, is raw.
     std::size_t about = lease.job.payload.size() + lease.job.input.size() +
                         lease.job.blocked_data.size() + 16 * 1024;
-    if (json.out().size() + about > kLeaseReplyBytesMax &&
+    if (json.size() + about > kLeaseReplyBytesMax &&
         &lease != &leases.front()) {
       over.push_back(lease.fence);
       continue;
@@ -105,7 +106,9 @@ void Service::append_leases(JsonWriter& json, std::vector<LeaseView>& leases) {
     append_job(json, lease.job, Show::all);
     json.end_object();
     if (attempts_.size() >= kAttemptsKeptMax) attempts_.clear();
-    attempts_[lease.fence] = {lease.job.id, lease.job.attempt};
+    Attempt& attempt = attempts_[lease.fence];
+    attempt = {lease.job.id, lease.job.attempt, "", clock_.mono_ms()};
+    if (lease.job.kind.starts_with("tool.")) attempt.tool = lease.job.kind;
   }
   json.end_array();
   give_back(std::move(over));
@@ -322,6 +325,7 @@ void Service::post_complete_many(const Exchange& call) {
     TokenBatch::Item entry;
     entry.problem = read_completion(v, context, &item, &entry.token);
     if (!entry.problem) entry.problem = check_token(entry.token, &item.fence);
+    entry.fence = item.fence;
     if (!entry.problem) {
       artifacts = artifacts || !item.outcome.artifacts.empty();
       command->items.push_back(std::move(item));
@@ -412,6 +416,7 @@ void Service::completed_many(Peer& peer, std::uint64_t sequence,
                 ? response.views[at].state
                 : answer.state;
         json.key("state").string(name(state));
+        tool_ended(item.fence, state);
       }
     }
     if (problem) {
@@ -425,6 +430,15 @@ void Service::completed_many(Peer& peer, std::uint64_t sequence,
   append_leases(json, response.leases);
   json.end_object();
   reply(peer, sequence, 200, body);
+}
+
+// One that completed, pass or fail; what fails otherwise comes by acted().
+void Service::tool_ended(Fence fence, State state) {
+  auto found = attempts_.find(fence);
+  if (found == attempts_.end() || found->second.tool.empty()) return;
+  metrics_.tool_ended(found->second.tool, state == State::succeeded,
+                      clock_.mono_ms() - found->second.since);
+  found->second.tool.clear();  // a repeated completion is the same end
 }
 
 // --- Other ends of an attempt ----------------------------------------------

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "queue/storage.h"
+#include "server/loop.h"
 #include "server/server.h"
 
 namespace machina {
@@ -25,9 +26,18 @@ void keep_heap() {
 
 }  // namespace
 
+Result<void> can_listen(const std::string& host, int port) {
+  auto loop = Loop::make();
+  if (!loop) return loop.error();
+  auto bound = (*loop)->listen_tcp(host, port);
+  if (!bound) return bound.error();
+  return {};
+}
+
 int run_server(const ServerOptions& options) {
   keep_heap();
   std::unique_ptr<Storage> storage;  // outlives the shard
+  bool locked = false;
   ServerHooks hooks;
   hooks.open_shard =
       [&](RecoveryReport* report) -> Result<std::unique_ptr<Shard>> {
@@ -39,13 +49,20 @@ int run_server(const ServerOptions& options) {
     if (!opened) return opened.error();
     storage = std::move(*opened);
     ShardOptions shard = options.shard;
+    shard.log.on_locked = [&] {
+      locked = true;
+      if (options.events.locked) options.events.locked();
+    };
     if (shard.history_dir.empty()) {
       shard.history_dir = options.root + "/history";
     }
     return Shard::open(*storage, system_clock(), system_random(), shard,
                        report);
   };
-  return run_server(options, hooks);
+  int code = run_server(options, hooks);
+  // What another server keeps on this root is not ours to remove.
+  if (locked && options.events.left) options.events.left();
+  return code;
 }
 
 }  // namespace machina

@@ -28,10 +28,44 @@ namespace machina {
 // What the server knows of a kind that a built-in handler serves; main takes
 // the table from workers/kinds.
 struct KindFacts {
+  // What a job keeps of a payload that was accepted.
+  struct Kept {
+    std::string payload;          // empty: as it was given
+    std::string concurrency_key;  // the kind's own; empty: none
+  };
   // Code::invalid; `what` is "<field>: <what is wrong, value and bound>", the
   // field relative to the payload ("argv", "test.runner").
-  std::function<Result<void>(const std::string& payload_json)> check;
+  std::function<Result<Kept>(const std::string& payload_json)> check;
   Millis timeout_ms = 120'000;
+  int concurrency_limit = 1;  // so many jobs of one key run at a time
+};
+
+// A socket that listens, and what it is: "http", or "socket-<device>-<inode>"
+// for the Unix socket, with those of the file it is bound to.
+struct ListeningSocket {
+  int fd = -1;
+  std::string name;
+};
+
+// How the server is, for whoever watches over it.
+struct ServerPulse {
+  std::string unready;  // why it is not ready; empty: it is
+  bool draining = false, handover = false;
+  bool log_stuck = false;  // a batch has not become durable for too long
+};
+
+// What the one who runs the server is told and asked, on the server's thread;
+// none of it may block.
+struct ServerEvents {
+  std::function<void()> locked;  // the root is ours; recovery begins
+  std::function<void(int port, const std::vector<ListeningSocket>&)> listening;
+  std::function<void(const ServerPulse&)> pulse;  // about every scan_ms
+  // At a handover: takes copies of the sockets for the next server. True: it
+  // has them, and they are to stay reachable.
+  std::function<bool(const std::vector<ListeningSocket>&)> pass_sockets;
+  // Asks the pool of this root to leave; `at_once`: ends it with its jobs.
+  std::function<void(bool at_once)> end_pool;
+  std::function<void()> left;  // last; the root is still ours
 };
 
 struct ServerOptions {
@@ -40,15 +74,25 @@ struct ServerOptions {
   int port = 8080;          // 0: any free one
   std::string port_file;    // where the bound port is written, or empty (tests)
   std::string socket_path;  // <root>/machina.sock
+  // From the server before, or a service manager: taken where they are what
+  // host, port and socket_path ask for, else closed.
+  std::vector<ListeningSocket> inherited;
   bool prod = false;
   std::string version = MACHINA_VERSION;
 
-  std::string api_token;  // empty: none. With none, host must be loopback.
+  // Empty: none. With neither, host must be loopback.
+  std::string api_token, hmac_secret;
+  bool both_credentials = false;  // where both are set, each request needs both
+  Millis hmac_window_ms = 60'000;
+  // Per minute and client; 0: none.
+  std::uint32_t rpm = 0, enqueue_rpm = 0, run_sync_rpm = 0;
   std::uint64_t max_body_bytes = 2u << 20;
   int connections_max = 4096;
+  int connections_per_address = 1024;
 
   std::vector<std::string> kinds_allowed;  // patterns; empty: all
   std::map<std::string, KindFacts> kinds;  // the built-in ones
+  std::vector<std::string> repo_roots;     // absolute: one repo, two spellings
   int max_attempts = 5;
   Millis retry_min_ms = 1000, retry_max_ms = 300'000;
   Millis dedup_ttl_ms = 300'000;
@@ -65,11 +109,21 @@ struct ServerOptions {
 
   ShardOptions shard;
   std::string not_promised;  // the line printed at start
+
+  // Which requests are told of in the log (server/access.cc).
+  enum class Access : std::uint8_t { off, sampled, all };
+  Access access = Access::sampled;
+  bool reopen_on_hangup = false;  // SIGHUP: the log file was moved away
+  ServerEvents events;
 };
 
+// Whether host:port could be listened on just now. Fails as run_server would:
+// Code::conflict where it is taken.
+Result<void> can_listen(const std::string& host, int port);
+
 // Runs until drained or handed over. Returns the exit code of api.md: 0 after a
-// drain, 2 configuration, 65 damage, 74 poisoned, 75 locked; says why on
-// stderr. Prints "ready" lines to stderr as it goes.
+// drain, 2 configuration, 65 damage, 74 poisoned, 75 locked; says why, and
+// that it is ready, as it goes (queue/say.h).
 int run_server(const ServerOptions& options);
 
 // The same with its shard given: what tests use, and what opens <root>/queue

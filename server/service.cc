@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <csignal>
-#include <cstdio>
 #include <cstring>
 
 #include "queue/check.h"
@@ -37,6 +36,11 @@ int exit_code_of(const Error& error) {
   }
 }
 
+bool hangup_ignored() {
+  struct sigaction now {};
+  return sigaction(SIGHUP, nullptr, &now) == 0 && now.sa_handler == SIG_IGN;
+}
+
 bool write_file(const std::string& path, const std::string& text) {
   std::string temporary = path + ".tmp";
   int fd =
@@ -59,13 +63,11 @@ Service::Service(const ServerOptions& options, const ServerHooks& hooks)
     : options_(options),
       hooks_(hooks),
       clock_(system_clock()),
+      limits_({options.rpm, options.enqueue_rpm, options.run_sync_rpm}),
+      wrong_({kWrongCredentialsPerMinute, 0, 0}),
       target_(options.workers) {}
 
 Service::~Service() = default;
-
-void Service::say(const std::string& line) {
-  std::fprintf(stderr, "machina: %s\n", line.c_str());
-}
 
 // --- Life ------------------------------------------------------------------
 
@@ -82,15 +84,17 @@ int Service::run() {
 }
 
 int Service::open() {
-  if (options_.api_token.empty() && !is_loopback(options_.host)) {
-    say("host: " + options_.host +
-        " is not a loopback address; without MACHINA_API_TOKEN only loopback "
-        "is served");
+  if (options_.api_token.empty() && options_.hmac_secret.empty() &&
+      !is_loopback(options_.host)) {
+    Saying(Severity::error, "start_failed",
+           "host: " + options_.host +
+               " is not a loopback address; without MACHINA_API_TOKEN or "
+               "MACHINA_API_HMAC_SECRET only loopback is served");
     return kExitConfiguration;
   }
   auto loop = Loop::make();
   if (!loop) {
-    say(loop.error().what);
+    Saying(Severity::error, "start_failed", loop.error().what);
     return kExitPoisoned;
   }
   loop_ = std::move(*loop);
@@ -102,25 +106,45 @@ int Service::recover() {
   RecoveryReport report;
   auto shard = hooks_.open_shard(&report);
   if (!shard) {
-    say(shard.error().what);
+    Saying(Severity::error, "start_failed", shard.error().what);
     return exit_code_of(shard.error());
   }
   shard_ = std::move(*shard);
   recovery_ = report.text;
-  if (!recovery_.empty()) say("recovery: " + recovery_);
+  if (!recovery_.empty())
+    Saying(Severity::info, "recovery", "recovery: " + recovery_);
 
   auto tokens = Tokens::open(options_.root + "/queue/token.key");
   if (!tokens) {
-    say(tokens.error().what);
+    Saying(Severity::error, "start_failed", tokens.error().what);
     return exit_code_of(tokens.error());
   }
   tokens_ = std::move(*tokens);
+  Gate::Options gate;
+  gate.token = options_.api_token;
+  gate.secret = options_.hmac_secret;
+  gate.all = options_.both_credentials;
+  gate.window_ms = options_.hmac_window_ms;
+  gate.nonce_dir = options_.root + "/queue";
+  auto opened = Gate::open(gate, clock_.wall_ms(), clock_.mono_ms());
+  if (!opened) {
+    Saying(Severity::error, "start_failed", opened.error().what);
+    return exit_code_of(opened.error());
+  }
+  gate_ = std::move(*opened);
   auto store = Store::open(options_.root);
   if (!store) {
-    say(store.error().what);
+    Saying(Severity::error, "start_failed", store.error().what);
     return exit_code_of(store.error());
   }
   store_ = std::move(*store);
+  auto patches = Patches::open(options_.root + "/patches", store_.get());
+  if (!patches) {
+    Saying(Severity::error, "start_failed", patches.error().what);
+    return exit_code_of(patches.error());
+  }
+  patches_ = std::move(*patches);
+  shard_->feed_to(patches_.get());
   threads_ = std::make_unique<FileThreads>(kFileThreads);
   shard_->on_send([this](Response r) { on_response(std::move(r)); });
   Loop* loop = loop_.get();
@@ -133,45 +157,61 @@ int Service::listen() {
   loop_->on_turn([this] { turn(); });
   // The lock is ours by now: a socket that is there is stale.
   if (!options_.socket_path.empty()) {
-    if (auto ok = loop_->listen_unix(options_.socket_path); !ok) {
-      say(ok.error().what);
+    auto ok = loop_->listen_unix(options_.socket_path, options_.inherited);
+    if (!ok) {
+      Saying(Severity::error, "start_failed", ok.error().what);
       return kExitConfiguration;
     }
   }
-  auto port = loop_->listen_tcp(options_.host, options_.port);
+  auto port =
+      loop_->listen_tcp(options_.host, options_.port, options_.inherited);
   if (!port) {
-    say(port.error().what);
+    Saying(Severity::error, "start_failed", port.error().what);
     return kExitConfiguration;
   }
   port_ = *port;
+  drop_inherited();
   if (hooks_.signals) {
     auto drain = [this] {
-      if (++asked_to_stop_ > 1) _exit(128 + SIGTERM);  // twice: at once
+      if (++asked_to_stop_ > 1) leave_at_once();
       begin_drain(false);
     };
     loop_->on_signal(SIGTERM, drain);
     loop_->on_signal(SIGINT, drain);
     loop_->on_signal(SIGUSR2, [this] { begin_drain(true); });
+    // A terminal that closes asks us to stop, unless nohup said otherwise; with
+    // a log file it is logrotate's.
+    if (options_.reopen_on_hangup) {
+      loop_->on_signal(SIGHUP, [] { say_reopen(); });
+    } else if (!hangup_ignored()) {
+      loop_->on_signal(SIGHUP, drain);
+    }
   }
   loop_->every(std::max<Millis>(10, options_.scan_ms),
                [this] { housekeeping(); });
-  write_file(options_.root + "/machina.pid", std::to_string(getpid()) + "\n");
   if (!options_.port_file.empty() &&
       !write_file(options_.port_file, std::to_string(port_) + "\n")) {
-    say("port file: cannot write " + options_.port_file + ": " +
-        std::strerror(errno));
+    Saying(Severity::error, "start_failed",
+           "port file: cannot write " + options_.port_file + ": " +
+               std::strerror(errno));
     return kExitConfiguration;
   }
-  say("listening on http://" + options_.host + ":" + std::to_string(port_) +
-      ", profile " + (options_.prod ? "prod" : "dev") + ", durability " +
-      (options_.shard.log.fsync ? "fsync" : "os") + ", root " + options_.root);
+  Saying(Severity::info, "listening",
+         "listening on http://" + options_.host + ":" + std::to_string(port_) +
+             ", profile " + (options_.prod ? "prod" : "dev") + ", durability " +
+             (options_.shard.log.fsync ? "fsync" : "os") + ", root " +
+             options_.root);
   if (!options_.not_promised.empty()) {
-    say("not promised: " + options_.not_promised);
+    Saying(Severity::warn, "not_promised",
+           "not promised: " + options_.not_promised);
   }
   supervise_pool();
   arm_timer();
   refresh_date();
   if (hooks_.listening) hooks_.listening(port_);
+  if (options_.events.listening) {
+    options_.events.listening(port_, loop_->listening());
+  }
   return 0;
 }
 
@@ -181,6 +221,7 @@ void Service::turn() {
   if (finishing_ && leave_until_ == 0) return;
   now_us_ = mono_us();
   refresh_date();
+  gate_->flush();
   if (!poisoned_) {
     shard_->turn();
     check_poison();
@@ -207,22 +248,32 @@ void Service::housekeeping() {
       if (p != nullptr && !p->closed) check_peer(*p, loop_->now());
     }
     check_levels();
+    if (std::string why = gate_->trouble(); !why.empty()) {
+      Saying(Severity::error, "nonces_not_kept",
+             "nonces are not kept on disk any more; the next start refuses "
+             "what was signed before it: " +
+                 why);
+    }
   }
+  // Samples are bounded: taken often, none is lost between two scrapes.
+  if (!poisoned_) metrics_.absorb(shard_->stats());
   if (now - last_sweep_ >= kSweepEveryMs) {
     last_sweep_ = now;
     sweep();
   }
+  rebuild_patches(now);
   answer_parked(false);
   supervise_pool();
+  pulse();
 }
 
 void Service::check_peer(Peer& peer, Millis now) {
-  std::size_t unsent = peer.socket.unsent();
-  if (unsent == 0 || unsent != peer.unsent) {
-    peer.unsent = unsent;
-    peer.unsent_since = now;
+  std::uint64_t sent = peer.socket.sent();
+  if (peer.socket.unsent() == 0 || sent - peer.sent >= kStalledBytes) {
+    peer.sent = sent;
+    peer.sent_at = now;
   }
-  if (now - peer.unsent_since > kStalledMs ||
+  if (now - peer.sent_at > kStalledMs ||
       peer.connection.check_deadline(now) == Connection::Due::close) {
     close(peer);
   } else {
@@ -234,7 +285,8 @@ void Service::check_poison() {
   if (!shard_->poisoned() || poisoned_) return;
   poisoned_ = true;
   ShardStats stats = shard_->stats();
-  say("the log is poisoned, stopping: " + stats.poison_cause);
+  Saying(Severity::error, "poisoned",
+         "the log is poisoned, stopping: " + stats.poison_cause);
   // Nobody knows what the disk kept: whoever waits hears "unknown".
   Problem p;
   p.status = 503;
@@ -253,7 +305,7 @@ void Service::check_poison() {
 void Service::stop(int code) {
   exit_code_ = code;
   finishing_ = true;
-  loop_->stop_listening();
+  loop_->stop_listening(passed_on_);
   loop_->stop();
 }
 
@@ -263,9 +315,12 @@ void Service::begin_drain(bool handover) {
   if (draining_ || poisoned_) return;
   draining_ = true;
   handover_ = handover;
-  say(handover ? "handing over: no new leases, the pool runs on"
-               : "draining: no new leases, running jobs may finish");
+  Saying(Severity::info, "draining",
+         handover ? "handing over: no new leases, the pool runs on"
+                  : "draining: no new leases, running jobs may finish");
   drain_until_ = clock_.mono_ms() + (handover ? 0 : options_.drain_ms);
+  if (handover) pass_sockets();
+  pulse();
   shard_->drain();
   answer_parked(true);
   loop_->wake();
@@ -278,9 +333,10 @@ void Service::advance_drain() {
   if (!released_) {
     if (!handover_ && shard_->running() > 0) {
       if (now < drain_until_) return;
-      say("releasing " + std::to_string(shard_->running()) +
-          " jobs that did not finish within " +
-          std::to_string(options_.drain_ms) + " ms");
+      Saying(Severity::warn, "released",
+             "releasing " + std::to_string(shard_->running()) +
+                 " jobs that did not finish within " +
+                 std::to_string(options_.drain_ms) + " ms");
       shard_->release_all();
     }
     released_ = true;
@@ -289,7 +345,7 @@ void Service::advance_drain() {
   }
   bool waiting = false;
   if (!handover_) {
-    waiting = pool_running_;
+    waiting = pool_stays(now);
     for (auto& p : peers_) {
       if (p != nullptr && !p->told_pool.empty()) waiting = true;
     }
@@ -298,9 +354,16 @@ void Service::advance_drain() {
     if (p != nullptr && !p->connection.idle() && !p->connection.lingering()) {
       waiting = true;
     }
+    // Whoever has just been let in may be about to ask.
+    if (handover_ && p != nullptr && p->connection.next() == 0) waiting = true;
   }
-  if (waiting && now < leave_until_) return;
+  if (waiting && now < leave_until_) {
+    armed_at_ = now + kDrainLookMs;
+    loop_->set_timer(kDrainLookMs, [this] { armed_at_ = -1; });
+    return;
+  }
   leave_until_ = 0;
+  if (!handover_) end_pool_left_behind();
   stop(exit_code_);
 }
 
@@ -308,18 +371,28 @@ int Service::finish() {
   int code = exit_code_;
   loop_->finish(2'000);
   threads_.reset();  // before the loop that they post to
+  if (auto kept = gate_->close(); !kept) {
+    Saying(Severity::error, "nonces_not_kept",
+           "the next start refuses what was signed before it: " +
+               kept.error().what);
+  }
   if (!poisoned_) {
     auto closed = shard_->close();
     if (!closed) {
-      say("closing the log failed: " + closed.error().what);
+      Saying(Severity::error, "close_failed",
+             "closing the log failed: " + closed.error().what);
       code = kExitPoisoned;
     }
   }
   shard_.reset();
   loop_.reset();
-  unlink((options_.root + "/machina.pid").c_str());
-  say(code == 0 ? (handover_ ? "handed over" : "drained")
-                : "stopped with exit code " + std::to_string(code));
+  if (code == 0) {
+    Saying(Severity::info, "stopped", handover_ ? "handed over" : "drained");
+  } else {
+    Saying(Severity::error, "stopped",
+           "stopped with exit code " + std::to_string(code))
+        .with("code", code);
+  }
   return code;
 }
 
@@ -329,12 +402,26 @@ Peer::Peer(Service& owner, Socket& its_socket, bool is_local, Millis now)
     : service(owner),
       socket(its_socket),
       local(is_local),
-      connection(*this, its_socket.out(), now) {}
+      connection(*this, its_socket.out(), now),
+      sent_at(now) {}
 
 SocketEvents* Service::accept(Socket& socket, bool local) {
-  // Workers come by the Unix socket: a flood of clients must not shut them out.
-  int max = options_.connections_max + (local ? 128 : 0);
-  if (connections_ >= max || finishing_) {
+  // Workers come by the Unix socket: a flood of clients must not shut them out,
+  // nor do they take clients' places.
+  const bool full =
+      local ? local_connections_ >= kLocalConnectionsMax
+            : connections_ - local_connections_ >= options_.connections_max;
+  int* of_address = nullptr;
+  if (!local) {
+    of_address = &per_address_[ClientKey{socket.address().counted(), 0}];
+  }
+  if (full || finishing_ ||
+      (of_address != nullptr &&
+       *of_address >= options_.connections_per_address)) {
+    if (of_address != nullptr && *of_address == 0) {
+      per_address_.erase(ClientKey{socket.address().counted(), 0});
+    }
+    metrics_.connection_refused();
     socket.out() +=
         "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n"
         "Content-Length: 0\r\nConnection: close\r\n\r\n";
@@ -349,6 +436,8 @@ SocketEvents* Service::accept(Socket& socket, bool local) {
     free_peers_.pop_back();
   }
   ++connections_;
+  if (local) ++local_connections_;
+  if (of_address != nullptr) ++*of_address;
   peers_[index] = std::make_unique<Peer>(*this, socket, local, loop_->now());
   peers_[index]->id = (++peer_generation_ << 20) | index;
   return peers_[index].get();
@@ -364,6 +453,7 @@ Peer* Service::peer(std::uint64_t id) {
 void Service::forget(Peer& peer) {
   if (peer.closed) return;
   peer.closed = true;
+  release(peer);
   if (peer.upload != nullptr) peer.upload->dead = true;
   if (shard_ != nullptr && !poisoned_) shard_->abandon(0, peer.id);
 }
@@ -376,10 +466,15 @@ void Service::close(Peer& peer) {
 void Peer::on_gone() {
   service.forget(*this);
   // Someone up the stack may still hold this: it dies at the turn's end.
+  if (!local) {
+    auto found = service.per_address_.find({socket.address().counted(), 0});
+    if (--found->second == 0) service.per_address_.erase(found);
+  }
   std::size_t index = id & ((1u << 20) - 1);
   service.gone_peers_.push_back(std::move(service.peers_[index]));
   service.free_peers_.push_back(static_cast<std::uint32_t>(index));
   --service.connections_;
+  if (local) --service.local_connections_;
 }
 
 void Peer::on_bytes(std::string_view bytes) {
@@ -394,7 +489,9 @@ void Peer::on_end() {
 }
 
 void Peer::on_drained() {
-  if (!closed && !streams.empty()) service.pump_streams(*this);
+  if (closed) return;
+  if (!streams.empty()) service.pump_streams(*this);
+  service.after(*this);  // it may have been paused for what was unsent
 }
 
 BodyPlan Peer::on_head(std::uint64_t sequence, const Head& head) {
@@ -406,17 +503,22 @@ void Peer::on_request(std::uint64_t sequence, const Head& head,
   service.dispatch(*this, sequence, head, body);
 }
 
-void Peer::on_piece(std::uint64_t, std::string_view piece) {
-  service.upload_piece(*this, piece);
+void Peer::on_piece(std::uint64_t sequence, std::string_view piece) {
+  if (entry == Gate::Entry::after_body) digest->update(piece);
+  if (upload != nullptr && upload->sequence == sequence) {
+    service.upload_piece(*this, piece);
+  }
 }
 
-void Peer::on_error(std::uint64_t sequence, const Head&,
+void Peer::on_error(std::uint64_t sequence, const Head& head,
                     const HttpError& error) {
   if (upload != nullptr) upload->dead = true;
+  service.release(*this);
   Problem p;
   p.status = error.status;
   p.code = error.code;
   p.detail = error.detail;
+  if (error.status == 413 && head.path == "/v1/jobs") p.detail += kLargeDiff;
   service.refuse(*this, sequence, p);
 }
 
@@ -429,7 +531,9 @@ void Service::after(Peer& peer) {
     return;
   }
   if (!peer.socket.out().empty()) peer.socket.touch();
-  peer.socket.pause(peer.connection.wants_pause());
+  // A peer that asks and does not read is not asked on.
+  peer.socket.pause(peer.connection.wants_pause() ||
+                    peer.socket.unsent() > kUnsentMax);
 }
 
 // --- Replies ---------------------------------------------------------------
@@ -447,6 +551,37 @@ void append_number(std::string* out, std::uint64_t n) {
 }
 
 }  // namespace
+
+// draft-ietf-httpapi-ratelimit-headers-10: what the limits are, and what is
+// left of them.
+void Service::append_limits(std::string* out, const LimitNote& note) const {
+  *out += "RateLimit-Policy: ";
+  const char* comma = "";
+  for (std::size_t i = 0; i < kLimits; ++i) {
+    if ((note.mask >> i & 1) == 0) continue;
+    *out += comma;
+    *out += '"';
+    *out += kLimitNames[i];
+    *out += "\";q=";
+    append_number(out, limits_.rpm(i));
+    *out += ";w=60";
+    comma = ", ";
+  }
+  *out += "\r\nRateLimit: ";
+  comma = "";
+  for (std::size_t i = 0; i < kLimits; ++i) {
+    if ((note.mask >> i & 1) == 0) continue;
+    *out += comma;
+    *out += '"';
+    *out += kLimitNames[i];
+    *out += "\";r=";
+    append_number(out, static_cast<std::uint64_t>(note.left[i]));
+    *out += ";t=";
+    append_number(out, static_cast<std::uint64_t>(note.full_s[i]));
+    comma = ", ";
+  }
+  *out += "\r\n";
+}
 
 // Once a turn: what a reply says of the time is to the second.
 void Service::refresh_date() {
@@ -486,6 +621,9 @@ void Service::begin_reply(Peer& peer, std::uint64_t sequence, int status,
     out += "\r\n";
   }
   out += extras.headers;
+  if (pending != nullptr && pending->limits.mask != 0) {
+    append_limits(&out, pending->limits);
+  }
   if (extras.close || peer.connection.closes(sequence)) {
     out += "Connection: close\r\n";
   } else if (!peer.connection.is_http11(sequence)) {
@@ -493,6 +631,7 @@ void Service::begin_reply(Peer& peer, std::uint64_t sequence, int status,
   }
   out += "\r\n";
   metrics_.request(status);
+  if (pending != nullptr) say_reply(peer, *pending, status);
 }
 
 void Service::reply(Peer& peer, std::uint64_t sequence, int status,
@@ -505,19 +644,21 @@ void Service::reply(Peer& peer, std::uint64_t sequence, int status,
   peer.connection.finish(sequence, extras.close);
   peer.socket.touch();
   if (peer.connection.lingering()) peer.socket.end();
-  // Freed slots may let the next pipelined requests in; not from here, where
-  // one may be in the middle of being handled.
-  if (peer.connection.wants_pause()) {
-    Where where{peer.id, sequence};
-    loop_->post([this, where] {
-      if (Peer* p = this->peer(where.peer)) {
-        // An upload decides for itself when it goes on.
-        if (p->upload == nullptr) p->connection.resume(loop_->now());
-        after(*p);
-      }
-    });
-  }
+  resume_later(peer);
   if (!peer.streams.empty()) pump_streams(peer);
+}
+
+// Freed slots may let the next pipelined requests in; not at once, where one
+// may be in the middle of being handled.
+void Service::resume_later(Peer& peer) {
+  if (!peer.connection.wants_pause()) return;
+  loop_->post([this, id = peer.id] {
+    if (Peer* p = this->peer(id)) {
+      // An upload decides for itself when it goes on.
+      if (p->upload == nullptr) p->connection.resume(loop_->now());
+      after(*p);
+    }
+  });
 }
 
 void Service::refuse(Peer& peer, std::uint64_t sequence,
@@ -551,7 +692,9 @@ void Service::refuse(Peer& peer, std::uint64_t sequence,
     extras.headers += "Allow: " + problem.allow + "\r\n";
   }
   if (problem.status == 401) {
-    extras.headers += "WWW-Authenticate: Bearer\r\n";
+    extras.headers += "WWW-Authenticate: ";
+    extras.headers += gate_->challenge();
+    extras.headers += "\r\n";
   }
   reply(peer, sequence, problem.status, body, extras);
 }
@@ -583,7 +726,8 @@ void Service::refuse_error(const Where& where, const Error& error) {
     default:
       p.status = 500;
       p.code = "io";
-      say("request failed: " + error.what);
+      Saying(Severity::error, "request_failed",
+             "request failed: " + error.what);
   }
   refuse(where, p);
 }
@@ -726,7 +870,10 @@ std::optional<Problem> Service::problem_of(const ItemAnswer& answer,
       p.status = 409;
       p.code = "wrong-token";
       p.field = "token";
-      p.detail = "token: not the one of the blocked job";
+      p.detail =
+          "token: it is not this job's blocked.token, which is another one "
+          "each "
+          "time the job blocks; read the job again";
       return p;
     case Answer::need_facts:
       break;

@@ -21,12 +21,16 @@
 #include <unordered_map>
 #include <vector>
 
+#include "queue/say.h"
 #include "queue/shard.h"
 #include "server/connection.h"
+#include "server/gate.h"
 #include "server/job_json.h"
 #include "server/json.h"
+#include "server/limits.h"
 #include "server/loop.h"
 #include "server/metrics.h"
+#include "server/patches.h"
 #include "server/problem.h"
 #include "server/server.h"
 #include "server/store.h"
@@ -36,6 +40,8 @@ namespace machina {
 
 constexpr std::size_t kLeaseReplyBytesMax = 4u << 20;
 constexpr int kRunSyncWaitMs = 300'000;
+// Over the Unix socket: 64 workers have three each, the pool one.
+constexpr int kLocalConnectionsMax = 256;
 constexpr int kWaitSecondsMax = 300;  // of Prefer: wait
 constexpr std::size_t kPoolsMax = 64;
 constexpr std::size_t kFactsBytesMax = 16 * 1024;  // of one worker
@@ -44,10 +50,22 @@ constexpr std::size_t kAttemptsKeptMax = 65'536;
 constexpr std::size_t kUploadHeldMax = 1u << 20;  // then reading stops
 constexpr std::size_t kDownloadPieceBytes = 256 * 1024;
 constexpr Millis kSweepEveryMs = 10'000;  // all 256 buckets: 43 minutes
-constexpr Millis kStalledMs = 60'000;     // a reader that takes nothing
+// A reader must take this much in this time, while anything waits for it.
+constexpr Millis kStalledMs = 60'000;
+constexpr std::uint64_t kStalledBytes = 64 * 1024;
+constexpr std::size_t kUnsentMax = 1u << 20;  // then no more requests are read
+// Wrong credentials from one address: this many at once, and a minute.
+constexpr std::uint32_t kWrongCredentialsPerMinute = 600;
+constexpr Millis kCauseEveryMs = 10'000;  // a log line on refused credentials
+// Of bodies that are kept until their signature can be checked, all together.
+constexpr std::uint64_t kUnprovedBytesMax = 64u << 20;
 constexpr Millis kPoolGraceMs = 2'000;
 constexpr Millis kPoolSilentMs = 45'000;  // a pool not heard of is gone
-constexpr Millis kPoolLeaveMs = 1'500;    // how long a drain waits for pools
+constexpr Millis kStuckMs = 10'000;       // a batch that long: a dead disk
+constexpr Millis kPoolLookMs = 500;       // whether a pool that left is gone
+constexpr Millis kPoolHearMs = 500;     // until a drain is told by signal, too
+constexpr Millis kPoolLeaveMs = 3'000;  // how long a drain waits for pools
+constexpr Millis kDrainLookMs = 20;     // between two looks at what is left
 
 class Service;
 struct Peer;
@@ -81,7 +99,17 @@ struct Route {
   Method method;
   std::string_view pattern;  // "/v1/jobs/{}/cancel"
   void (Service::*handle)(const Exchange&);
-  enum Flags : std::uint8_t { none = 0, open = 1, raw = 2, stream = 4 };
+  enum Flags : std::uint8_t {
+    none = 0,
+    open = 1,       // needs no credential, and is not limited
+    raw = 2,        // its body is not JSON
+    stream = 4,     // its body is handed over in pieces
+    enqueue = 8,    // counts against MACHINA_API_ENQUEUE_RPM
+    waits = 16,     // counts against MACHINA_API_RUNSYNC_RPM
+    may_wait = 32,  // so, where the request has Prefer: wait
+    worker = 64,    // is not limited: a late heartbeat costs a job
+    plain = 128,    // /enqueue's error form
+  };
   std::uint8_t flags = none;
   std::uint64_t max_body = 0;  // 0: the configured one
 };
@@ -92,6 +120,9 @@ struct Extras {
   std::string headers;  // whole lines
   bool close = false;
 };
+
+// Which of Limits' buckets is which.
+enum Limit : std::uint8_t { kRequests = 0, kEnqueues = 1, kRunSyncs = 2 };
 
 // Addresses one request; survives the peer.
 struct Where {
@@ -122,12 +153,18 @@ struct Peer final : SocketEvents, ConnectionSink {
   // Of the request whose head was read last.
   const Route* route = nullptr;
   MaybeProblem refusal;
+  Gate::Entry entry = Gate::Entry::granted;
+  Millis head_wall_ms = 0;
+  std::unique_ptr<Sha256> digest;  // of a signed body that comes in pieces
+  std::uint64_t reserved = 0;      // of kUnprovedBytesMax
+  bool proved = false;             // a credential was right on this connection
+  std::uint8_t credential = 0;     // 1: token, 2: signature
   // An artifact that is coming in.
   struct Upload;
   std::shared_ptr<Upload> upload;
   std::vector<std::uint64_t> streams;  // sequences of open downloads
-  std::size_t unsent = 0;              // at the last look, and
-  Millis unsent_since = 0;             // since when it is no less
+  std::uint64_t sent = 0;              // when last enough was taken, and
+  Millis sent_at;                      // when that was
   std::string told_pool;               // the pool that syncs here
   int told_target = -1;
   bool told_drain = false;
@@ -156,7 +193,12 @@ class Service {
   void check_peer(Peer& peer, Millis now);
   int finish();
   void stop(int code);
-  void say(const std::string& line);
+  // --- what goes to the next server, and to a manager (handover.cc) ---
+  void pass_sockets();
+  void drop_inherited();
+  void pulse();
+  bool log_stuck();
+  [[noreturn]] void leave_at_once();
 
   // --- peers ---
   SocketEvents* accept(Socket& socket, bool local);
@@ -169,8 +211,29 @@ class Service {
   BodyPlan head_read(Peer& peer, std::uint64_t sequence, const Head& head);
   void dispatch(Peer& peer, std::uint64_t sequence, const Head& head,
                 std::string_view body);
-  bool authorized(const Peer& peer, const Head& head) const;
+  // Finds the route; `args` point into the head or into path_.
+  MaybeProblem route(const Head& head, const Route** route,
+                     std::array<std::string_view, 2>* args);
+  // The path as routes see it: decoded. Nothing where it is no path of ours.
+  std::optional<std::string_view> plain_path(const Head& head);
+  // A refusal, or none; then the request is in, or its body decides.
+  MaybeProblem let_in(Peer& peer, std::uint64_t sequence, const Head& head,
+                      bool open);
+  MaybeProblem let_in_signed(Peer& peer, std::uint64_t sequence,
+                             const Head& head, const HexDigest& body);
+  // Room for a body that is kept before it is known who sent it.
+  MaybeProblem reserve(Peer& peer, const Head& head, std::uint64_t max);
+  void release(Peer& peer);
+  MaybeProblem unauthorized(Peer& peer, Gate::Cause cause, bool presented);
+  MaybeProblem spend(Peer& peer, std::uint64_t sequence, const Head& head);
+  // For each job of a bulk request but the first.
+  void spend_jobs(Peer& peer, std::uint64_t sequence, std::size_t jobs);
+  void append_limits(std::string* out, const LimitNote& note) const;
   void take_request_id(Pending& pending, const Head& head);
+
+  // --- the line about a request (access.cc) ---
+  void note_request(Pending& pending, const Head& head, const Route* route);
+  void say_reply(Peer& peer, const Pending& pending, int status);
 
   // --- replies ---
   void refresh_date();
@@ -180,6 +243,7 @@ class Service {
                    std::uint64_t body_bytes, const Extras& extras);
   void refuse(Peer& peer, std::uint64_t sequence, const Problem& problem);
   void refuse(const Where& where, const Problem& problem);
+  void resume_later(Peer& peer);
   void reply_job(Peer& peer, std::uint64_t sequence, int status,
                  const JobView& view, Show show, std::string headers = {});
 
@@ -251,6 +315,7 @@ class Service {
   void completed_many(Peer& peer, std::uint64_t sequence, Pending& pending,
                       Response& response);
   void give_back(std::vector<Fence> fences);
+  void tool_ended(Fence fence, State state);
 
   // --- files (routes_files.cc) ---
   void post_log(const Exchange& call);
@@ -277,6 +342,26 @@ class Service {
                 std::function<void(T)> then);
   void refuse_error(const Where& where, const Error& error);
 
+  // --- patches (routes_patches.cc) ---
+  void when_fed(std::function<void()> then);
+  void list_patches(const Exchange& call);
+  void get_patch(const Exchange& call);
+  void get_ancestry(const Exchange& call);
+  void get_reverse_diff(const Exchange& call);
+  void show_patch(
+      const Exchange& call,
+      std::function<Result<std::optional<std::string>>(const std::string&)>
+          make,
+      Extras extras = {});
+  struct Rebuild;
+  void rebuild_patches(Millis now);
+  void rebuild_page(std::shared_ptr<Rebuild> rebuild);
+  void rebuild_next(std::shared_ptr<Rebuild> rebuild);
+  void end_rebuild(std::shared_ptr<Rebuild> rebuild);
+  void leave_rebuild(const std::string& why);
+  void on_patches(std::function<Result<void>(Patches&)> work,
+                  std::function<void()> then);
+
   // --- operations (routes_ops.cc) ---
   void get_health(const Exchange& call);
   void get_ready(const Exchange& call);
@@ -296,6 +381,7 @@ class Service {
       bool busy = false;
     };
     std::vector<Worker> workers;
+    std::optional<PoolCounts> counts;
     Millis seen_mono = 0, seen_wall = 0;
     Where parked;  // its waiting sync
     Millis answer_at = 0;
@@ -307,20 +393,36 @@ class Service {
                  std::vector<std::string>* gone, Millis* wait_ms);
   void answer_sync(Peer& peer, std::uint64_t sequence);
   void answer_parked(bool all);
+  bool pool_stays(Millis now);
+  void end_pool_left_behind();
   void supervise_pool();
   void check_levels();
   bool pool_heard() const;
+  bool pool_left();
   WorkerNumbers worker_numbers() const;
 
   const ServerOptions& options_;
   const ServerHooks& hooks_;
   Clock& clock_;
   std::unique_ptr<Loop> loop_;
+  // The shard feeds patches_, which reads what is in store_.
+  std::unique_ptr<Store> store_;
+  std::unique_ptr<Patches> patches_;
   std::unique_ptr<Shard> shard_;
   std::unique_ptr<Tokens> tokens_;
-  std::unique_ptr<Store> store_;
+  std::unique_ptr<Gate> gate_;
+  Limits limits_, wrong_;  // of requests; of wrong credentials (bucket 0)
+  std::unordered_map<ClientKey, int, ClientKeyHash> per_address_;
+  std::uint64_t unproved_bytes_ = 0;
+  Millis cause_said_ms_ = -kCauseEveryMs;
+  std::uint64_t causes_unsaid_ = 0;
+  std::string path_;  // decoded
   std::unique_ptr<FileThreads> threads_;
   Metrics metrics_;
+  struct AccessLines {
+    AccessLines();
+    Allowance requests, trouble;  // how many lines a second
+  } access_;
   std::string recovery_;
   int port_ = 0;
   Millis started_mono_ = 0;
@@ -329,13 +431,15 @@ class Service {
   std::vector<std::uint32_t> free_peers_;
   std::vector<std::unique_ptr<Peer>> gone_peers_;  // freed at the turn's end
   std::uint64_t peer_generation_ = 0;
-  int connections_ = 0;
+  int connections_ = 0, local_connections_ = 0;  // all; over the Unix socket
 
   std::uint64_t next_ask_ = 0;
   std::unordered_map<std::uint64_t, std::function<void(Response)>> asked_;
   struct Attempt {
     JobId id;
     int number = 0;
+    std::string tool;  // its kind, where that is a tool
+    Millis since = 0;
   };
   std::unordered_map<Fence, Attempt> attempts_;  // of leases handed out
 
@@ -348,15 +452,23 @@ class Service {
   Millis last_look_ = 0, last_sweep_ = 0;
   int next_bucket_ = 0;
   bool sweeping_ = false;
+  bool rebuilding_ = false;
+  Millis rebuild_at_ = 0;
 
   std::map<std::string, Pool> pools_;
   int target_ = 0;
+  pid_t pool_pid_ = 0;  // of the child, while pool_running_
   bool pool_running_ = false;
-  Millis pool_started_ = 0, pool_start_at_ = 0, pool_backoff_ = 0;
+  Millis pool_started_ = 0, pool_start_at_ = 0, pool_backoff_ = 0,
+         pool_looked_ = 0;
   bool warned_level_ = false, level_passed_ = false;
 
   bool draining_ = false, handover_ = false, finishing_ = false,
-       released_ = false, poisoned_ = false;
+       pool_asked_ = false, released_ = false, poisoned_ = false,
+       passed_on_ = false;
+  Millis scraped_wall_ = 0;  // when /metrics was last asked for from outside
+  Lsn stuck_at_ = 0;         // how far the log was durable at the last look
+  Millis stuck_since_ = -1;
   Millis drain_until_ = 0, leave_until_ = 0;
   int exit_code_ = 0;
   int asked_to_stop_ = 0;  // by signal
@@ -394,8 +506,12 @@ void Service::on_store(const Where& where, std::function<T()> work,
 
 // CLOCK_MONOTONIC, for how long things took.
 std::uint64_t mono_us();
+// The N of "wait=N" in a Prefer header; -1: it has none.
+int preferred_wait(std::string_view prefer);
 // A query's parameters in order, decoded; nothing where the text is malformed.
 std::optional<std::vector<std::pair<std::string, std::string>>> parse_query(
     std::string_view query);
+// `query` as it was, but for its cursor; ends in '&' where it is not empty.
+std::string without_cursor(std::string_view query);
 
 }  // namespace machina

@@ -463,6 +463,14 @@ void Store::forget(const Kept& kept) {
   remove_dir(outer.get(), fence);
 }
 
+std::string sha256_of(std::string_view bytes) {
+  unsigned char digest[EVP_MAX_MD_SIZE];
+  unsigned n = 0;
+  CHECK(EVP_Digest(bytes.data(), bytes.size(), digest, &n, EVP_sha256(),
+                   nullptr) == 1);
+  return hex(digest, n);
+}
+
 Result<std::string> read_piece(const OwnedFd& fd, std::uint64_t offset,
                                std::size_t max) {
   std::string bytes(max, '\0');

@@ -136,6 +136,8 @@ class FileThreads {
   std::vector<std::thread> threads_;
 };
 
+// 64 hex digits.
+std::string sha256_of(std::string_view bytes);
 // Up to `max` bytes of an open file from `offset`.
 Result<std::string> read_piece(const OwnedFd& fd, std::uint64_t offset,
                                std::size_t max);

@@ -371,15 +371,55 @@ TEST(ConnectionTest, DeadlinesEndTheSlow) {
     Rig rig;
     rig.feed("POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\na", 0);
     rig.feed("b", kBodyPauseMs - 1);
-    rig.connection.check_deadline(kBodyPauseMs + 5);
+    rig.connection.check_deadline(kBodyPauseMs);
     EXPECT_EQ(rig.out, "");
-    rig.connection.check_deadline(2 * kBodyPauseMs);
+    // Trickling does not help here either.
+    rig.connection.check_deadline(kBodyPauseMs + 1);
     EXPECT_EQ(rig.out, "E408;");
   }
   {
+    // The body's time grows with what came of it; a pause ends it all the same.
     Rig rig;
-    EXPECT_EQ(rig.connection.check_deadline(kIdleMs), Connection::Due::nothing);
-    EXPECT_EQ(rig.connection.check_deadline(kIdleMs + 1),
+    rig.sink.max = 1 << 20;
+    rig.feed("POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 900000\r\n\r\n", 0);
+    std::string second(kBodyBytesPerS, 'x');
+    Millis t = 0;
+    for (; t < 2 * kBodyMs && t / 1000 < 26; t += 1000) {
+      rig.feed(second, t);
+      rig.connection.check_deadline(t);
+    }
+    EXPECT_EQ(rig.out, "");
+    rig.connection.check_deadline(t - 1000 + kBodyPauseMs);
+    EXPECT_EQ(rig.out, "");
+    rig.connection.check_deadline(t - 1000 + kBodyPauseMs + 1);
+    EXPECT_EQ(rig.out, "E408;");
+  }
+  {
+    // A reader of ours that is slow costs the sender nothing.
+    Rig rig;
+    rig.feed("POST /stream HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\na",
+             0);
+    rig.connection.hold();
+    rig.connection.check_deadline(10 * kBodyMs);
+    rig.connection.resume(10 * kBodyMs);
+    rig.connection.check_deadline(10 * kBodyMs + kBodyMs);
+    EXPECT_EQ(rig.out, "");
+    rig.connection.check_deadline(10 * kBodyMs + kBodyMs + 1);
+    EXPECT_EQ(rig.out, "E408;");
+  }
+  {
+    // One that never says anything has less time than one that paused.
+    Rig rig;
+    EXPECT_EQ(rig.connection.check_deadline(kFirstByteMs),
+              Connection::Due::nothing);
+    EXPECT_EQ(rig.connection.check_deadline(kFirstByteMs + 1),
+              Connection::Due::close);
+    Rig used;
+    used.feed("GET / HTTP/1.1\r\nHost: h\r\n\r\n", 0);
+    used.connection.check_deadline(1);
+    EXPECT_EQ(used.connection.check_deadline(1 + kIdleMs),
+              Connection::Due::nothing);
+    EXPECT_EQ(used.connection.check_deadline(2 + kIdleMs),
               Connection::Due::close);
   }
   {
@@ -415,6 +455,44 @@ TEST(ConnectionTest, HangingUpKeepsOnlyWhatCanStillBeUsed) {
   Rig half;
   half.feed("POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\na");
   EXPECT_TRUE(half.connection.end());
+}
+
+// A head that comes again is not parsed again: what follows it, and what begins
+// like it, must be read as ever.
+TEST(ConnectionTest, AHeadThatComesAgainMeansTheSame) {
+  const std::string get = "GET /a?q=1 HTTP/1.1\r\nHost: h\r\n\r\n";
+  const std::string post =
+      "POST /p HTTP/1.1\r\nHost: h\r\nIdempotency-Key: k\r\n"
+      "Content-Length: 2\r\n\r\n";
+  const std::string longer =
+      "GET /a?q=1 HTTP/1.1\r\nHost: h\r\nPrefer: wait=1\r\n\r\n";
+  const std::string big = "GET /big HTTP/1.1\r\nHost: h\r\nX: " +
+                          std::string(2 * kRememberedHeadMax, 'x') + "\r\n\r\n";
+  const std::string bad = "GET /a?q=1 HTTP/1.1\r\nHost: h\r\nHost: h\r\n\r\n";
+  const std::vector<std::string> heads = {
+      get, get, post + "xy", post + "zz", get,         longer, longer,
+      get, big, big,         get,         post + "GE", get};
+  const std::vector<std::string> want = {
+      "GET /a?q=1  []", "GET /a?q=1  []", "POST /p? k [xy]", "POST /p? k [zz]",
+      "GET /a?q=1  []", "GET /a?q=1  []", "GET /a?q=1  []",  "GET /a?q=1  []",
+      "GET /big?  []",  "GET /big?  []",  "GET /a?q=1  []",  "POST /p? k [GE]",
+      "GET /a?q=1  []"};
+  std::string text;
+  for (const auto& head : heads) text += head;
+  Rig whole;
+  whole.feed(text);
+  EXPECT_EQ(whole.sink.requests, want);
+  for (std::size_t step : {1, 7, 19, 64}) {
+    Rig rig;
+    for (std::size_t at = 0; at < text.size(); at += step) {
+      rig.feed(std::string_view(text).substr(at, step));
+    }
+    EXPECT_EQ(rig.sink.requests, want) << step;
+  }
+  Rig wrong;
+  wrong.feed(get + get + bad + get);
+  EXPECT_EQ(wrong.sink.requests,
+            (std::vector<std::string>{want[0], want[0], "error 400"}));
 }
 
 }  // namespace

@@ -261,5 +261,39 @@ TEST(JsonTest, TimesAreRfc3339) {
   }
 }
 
+TEST(JsonTest, AWriterLeavesExactlyItsText) {
+  std::string out = "before ";
+  const std::string wide(5000, 'w');
+  const std::string escaped = "\"\\\n" + std::string(3000, '\x01');
+  {
+    JsonWriter json(out);
+    json.begin_object();
+    json.key("wide").string(wide);
+    json.key("escaped").string(escaped);
+    json.key_escaped("a\"b").begin_array();
+    json.number(-1).number(std::uint64_t{18446744073709551615u}).real(0.5);
+    json.boolean(true).null().raw("{\"raw\": 1}").time(1).time(1).time(0);
+    json.begin_array().end_array().begin_object().end_object();
+    json.end_array();
+    json.end_object();
+    // Whole as soon as the outermost ends, with the writer still there.
+    ASSERT_EQ(out.substr(0, 8), "before {");
+    EXPECT_EQ(json.size(), out.size());
+    out += " after";
+  }
+  ASSERT_EQ(out.substr(out.size() - 7), "} after");
+  auto read = nlohmann::json::parse(out.substr(7, out.size() - 13));
+  EXPECT_EQ(read["wide"], wide);
+  EXPECT_EQ(read["escaped"], escaped);
+  EXPECT_EQ(read["a\"b"].dump(),
+            "[-1,18446744073709551615,0.5,true,null,{\"raw\":1},"
+            "\"1970-01-01T00:00:00.001Z\",\"1970-01-01T00:00:00.001Z\",null,"
+            "[],{}]");
+  std::string scalar;
+  JsonWriter json(scalar);
+  json.string("alone");
+  EXPECT_EQ(scalar, "\"alone\"");
+}
+
 }  // namespace
 }  // namespace machina

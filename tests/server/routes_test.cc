@@ -1,5 +1,6 @@
 // Each route's ways, over real sockets, on a real loop.
 
+#include "server/connection.h"
 #include "server/store.h"
 #include "tests/server/server_fixture.h"
 
@@ -114,8 +115,20 @@ TEST_F(JobRoutes, EachBadMemberIsNamedWithItsBound) {
        "sandbox.profile", "egress"},
       {R"({"kind":"a","callback_url":"http://x"})", "not-implemented",
        "callback_url", ""},
-      {R"({"kind":"a","concurrency_key":"k"})", "not-implemented",
-       "concurrency_key", ""},
+      {R"({"kind":"a","concurrency_key":""})", "bad-request", "concurrency_key",
+       "empty"},
+      {R"({"kind":"a","concurrency_key":7})", "bad-request", "concurrency_key",
+       "a number"},
+      {R"({"kind":"a","concurrency_limit":2})", "bad-request",
+       "concurrency_limit", "concurrency_key"},
+      {R"({"kind":"a","concurrency_key":"k","concurrency_limit":0})",
+       "bad-request", "concurrency_limit", "1 to 10000"},
+      {R"({"kind":"a","concurrency_key":"k","concurrency_limit":10001})",
+       "bad-request", "concurrency_limit", "10001"},
+      {R"({"kind":"a","concurrency_key":"k","concurrency_limit":"2"})",
+       "bad-request", "concurrency_limit", "a string"},
+      {R"({"kind":"takes.turns","concurrency_key":"k"})", "bad-request",
+       "concurrency_key", "one of their own"},
       {R"({"kind":"noop","payload":{"bad":1}})", "invalid-payload",
        "payload.bad", "not a member"},
       {R"("x")", "bad-request", "", "object"},
@@ -363,7 +376,7 @@ TEST_F(JobRoutes, PathsAndMethods) {
   EXPECT_EQ(c.get("/v1/jobs/").status, 404);
   Reply r = c.call("PUT", "/v1/jobs", "{}");
   EXPECT_EQ(r.status, 405);
-  EXPECT_EQ(r.headers["allow"], "POST, GET");
+  EXPECT_EQ(r.headers["allow"], "POST, GET, HEAD");
   r = c.call("DELETE", "/v1/leases");
   EXPECT_EQ(r.status, 405);
   EXPECT_EQ(r.headers["allow"], "POST");
@@ -739,7 +752,7 @@ TEST_F(WorkerRoutes, ArtifactsComeBackAsTheyWent) {
   EXPECT_EQ(c.call("PUT", lease + "/artifacts/note", "one").status, 200);
   EXPECT_EQ(c.call("PUT", lease + "/artifacts/note", "two").status, 200);
   EXPECT_EQ(c.call("PUT", lease + "/artifacts/.hidden", "x").status, 400);
-  EXPECT_EQ(c.call("PUT", lease + "/artifacts/a%2fb", "x").status, 400);
+  EXPECT_EQ(c.call("PUT", lease + "/artifacts/a%2fb", "x").status, 404);
   EXPECT_EQ(c.get(job).json()["artifacts"].size(), 3u);  // while it runs
   r = c.post(lease + "/complete",
              R"({"artifacts":["big.log","note","empty"]})");
@@ -748,6 +761,15 @@ TEST_F(WorkerRoutes, ArtifactsComeBackAsTheyWent) {
   EXPECT_EQ(c.call("PUT", lease + "/artifacts/late", "x").status, 409);
   EXPECT_EQ(c.get(job).json()["artifacts"].size(), 3u);
   EXPECT_EQ(c.get(job + "/note").body, "two");
+  // More of them than may be open at a time (N3).
+  std::string asked;
+  for (int i = 0; i < kPipelineMax + 6; ++i) {
+    asked += "GET " + job + "/note HTTP/1.1\r\nHost: localhost\r\n\r\n";
+  }
+  c.send(asked);
+  for (int i = 0; i < kPipelineMax + 6; ++i) {
+    ASSERT_EQ(c.reply().body, "two") << i;
+  }
   EXPECT_EQ(c.get(job + "/empty").body, "");
   r = c.get(job + "/big.log");
   EXPECT_EQ(r.status, 200);

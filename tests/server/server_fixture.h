@@ -166,13 +166,18 @@ class ServerTest : public testing::Test {
     options_.drain_ms = 300;
     KindFacts noop;
     noop.timeout_ms = 4321;
-    noop.check = [](const std::string& payload) -> Result<void> {
+    noop.check = [](const std::string& payload) -> Result<KindFacts::Kept> {
       if (payload.find("\"bad\"") != payload.npos) {
         return Error{Code::invalid, "bad: \"bad\" is not a member"};
       }
-      return {};
+      return KindFacts::Kept{};
     };
     options_.kinds["noop"] = noop;
+    KindFacts turns;
+    turns.check = [](const std::string& payload) -> Result<KindFacts::Kept> {
+      return KindFacts::Kept{"", "thing:" + payload};
+    };
+    options_.kinds["takes.turns"] = turns;
   }
   ~ServerTest() override {
     if (thread_.joinable()) stop();
