@@ -13,7 +13,7 @@ namespace {
 using std::chrono::milliseconds;
 
 constexpr Millis kProgressEveryMs = 500;
-constexpr Millis kRetryMs = 300;
+constexpr Millis kRetryMs = 100;
 
 }  // namespace
 
@@ -74,9 +74,14 @@ void Heartbeat::progress(const std::string& token, int percent,
   at->second.item.percent = std::clamp(percent, 0, 100);
   at->second.item.message = message;
   at->second.fresh = true;
-  const bool soon =
-      Clock::now() - progress_sent_ >= milliseconds(kProgressEveryMs);
-  if (in_call_ && soon) client_.interrupt();
+  // Before the first beat nothing is sooner than that one.
+  if (!in_call_ && progress_sent_ == Clock::time_point()) return;
+  // Two words of progress within the pause: the second follows after it, or
+  // the job would show the first until the next beat.
+  const auto next = progress_sent_ + milliseconds(kProgressEveryMs);
+  due_ = in_call_ ? next : std::min(due_, next);
+  if (in_call_) client_.interrupt();
+  changed_.notify_all();
 }
 
 Stop Heartbeat::stop_of(const std::string& token) const {

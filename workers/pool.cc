@@ -15,7 +15,6 @@
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
-#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -25,12 +24,16 @@
 #include <sstream>
 #include <thread>
 
+#include "queue/say.h"
+#include "tools/ops.h"
 #include "workers/http_client.h"
 #include "workers/json_view.h"
 #include "workers/kinds/kinds.h"
 #include "workers/pool_process.h"
 #include "workers/pool_slots.h"
+#include "workers/retry.h"
 #include "workers/sandbox/sandbox.h"
+#include "workers/sandbox_counts.h"
 
 namespace machina {
 namespace {
@@ -39,13 +42,16 @@ using std::chrono::milliseconds;
 using Steady = std::chrono::steady_clock;
 
 constexpr int kExitLocked = 75;
+constexpr int kLockTries = 20;
 constexpr Millis kSyncWaitMs = 10'000;
-constexpr Millis kSyncRetryMs = 200;
-constexpr Millis kSyncEveryMs = 200;    // for news that can wait
-constexpr Millis kTickMs = 1000;        // the root is looked for
-constexpr Millis kReleaseMs = 2500;     // to give leases back, then KILL
-constexpr Millis kServerLeftMs = 1500;  // no answer while draining: it left
-constexpr off_t kLogBytesMax = 4 << 20;
+constexpr Millis kRefusedMs = 200;    // after an answer that was none of ours
+constexpr Millis kSyncEveryMs = 200;  // for news that can wait
+constexpr Millis kFirstAnswerMs = 1000;  // how many workers: asked first
+constexpr Millis kTickMs = 1000;         // the root is looked for
+constexpr Millis kReleaseMs = 2500;      // to give leases back, then KILL
+constexpr Millis kServerLeftMs = 1500;   // no answer while draining: it left
+constexpr Millis kLastWordsMs = 1000;
+constexpr int kLinesPipeBytes = 1 << 20;
 constexpr std::size_t kFactsLineMax = 64 << 10;
 
 Millis now_ms() {
@@ -58,22 +64,6 @@ Millis wall_ms() {
   return std::chrono::duration_cast<milliseconds>(
              std::chrono::system_clock::now().time_since_epoch())
       .count();
-}
-
-__attribute__((format(printf, 1, 2))) void say(const char* format, ...) {
-  char line[600];
-  va_list args;
-  va_start(args, format);
-  std::vsnprintf(line, sizeof line, format, args);
-  va_end(args);
-  char when[32];
-  const Millis wall = wall_ms();
-  const time_t seconds = static_cast<time_t>(wall / 1000);
-  struct tm parts {};
-  gmtime_r(&seconds, &parts);
-  strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%S", &parts);
-  std::fprintf(stderr, "%s.%03dZ pool: %s\n", when,
-               static_cast<int>(wall % 1000), line);
 }
 
 std::string random_hex(int digits) {
@@ -93,17 +83,27 @@ struct Root {
 int take_root(const PoolOptions& options, Root& root) {
   root.dir = open(options.root.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (root.dir < 0) {
-    say("root %s: %s", options.root.c_str(), strerror(errno));
+    Saying(Severity::error, "start_failed",
+           "root " + options.root + ": " + strerror(errno));
     return 2;
   }
   root.lock = openat(root.dir, "pool.lock",
                      O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
-  if (root.lock < 0 || flock(root.lock, LOCK_EX | LOCK_NB) != 0) {
+  // A server that looks whether a pool is there holds it for a moment.
+  int locked = -1;
+  for (int i = 0; root.lock >= 0 && i < kLockTries && locked != 0; ++i) {
+    if (i > 0) usleep(10'000);
+    locked = flock(root.lock, LOCK_EX | LOCK_NB);
+    if (locked != 0 && errno != EWOULDBLOCK) break;
+  }
+  if (locked != 0) {
     if (root.lock >= 0 && errno == EWOULDBLOCK) {
-      say("another pool has %s/pool.lock", options.root.c_str());
+      Saying(Severity::error, "start_failed",
+             "another pool has " + options.root + "/pool.lock");
       return kExitLocked;
     }
-    say("%s/pool.lock: %s", options.root.c_str(), strerror(errno));
+    Saying(Severity::error, "start_failed",
+           options.root + "/pool.lock: " + strerror(errno));
     return 2;
   }
   return 0;
@@ -141,12 +141,16 @@ void write_successor(const Root& root, int spawner,
 }
 
 // Its spawner ends by itself, after its sandboxes; what does not is killed.
-// The number may be another process's by now: its name tells.
+// The number may be another process's by now: its name tells. One that has ended
+// and that nobody has buried yet is gone, too.
 void outlast_spawner(int pid) {
   const auto there = [&] {
-    std::ifstream file("/proc/" + std::to_string(pid) + "/comm");
-    std::string name;
-    return pid > 1 && std::getline(file, name) && name == "machina-spawner";
+    std::ifstream file("/proc/" + std::to_string(pid) + "/stat");
+    std::string line;
+    if (pid <= 1 || !std::getline(file, line)) return false;
+    const std::string name = "(machina-spawner) ";  // then its state
+    const std::size_t at = line.find(name);
+    return at != line.npos && line[at + name.size()] != 'Z';
   };
   for (int round = 0; round < 1000 && there(); ++round) {
     if (round == 500) kill(pid, SIGKILL);
@@ -154,26 +158,97 @@ void outlast_spawner(int pid) {
   }
 }
 
-// stderr of the pool and its workers, from here on.
-void log_to_root(const Root& root) {
+// <root>/logs/pool, which the pool may write to when it has dropped its
+// privilege; <root>/pool.log is a link into it.
+int open_log_dir(const Root& root, std::uint32_t uid) {
+  if (mkdirat(root.dir, "logs", 0700) != 0 && errno != EEXIST) return -1;
+  if (mkdirat(root.dir, "logs/pool", 0700) != 0 && errno != EEXIST) return -1;
+  const int dir = openat(root.dir, "logs/pool",
+                         O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+  if (dir < 0) return -1;
+  if (geteuid() == 0) (void)!fchown(dir, uid, uid);
   struct stat info {};
   if (fstatat(root.dir, "pool.log", &info, AT_SYMLINK_NOFOLLOW) == 0 &&
-      info.st_size > kLogBytesMax) {
-    renameat(root.dir, "pool.log", root.dir, "pool.log.1");
+      S_ISREG(info.st_mode)) {
+    // Of an older version: the first predecessor.
+    renameat(root.dir, "pool.log", dir, "pool.log.1");
   }
-  const int log =
-      openat(root.dir, "pool.log",
-             O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOFOLLOW, 0600);
-  if (log < 0) return;
-  dup2(log, 1);
-  dup2(log, 2);
-  close(log);
-  const int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
-  if (null >= 0) {
-    dup2(null, 0);
-    close(null);
-  }
+  (void)!symlinkat("logs/pool/pool.log", root.dir, "pool.log");
+  return dir;
 }
+
+// The pool's pid file, open, since an unprivileged pool cannot remove it: one
+// that has left cleanly is empty. -1 where it could not be written.
+int write_own_pid(const PoolOptions& options) {
+  PidFile file;
+  file.role = "pool";
+  file.id = this_process();
+  file.version = options.version;
+  file.started_at = rfc3339_now();
+  if (auto ok = write_pid_file(options.root, file); !ok) {
+    Saying(Severity::warn, "no_pid_file", ok.error().what);
+    return -1;
+  }
+  return open((ops_dir(options.root) + "/pool.pid").c_str(),
+              O_WRONLY | O_CLOEXEC | O_NOFOLLOW);
+}
+
+void erase_own_pid(const PoolOptions& options, int fd) {
+  remove_pid_file(options.root, "pool");
+  if (fd < 0) return;
+  (void)!ftruncate(fd, 0);
+  close(fd);
+}
+
+// What the pool says goes to the file; what the spawner and the workers say
+// comes through a pipe, whose one end is their standard output and error, and
+// goes there too: so one process writes the file and may rename it.
+class PoolLines {
+ public:
+  PoolLines(const Root& root, const PoolOptions& options) {
+    const std::uint32_t uid = options.slot_uid_base - 1;
+    const int dir = open_log_dir(root, uid);
+    auto file = dir < 0 ? Result<std::unique_ptr<LineFile>>(
+                              Error{Code::io, strerror(errno)})
+                        : LineFile::open(dir, "pool.log", options.log_max_bytes,
+                                         options.log_total_bytes);
+    if (!file) {
+      Saying(Severity::warn, "no_log_file",
+             "logs/pool/pool.log: " + file.error().what);
+      return;
+    }
+    if (geteuid() == 0) (void)!fchown((*file)->fd(), uid, uid);
+    int ends[2];
+    if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) != 0) return;
+    fcntl(ends[0], F_SETPIPE_SZ, kLinesPipeBytes);
+    file_ = std::move(*file);
+    pipe_ = ends[0];
+    dup2(ends[1], 1);
+    dup2(ends[1], 2);  // until the spawner has been forked
+    close(ends[1]);
+    const int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    if (null >= 0) {
+      dup2(null, 0);
+      close(null);
+    }
+  }
+
+  // After the spawner was forked and privilege dropped.
+  void begin() {
+    say_in_background(std::move(file_), pipe_);
+    begun_ = true;
+  }
+  ~PoolLines() {
+    // Before begin(): what was said is in the pipe, and has no other reader.
+    if (!begun_) begin();
+    say_no_more(kLastWordsMs);
+  }
+
+ private:
+  std::unique_ptr<LineFile> file_;
+  int pipe_ = -1;
+  bool begun_ = false;
+};
 
 class Pool {
  public:
@@ -230,9 +305,13 @@ class Pool {
   }
 
   // --- the main thread ---
+  bool asks_first() const {
+    return !told_ && now_ms() - begun_ms_ < kFirstAnswerMs;
+  }
   void wait_for_news();
   Millis timeout() const;
   void reap();
+  void say_ended(const PoolSlots::Slot& slot, int status) const;
   void take_empty_slots();
   void read_facts(int slot);
   void take_fact(int slot, const std::string& line);
@@ -242,6 +321,7 @@ class Pool {
   void begin_drain(const char* why, Millis grace_ms);
   void begin_kill(const char* why);
   void check_world();
+  void feed_watchdog();
   bool finished();
   bool spawner_died() const;
 
@@ -255,12 +335,17 @@ class Pool {
   int signal_fd_ = -1, news_fd_ = -1;
   std::map<int, Facts> facts_;  // by slot
   int starts_ = 0;
+  Millis fed_ms_ = 0;  // when the service manager last heard of us
 
   std::mutex spawner_mutex_;
   std::mutex mutex_;  // all that follows
   std::condition_variable sync_changed_;
   PoolSlots slots_;
+  SandboxCounts counts_;  // of all workers since this pool began
   int target_;
+  bool told_ = false;  // the server has said how many workers it wants
+  const Millis begun_ms_ = now_ms();
+  Retry retry_;  // of the sync thread
   bool drain_asked_ = false, dirty_ = false, in_call_ = false, quit_ = false;
   Millis synced_ms_ = 0;      // when a sync was last begun
   Millis away_since_ms_ = 0;  // since when none was answered; 0: not away
@@ -280,14 +365,19 @@ int Pool::run() {
   signal(SIGPIPE, SIG_IGN);
   signal_fd_ = signalfd(-1, &mine, SFD_CLOEXEC | SFD_NONBLOCK);
   news_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-  say("%s: pid %d, uid %d, spawner %d, %d workers", id_.c_str(), getpid(),
-      static_cast<int>(getuid()), spawner_.pid(), target_);
+  Saying(Severity::info, "started", "serving")
+      .with("pid", getpid())
+      .with("uid", getuid())
+      .with("spawner_pid", spawner_.pid())
+      .with("workers", target_);
 
   std::thread sync([this] { sync_loop(); });
+  notify_manager(options_.manager.notify_socket, "READY=1");
   while (!finished()) {
     adjust();
     wait_for_news();
     check_world();
+    feed_watchdog();
   }
   {
     std::lock_guard lock(mutex_);
@@ -299,8 +389,15 @@ int Pool::run() {
   for (auto& [slot, facts] : facts_) close(facts.fd);
   close(signal_fd_);
   close(news_fd_);
-  say("left");
+  Saying(Severity::info, "stopped", "left").with("code", exit_code_);
   return exit_code_;
+}
+
+void Pool::feed_watchdog() {
+  const Millis every = options_.manager.watchdog_ms / 3;
+  if (every == 0 || now_ms() - fed_ms_ < every) return;
+  fed_ms_ = now_ms();
+  notify_manager(options_.manager.notify_socket, "WATCHDOG=1");
 }
 
 // --- the sync thread ---
@@ -311,7 +408,9 @@ void Pool::sync_loop() {
     const std::vector<std::string> gone = slots_.gone();
     const bool parked = mode_ == Mode::serving;
     const Millis wait_ms = parked ? kSyncWaitMs : 200;
-    const std::string body = slots_.sync_body(host_, wait_ms);
+    SandboxCounts counts = counts_;
+    counts.log_dropped += said_dropped();
+    const std::string body = slots_.sync_body(host_, counts.json(), wait_ms);
     dirty_ = false;
     in_call_ = true;
     synced_ms_ = now_ms();
@@ -322,26 +421,32 @@ void Pool::sync_loop() {
     lock.lock();
     in_call_ = false;
     if (reply && reply->status == 200) {
+      if (away_since_ms_ != 0) {
+        Saying(Severity::info, "server_back", "the server is back")
+            .with("away_ms", now_ms() - away_since_ms_);
+      }
       away_since_ms_ = 0;
+      retry_.reset();
       slots_.reported(gone);
       if (!gone.empty()) remember();
       take_answer(reply->body);
       wake_main();
     } else if (reply) {
-      say("sync: the server answered %d %.200s", reply->status,
-          reply->body.c_str());
+      Saying(Severity::warn, "sync_refused", reply->body.substr(0, 200))
+          .with("status", reply->status);
     }
     const bool ours = !reply && reply.error().code == Code::conflict;
     if (quit_ || ours) continue;
     if ((!reply || reply->status != 200) && away_since_ms_ == 0) {
       away_since_ms_ = now_ms();
-      say("the server is away");
+      Saying(Severity::warn, "server_away", "the server is away");
     }
     // Not faster than kSyncEveryMs, whatever the server does; a death that is
-    // not reported yet goes at once.
-    const Millis rest = reply && reply->status == 200
-                            ? synced_ms_ + kSyncEveryMs - now_ms()
-                            : kSyncRetryMs;
+    // not reported yet goes at once. One that is away is looked for often.
+    const Millis rest =
+        !reply ? retry_.next()
+               : (reply->status == 200 ? synced_ms_ + kSyncEveryMs - now_ms()
+                                       : kRefusedMs);
     if (rest > 0) {
       sync_changed_.wait_for(lock, milliseconds(rest), [&] {
         return quit_ || (dirty_ && reply && !slots_.gone().empty());
@@ -356,15 +461,20 @@ void Pool::take_answer(const std::string& body) {
       const auto target = json::integer(value);
       if (!target || *target < 0 || *target > kSlotsMax) return false;
       if (*target != target_) {
-        say("target %d -> %d", target_, static_cast<int>(*target));
+        Saying(Severity::info, "scaled", "another number of workers")
+            .with("from", target_)
+            .with("to", *target);
       }
       target_ = static_cast<int>(*target);
+      told_ = true;
     } else if (key == "drain") {
       drain_asked_ = value == "true";
     }
     return true;
   });
-  if (!good) say("sync: malformed answer %.200s", body.c_str());
+  if (!good) {
+    Saying(Severity::error, "sync_malformed", body.substr(0, 200));
+  }
 }
 
 // --- the main thread ---
@@ -373,7 +483,9 @@ Millis Pool::timeout() const {
   Millis at = now_ms() + kTickMs;
   const Millis next = slots_.next_start_ms(target_, now_ms());
   if (next >= 0) at = std::min(at, next);
+  if (asks_first()) at = std::min(at, begun_ms_ + kFirstAnswerMs);
   if (mode_ != Mode::serving) at = std::min(at, now_ms() + 50);
+  if (dirty_ && in_call_) at = std::min(at, synced_ms_ + kSyncEveryMs);
   return std::max<Millis>(0, at - now_ms());
 }
 
@@ -398,6 +510,13 @@ void Pool::wait_for_news() {
       if (info.ssi_signo == SIGTERM || info.ssi_signo == SIGINT) {
         std::lock_guard lock(mutex_);
         begin_drain("asked to leave", options_.drain_ms);
+      } else if (info.ssi_signo == SIGHUP) {
+        say_reopen();
+        if (mode_ == Mode::serving) {
+          begin_drain("asked to leave", options_.drain_ms);
+        } else {
+          begin_kill("asked twice");
+        }
       }
     }
   }
@@ -423,16 +542,36 @@ void Pool::reap() {
     int status = 0;
     if (waitpid(pid, &status, WNOHANG) != pid) continue;
     std::lock_guard lock(mutex_);
-    const int slot = slots_.exited(pid, now_ms());
-    if (slot < 0) continue;
-    const bool clean = WIFEXITED(status) && WEXITSTATUS(status) == 0;
-    if (!clean) {
-      say("worker %s (pid %d) died: %s %d", slots_.at(slot).name.c_str(), pid,
-          WIFSIGNALED(status) ? "signal" : "exit code",
-          WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
-    }
+    const PoolSlots::Slot* ended = slots_.find(pid);
+    if (ended == nullptr) continue;
+    say_ended(*ended, status);
+    slots_.exited(pid, now_ms());
     changed(false);
   }
+}
+
+// A death is an error, an end that was asked for none: a worker that had no
+// time yet to look for TERM dies of it.
+void Pool::say_ended(const PoolSlots::Slot& slot, int status) const {
+  const bool asked =
+      slot.phase == PoolSlots::Phase::leaving || mode_ == Mode::killing;
+  const int signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
+  const bool clean = signal == 0 && WEXITSTATUS(status) == 0;
+  if (clean ||
+      (asked && (signal == 0 || signal == SIGTERM || signal == SIGKILL))) {
+    if (asked) {
+      Saying(Severity::info, "worker_left", "a worker left, as it was asked to")
+          .with("worker", slot.name)
+          .with("pid", slot.pid);
+    }
+    return;
+  }
+  Saying(Severity::error, "worker_died", "a worker died")
+      .with("worker", slot.name)
+      .with("pid", slot.pid)
+      .with("job", slot.job)
+      .with(signal != 0 ? "signal" : "code",
+            signal != 0 ? signal : WEXITSTATUS(status));
 }
 
 void Pool::take_empty_slots() {
@@ -495,16 +634,22 @@ void Pool::take_fact(int slot, const std::string& line) {
   std::lock_guard lock(mutex_);
   auto& s = slots_.at(slot);
   std::string state, job;
-  bool first = false;
+  bool first = false, counted = false;
   json::members(line, [&](auto key, auto value) {
     if (key == "state") state = json::string(value).value_or("");
     if (key == "job") job = json::string(value).value_or("");
+    if (key == "counts") {
+      const auto counts = SandboxCounts::parse(value);
+      if (counts) counts_.add(*counts);
+      counted = true;
+    }
     if (key == "isolation") {
       first = s.isolation.empty();
       s.isolation = std::string(value);
     }
     return true;
   });
+  if (counted) return changed(false);
   s.job = state == "busy" ? job : "";
   if (first) {
     std::string level;
@@ -512,7 +657,9 @@ void Pool::take_fact(int slot, const std::string& line) {
       if (key == "level") level = std::string(value);
       return true;
     });
-    say("worker %s: level %s", s.name.c_str(), level.c_str());
+    Saying(Severity::info, "worker_ready", "a worker has proven its level")
+        .with("worker", s.name)
+        .with("isolation_level", json::string(level).value_or(""));
   }
   changed(first);
 }
@@ -525,6 +672,8 @@ void Pool::adjust() {
       begin_drain("the server drains", options_.drain_ms);
     }
     if (mode_ != Mode::serving) return;
+    // None is started to be stopped again: the server says how many first.
+    if (asks_first()) return;
     for (const int slot : slots_.to_stop(target_)) {
       kill(slots_.at(slot).pid, SIGTERM);
       slots_.leaving(slot);
@@ -537,7 +686,7 @@ void Pool::adjust() {
 
 void Pool::start_worker(int slot) {
   const auto failed = [&](const std::string& why) {
-    say("slot %d: %s", slot, why.c_str());
+    Saying(Severity::error, "worker_not_started", why).with("slot", slot);
     std::lock_guard lock(mutex_);
     slots_.not_started(slot, now_ms());
   };
@@ -588,9 +737,12 @@ void Pool::signal_all(int signal) {
 // Workers finish what they have; near the end of the grace they give it back.
 void Pool::begin_drain(const char* why, Millis grace_ms) {
   if (mode_ != Mode::serving) return;
-  say("%s: no new jobs, %d ms for %d workers", why, static_cast<int>(grace_ms),
-      slots_.alive());
+  Saying(Severity::info, "draining", std::string(why) + ": no new jobs")
+      .with("grace_ms", grace_ms)
+      .with("workers", slots_.alive());
   mode_ = Mode::draining;
+  notify_manager(options_.manager.notify_socket,
+                 std::string("STOPPING=1\nSTATUS=") + why);
   release_at_ms_ = now_ms() + grace_ms - std::min<Millis>(1000, grace_ms / 4);
   kill_at_ms_ = release_at_ms_ + kReleaseMs;
   for (int i = 0; i < kSlotsMax; ++i) {
@@ -603,7 +755,8 @@ void Pool::begin_drain(const char* why, Millis grace_ms) {
 
 void Pool::begin_kill(const char* why) {
   if (mode_ == Mode::killing) return;
-  say("%s: killing %d workers", why, slots_.alive());
+  Saying(Severity::warn, "killing", std::string(why) + ": killing workers")
+      .with("workers", slots_.alive());
   mode_ = Mode::killing;
   signal_all(SIGKILL);
 }
@@ -611,6 +764,10 @@ void Pool::begin_kill(const char* why) {
 void Pool::check_world() {
   std::lock_guard lock(mutex_);
   const Millis now = now_ms();
+  // News that came too soon after the last sync began.
+  if (dirty_ && in_call_ && now - synced_ms_ >= kSyncEveryMs) {
+    client_.interrupt();
+  }
   struct stat info {};
   if (fstat(root_.dir, &info) == 0 && info.st_nlink == 0) {
     begin_kill("the root is gone");
@@ -662,12 +819,13 @@ int run_pool(const PoolOptions& options) {
   Root root;
   if (const int code = take_root(options, root); code != 0) return code;
   setsid();  // a terminal's signals are for the server
-  log_to_root(root);
+  PoolLines lines(root, options);
   auto program = Program::open(options.self_exe);
   if (!program) {
-    say("%s", program.error().what.c_str());
+    Saying(Severity::error, "start_failed", program.error().what);
     return 2;
   }
+  const int own_pid = write_own_pid(options);
   const Predecessor predecessor = read_predecessor(root);
   outlast_spawner(predecessor.spawner);
   register_built_in_handlers();
@@ -680,14 +838,18 @@ int run_pool(const PoolOptions& options) {
   spawning.self_exe = options.self_exe;
   auto spawner = sandbox::Spawner::start(spawning);
   if (!spawner) {
-    say("spawner: %s", spawner.error().what.c_str());
+    Saying(Severity::error, "start_failed", "spawner: " + spawner.error().what);
     return 1;
   }
   if (auto dropped = drop_privilege(options.slot_uid_base - 1); !dropped) {
-    say("%s", dropped.error().what.c_str());
+    Saying(Severity::error, "start_failed", dropped.error().what);
     return 1;
   }
-  return Pool(options, root, predecessor, **spawner, std::move(*program)).run();
+  lines.begin();
+  const int code =
+      Pool(options, root, predecessor, **spawner, std::move(*program)).run();
+  erase_own_pid(options, own_pid);
+  return code;
 }
 
 }  // namespace machina

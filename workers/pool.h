@@ -15,9 +15,13 @@
 //   P3  A worker's leases are reported `gone` only when its slot is proven
 //       empty: local attempts never overlap.
 //   P4  A worker that dies early is replaced ever more slowly, up to 10 s.
+//   P6  <root>/ops/pool.pid says which process it is (tools/ops.h), from when
+//       the lock is its own until it leaves.
 //   P5  Nothing of the pool outlives it: workers die with it, sandboxes with
 //       the spawner. The pool that comes next waits for that, and reports the
 //       workers of one that was killed, whose names it finds in pool.lock.
+//   P6  <root>/pool.log holds what pool, spawner and workers say; the pool alone
+//       writes it, within its bounds; nobody waits for it (queue/say.h).
 
 #pragma once
 
@@ -26,6 +30,7 @@
 #include <vector>
 
 #include "queue/job.h"
+#include "tools/service_manager.h"
 
 namespace machina {
 
@@ -41,7 +46,11 @@ struct PoolOptions {
   bool seccomp_enable = true;
   Level min_level = 0;
   std::vector<std::string> repo_roots;
+  std::uint64_t log_max_bytes = 128u << 20;  // of <root>/pool.log, and of it
+  std::uint64_t log_total_bytes = 1u << 30;  // with its predecessors
   std::vector<std::string> worker_env;  // what workers are given: MACHINA_*
+  std::string version;                  // for the pid file
+  ServiceEnvironment manager;           // told when it is ready, and leaves
 };
 
 // Until told to leave. Exit code: 0, 75 where another pool has pool.lock.

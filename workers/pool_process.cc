@@ -64,6 +64,7 @@ Result<int> private_copy(int fd, const std::string& path, off_t size) {
   sigemptyset(&none);
   sigprocmask(SIG_SETMASK, &none, nullptr);
   signal(SIGPIPE, SIG_DFL);
+  dup2(1, 2);  // the pipe to the pool, which writes the file
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   if (getppid() != parent) _exit(1);
   // Out of the way of 3 and 4 first, then onto them.

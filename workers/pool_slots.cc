@@ -116,6 +116,13 @@ void PoolSlots::not_started(int slot, Millis now_ms) {
   pause(at(slot), now_ms);
 }
 
+const PoolSlots::Slot* PoolSlots::find(int pid) const {
+  const auto at =
+      std::find_if(slots_.begin(), slots_.end(),
+                   [&](const Slot& slot) { return slot.pid == pid; });
+  return pid > 0 && at != slots_.end() ? &*at : nullptr;
+}
+
 int PoolSlots::exited(int pid, Millis now_ms) {
   for (int i = 0; i < kSlotsMax; ++i) {
     Slot& slot = at(i);
@@ -161,6 +168,7 @@ void PoolSlots::reported(const std::vector<std::string>& names) {
 }
 
 std::string PoolSlots::sync_body(const std::string& host,
+                                 const std::string& counts,
                                  Millis wait_ms) const {
   std::string out = "{\"host\":" + json::quoted(host) + ",\"workers\":[";
   bool first = true;
@@ -194,7 +202,8 @@ std::string PoolSlots::sync_body(const std::string& host,
     if (i > 0) out += ',';
     json::quote(out, gone_[i]);
   }
-  return out + "],\"wait_ms\":" + std::to_string(wait_ms) + "}";
+  return out + "],\"counts\":" + counts +
+         ",\"wait_ms\":" + std::to_string(wait_ms) + "}";
 }
 
 }  // namespace machina

@@ -54,6 +54,8 @@ class PoolSlots {
   void leaving(int slot);
   // A start that failed before there was a process.
   void not_started(int slot, Millis now_ms);
+  // By pid; null where it is none of ours.
+  const Slot* find(int pid) const;
   // By pid; -1 where it is none of ours.
   int exited(int pid, Millis now_ms);
   void emptied(int slot);
@@ -71,8 +73,9 @@ class PoolSlots {
   std::vector<std::string> unreported() const;
   void reported(const std::vector<std::string>& names);
 
-  // The body of a sync.
-  std::string sync_body(const std::string& host, Millis wait_ms) const;
+  // The body of a sync; `counts` is raw JSON.
+  std::string sync_body(const std::string& host, const std::string& counts,
+                        Millis wait_ms) const;
 
  private:
   int staying() const;

@@ -24,8 +24,14 @@ bool parse_job(std::string_view raw, Lease& lease) {
       lease.payload = value == "null" ? "{}" : std::string(value);
     } else if (key == "sandbox") {
       lease.sandbox = value == "null" ? "" : std::string(value);
+    } else if (key == "tenant") {
+      lease.tenant = text_or(value, "");
+    } else if (key == "input") {
+      lease.input = value == "null" ? "" : std::string(value);
     } else if (key == "traceparent") {
       lease.traceparent = text_or(value, "");
+    } else if (key == "request_id") {
+      lease.request_id = text_or(value, "");
     }
     return true;
   });
@@ -115,6 +121,13 @@ std::string write_failure(const kinds::End& end, const std::string& isolation) {
   std::string out = "{\"code\":\"" + std::string(name(end.code)) + "\"";
   append_end(out, end, isolation);
   if (!end.retry) out += ",\"retry\":false";
+  return out + "}";
+}
+
+std::string write_block(const kinds::End& end) {
+  std::string out = "{\"reason\":";
+  json::quote(out, end.block_reason);
+  if (!end.block_data.empty()) out += ",\"data\":" + end.block_data;
   return out + "}";
 }
 

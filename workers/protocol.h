@@ -18,7 +18,9 @@ namespace machina {
 struct Lease {
   std::string token;
   Millis lease_ms = 30'000;
-  std::string job_id, kind, payload = "{}", sandbox, traceparent;
+  std::string job_id, tenant, kind, payload = "{}", sandbox, traceparent,
+                                    request_id;
+  std::string input;  // raw JSON of an unblock; empty: none
   int attempt = 1;
   Millis timeout_ms = 0;  // 0: the kind's default
 };
@@ -40,6 +42,9 @@ void append_completion(std::string& out, const std::string& token,
                        const kinds::End& end, const std::string& isolation);
 // The body of POST /v1/leases/{token}/fail.
 std::string write_failure(const kinds::End& end, const std::string& isolation);
+
+// The body of POST /v1/leases/{token}/block.
+std::string write_block(const kinds::End& end);
 
 struct HeartbeatItem {
   std::string token;

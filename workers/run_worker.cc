@@ -4,9 +4,9 @@
 #include <pthread.h>
 #include <signal.h>
 
-#include <cstdio>
 #include <thread>
 
+#include "queue/say.h"
 #include "workers/worker.h"
 
 namespace machina {
@@ -28,14 +28,13 @@ int run_worker(const WorkerOptions& options) {
   }
   auto slot = sandbox::Slot::attach(options.channel_fd);
   if (!slot) {
-    std::fprintf(stderr, "worker %s: no slot: %s\n", options.name.c_str(),
-                 slot.error().what.c_str());
+    Saying(Severity::error, "start_failed", "no slot: " + slot.error().what);
     return 1;
   }
   auto report = sandbox::run_canary(**slot);
   if (!report) {
-    std::fprintf(stderr, "worker %s: the canary could not run: %s\n",
-                 options.name.c_str(), report.error().what.c_str());
+    Saying(Severity::error, "start_failed",
+           "the canary could not run: " + report.error().what);
     return 1;
   }
   Worker worker(options, **slot, std::move(*report));

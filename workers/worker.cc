@@ -5,16 +5,18 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
-#include <cstdio>
 #include <mutex>
 #include <thread>
 
+#include "queue/say.h"
 #include "workers/heartbeat.h"
 #include "workers/http_client.h"
 #include "workers/job_log.h"
 #include "workers/json_view.h"
 #include "workers/kinds/run.h"
 #include "workers/protocol.h"
+#include "workers/retry.h"
+#include "workers/sandbox_counts.h"
 #include "workers/warmed.h"
 
 namespace machina {
@@ -25,10 +27,11 @@ using std::chrono::milliseconds;
 using Steady = std::chrono::steady_clock;
 
 constexpr Millis kParkMs = 10'000;  // a lease call that finds nothing
-constexpr Millis kBackoffMinMs = 20, kBackoffMaxMs = 1000;
+constexpr Millis kRefusedMinMs = 20, kRefusedMaxMs = 1000;
 constexpr Millis kWarmedRunMs = 50;  // then other kinds get a look-in
 constexpr Millis kLogPatienceMs = 5000;
 constexpr Millis kCutOffMs = 300'000;
+constexpr int kWarmedLinesPerSecond = 20;
 
 KindSettings settings_of(const WorkerOptions& options) {
   KindSettings settings;
@@ -45,6 +48,21 @@ bool refused(int status) {
   return status / 100 == 4 && status != 408 && status != 429;
 }
 
+// The pause between two tries of one call. A server that says "not now" is left
+// in peace for ever longer; one that is away may be back at any moment.
+class Rest {
+ public:
+  void after(const Result<HttpClient::Reply>& reply) {
+    if (reply) away_.reset();
+    std::this_thread::sleep_for(
+        milliseconds(reply ? refused_.next() : away_.next()));
+  }
+
+ private:
+  Retry away_;
+  Retry refused_{kRefusedMinMs, kRefusedMaxMs};
+};
+
 }  // namespace
 
 class Worker::Impl : public kinds::Host {
@@ -59,7 +77,7 @@ class Worker::Impl : public kinds::Host {
         client_(connect()),
         heartbeat_(connect(), [this](const auto& id) { tell_busy(id); }),
         log_(connect()),
-        warmed_(slot, kinds_.at("noop"), report_.level, options.min_level,
+        warmed_(slot_, kinds_.at("noop"), report_.level, options.min_level,
                 heartbeat_) {
     for (const auto& [name, kind] : kinds_) {
       const bool wanted =
@@ -88,6 +106,7 @@ class Worker::Impl : public kinds::Host {
       } else {
         leases = run_sandboxed(leases.front());
       }
+      tell_counts();
     }
     give_back(leases);
     forget_stray_grants();
@@ -134,7 +153,7 @@ class Worker::Impl : public kinds::Host {
   Result<void> artifact(const std::string& name,
                         std::string_view bytes) override {
     const std::string path = "/v1/leases/" + current_ + "/artifacts/" + name;
-    for (Millis pause = kBackoffMinMs; !cancelled();) {
+    for (Rest rest; !cancelled();) {
       const auto reply =
           client_.send("PUT", path, bytes, "application/octet-stream", 30'000);
       if (reply && reply->status / 100 == 2) return {};
@@ -142,9 +161,77 @@ class Worker::Impl : public kinds::Host {
         return Error{Code::invalid, name + ": the server answered " +
                                         std::to_string(reply->status)};
       }
-      rest(pause);
+      rest.after(reply);
     }
     return Error{Code::unavailable, "cancelled"};
+  }
+
+  Result<std::string> fetch_patch(const std::string& patch_id,
+                                  bool reverse_diff) override {
+    const auto reply =
+        get("/v1/patches/" + patch_id + (reverse_diff ? "/reverse_diff" : ""));
+    if (!reply) return reply.error();
+    if (reply->status == 200) return reply->body;
+    return Error{Code::not_found,
+                 "patch " + patch_id +
+                     (reverse_diff ? " has no reverse diff" : " is not known")};
+  }
+
+  Result<std::string> fetch_artifact(const std::string& job_id,
+                                     const std::string& name,
+                                     std::size_t bytes_max) override {
+    std::string there;  // what it has, for who misspelt
+    const auto missing = [&] {
+      return Error{Code::not_found, "job " + job_id + " has no artifact \"" +
+                                        name + "\"; it has " +
+                                        (there.empty() ? "none" : there)};
+    };
+    const std::string job = "/v1/jobs/" + job_id;
+    const auto head = get(job);
+    if (!head) return head.error();
+    std::string tenant;
+    json::members(head->body, [&](auto key, auto value) {
+      if (key == "tenant") tenant = json::string(value).value_or("");
+      return true;
+    });
+    // Another tenant's job is no more to be seen than one that is not there.
+    if (head->status != 200 || tenant != tenant_) {
+      return Error{Code::not_found,
+                   "there is no job " + job_id +
+                       " of this tenant, or its retention has passed and its "
+                       "artifacts went with it"};
+    }
+    const auto listed = get(job + "/artifacts");
+    if (!listed) return listed.error();
+    std::int64_t size = -1;
+    json::members(listed->body, [&](auto key, auto list) {
+      if (key != "artifacts") return true;
+      return json::elements(list, [&](auto item) {
+        std::string its_name;
+        std::int64_t its_size = 0;
+        json::members(item, [&](auto k, auto value) {
+          if (k == "name") its_name = json::string(value).value_or("");
+          if (k == "size_bytes") its_size = json::integer(value).value_or(0);
+          return true;
+        });
+        if (its_name == name) size = its_size;
+        if (there.size() < 500) there += (there.empty() ? "" : ", ") + its_name;
+        return true;
+      });
+    });
+    if (size < 0) return missing();
+    if (static_cast<std::uint64_t>(size) > bytes_max) {
+      return Error{Code::too_large, std::to_string(size) + " bytes; at most " +
+                                        std::to_string(bytes_max)};
+    }
+    auto bytes = get(job + "/artifacts/" + name);
+    if (!bytes) return bytes.error();
+    if (bytes->status != 200) return missing();
+    if (bytes->body.size() > bytes_max) {
+      return Error{Code::too_large,
+                   "more than " + std::to_string(bytes_max) + " bytes"};
+    }
+    return std::move(bytes->body);
   }
 
   const KindSettings& settings() const override { return settings_; }
@@ -154,22 +241,74 @@ class Worker::Impl : public kinds::Host {
     return [this] { return slot_.connect_server(); };
   }
 
-  static void rest(Millis& pause) {
-    std::this_thread::sleep_for(milliseconds(pause));
-    pause = std::min(pause * 2, kBackoffMaxMs);
+  // Asks until there is an answer that is not the server's trouble.
+  Result<HttpClient::Reply> get(const std::string& path) {
+    for (Rest rest; !cancelled();) {
+      auto reply = client_.send("GET", path, "", "application/json", 30'000);
+      if (reply && (reply->status / 100 == 2 || refused(reply->status))) {
+        return reply;
+      }
+      rest.after(reply);
+    }
+    return Error{Code::unavailable, "cancelled"};
   }
 
-  void say(const std::string& line) const {
-    std::fprintf(stderr, "worker %s: %s\n", options_.name.c_str(),
-                 line.c_str());
+  // About one attempt; the rest of the line is its caller's.
+  static Saying& about(Saying& line, const Lease& lease) {
+    return line.with("request_id", lease.request_id)
+        .with("job", lease.job_id)
+        .with("attempt", lease.attempt)
+        .with("kind", lease.kind);
+  }
+
+  void say_begun(const Lease& lease) const {
+    Saying line(Severity::info, "attempt_started", "an attempt starts");
+    about(line, lease);
+  }
+
+  // `rate`: warmed attempts come by the thousand.
+  void say_ended(const Lease& lease, const End& end, Allowance* rate) {
+    const bool broken = end.code == EndCode::sandbox ||
+                        end.code == EndCode::isolation_unavailable;
+    const Severity severity = broken ? Severity::warn : Severity::info;
+    if (!said(severity)) return;
+    if (rate != nullptr && !broken) {
+      const auto now = std::chrono::duration_cast<milliseconds>(
+          Steady::now().time_since_epoch());
+      if (!rate->take(now.count())) return;
+    }
+    // What a job printed is its own: the message only where we made it.
+    Saying line(severity, "attempt_ended", broken ? end.message : "it ended");
+    about(line, lease)
+        .with("code", end.code == EndCode::none ? "ok" : name(end.code))
+        .with("duration_ms", end.usage.wall_ms);
+    if (rate == nullptr) return;
+    if (const auto n = rate->suppressed(); n > 0) {
+      line.with("suppressed", static_cast<std::int64_t>(n));
+    }
   }
 
   // --- facts for the pool ---
 
-  void tell(const std::string& json_line) const {
-    if (options_.facts_fd < 0) return;
+  // False: there is no room in the pipe.
+  bool tell(const std::string& json_line) const {
+    if (options_.facts_fd < 0) return false;
     const std::string line = json_line + "\n";
-    (void)!::write(options_.facts_fd, line.data(), line.size());
+    return ::write(options_.facts_fd, line.data(), line.size()) > 0;
+  }
+
+  void tell_counts() {
+    if (options_.facts_fd < 0) return;
+    SandboxCounts counts = slot_.take();
+    const std::uint64_t dropped = said_dropped();
+    counts.log_dropped = dropped - dropped_told_;
+    if (counts.empty()) return;
+    if (tell("{\"counts\":" + counts.json() + "}")) {
+      dropped_told_ = dropped;
+    } else {
+      counts.log_dropped = 0;
+      slot_.put_back(counts);
+    }
   }
 
   void tell_busy(const std::string& job_id) const {
@@ -211,23 +350,23 @@ class Worker::Impl : public kinds::Host {
     if (!reply) {
       strays_ = true;  // it may have been granted and the answer lost
       leave_if_cut_off();
-      if (!stopping_) rest(lease_pause_);
+      if (!stopping_) lease_rest_.after(reply);
       return {};
     }
     cut_off_since_ = {};
     if (reply->status != 200 && reply->status != 204) {
       // One line for as long as it says the same, a drain for instance.
       if (reply->status != refusal_) {
-        say("lease: the server answered " + std::to_string(reply->status) +
-            " " + reply->body.substr(0, 300));
+        Saying(Severity::warn, "lease_refused", reply->body.substr(0, 300))
+            .with("status", reply->status);
       }
       refusal_ = reply->status;
-      rest(lease_pause_);
+      lease_rest_.after(reply);
       return {};
     }
     refusal_ = 0;
     strays_ = false;
-    lease_pause_ = kBackoffMinMs;
+    lease_rest_ = Rest();
     return take_leases(*reply);
   }
 
@@ -237,7 +376,8 @@ class Worker::Impl : public kinds::Host {
     const auto now = Steady::now();
     if (cut_off_since_ == Steady::time_point()) cut_off_since_ = now;
     if (now - cut_off_since_ < milliseconds(kCutOffMs) || stopping_) return;
-    say("no answer from the server for too long");
+    Saying(Severity::error, "cut_off",
+           "no answer from the server for too long");
     stopping_ = true;
   }
 
@@ -245,7 +385,7 @@ class Worker::Impl : public kinds::Host {
     if (reply.status != 200) return {};
     auto leases = parse_leases(reply.body);
     if (leases) return std::move(*leases);
-    say(leases.error().what);
+    Saying(Severity::error, "lease_malformed", leases.error().what);
     strays_ = true;
     return {};
   }
@@ -309,6 +449,7 @@ class Worker::Impl : public kinds::Host {
       if (told[i] || !ends[i]) continue;
       told[i] = true;
       const Lease& lease = leases[i];
+      say_ended(lease, *ends[i], &warmed_lines_);
       if (heartbeat_.alarm()->load() &&
           heartbeat_.stop_of(lease.token) == Stop::lost) {
         continue;
@@ -339,7 +480,7 @@ class Worker::Impl : public kinds::Host {
                               const std::vector<std::string>& kinds, int max) {
     if (items.empty())
       return more ? lease(kinds, max, 0) : std::vector<Lease>();
-    for (Millis pause = kBackoffMinMs;;) {
+    for (Rest rest;;) {
       std::string body = "{\"items\":[" + items + "]";
       if (more) {
         body +=
@@ -353,12 +494,13 @@ class Worker::Impl : public kinds::Host {
         return more ? take_leases(*reply) : std::vector<Lease>();
       }
       if (reply && refused(reply->status)) {
-        say("complete: the server answered " + std::to_string(reply->status) +
-            " " + reply->body.substr(0, 300));
+        Saying(Severity::error, "completion_refused",
+               reply->body.substr(0, 300))
+            .with("status", reply->status);
         return {};
       }
       strays_ = strays_ || more;
-      rest(pause);
+      rest.after(reply);
     }
   }
 
@@ -370,7 +512,9 @@ class Worker::Impl : public kinds::Host {
     if (!answers) return;
     for (const ItemReply& answer : *answers) {
       if (answer.problem.empty()) continue;
-      say("complete " + answer.token.substr(0, 16) + ": " + answer.problem);
+      Saying(Severity::warn, "completion_refused", answer.problem)
+          .with("fence", answer.token.substr(0, 16))
+          .with("status", answer.status);
       if (answer.status / 100 != 4 || answer.status == 409 ||
           answer.status == 404) {
         continue;
@@ -385,16 +529,35 @@ class Worker::Impl : public kinds::Host {
   void fail(const std::string& token, const End& end,
             const std::string& isolation) {
     const std::string body = write_failure(end, isolation);
-    for (Millis pause = kBackoffMinMs;;) {
+    for (Rest rest;;) {
       const auto reply = client_.post("/v1/leases/" + token + "/fail", body);
       if (reply && (reply->status == 200 || refused(reply->status))) {
         if (reply->status != 200) {
-          say("fail " + token.substr(0, 16) + ": the server answered " +
-              std::to_string(reply->status));
+          Saying(Severity::warn, "failure_refused",
+                 "the server did not take an attempt's end")
+              .with("fence", token.substr(0, 16))
+              .with("status", reply->status);
         }
         return;
       }
-      rest(pause);
+      rest.after(reply);
+    }
+  }
+
+  void block(const std::string& token, const End& end) {
+    const std::string body = write_block(end);
+    for (Rest rest;;) {
+      const auto reply = client_.post("/v1/leases/" + token + "/block", body);
+      if (reply && (reply->status == 200 || refused(reply->status))) {
+        if (reply->status != 200) {
+          Saying(Severity::warn, "block_refused",
+                 "the server did not let an attempt wait")
+              .with("fence", token.substr(0, 16))
+              .with("status", reply->status);
+        }
+        return;
+      }
+      rest.after(reply);
     }
   }
 
@@ -404,11 +567,14 @@ class Worker::Impl : public kinds::Host {
     warmed_.close();  // the slot is this job's alone
     current_ = lease.token;
     heartbeat_.hold({lease});
+    say_begun(lease);
     End end = attempt(lease);
+    say_ended(lease, end, nullptr);
     const Stop stop = heartbeat_.stop_of(lease.token);
     if (stop == Stop::lost) {
       heartbeat_.drop_all();
-      say("lease " + lease.token.substr(0, 16) + " was lost");
+      Saying line(Severity::warn, "lease_lost", "the lease was lost");
+      about(line, lease).with("fence", lease.token.substr(0, 16));
       return {};
     }
     if (end.code == EndCode::cancelled && stop == Stop::released) {
@@ -419,7 +585,9 @@ class Worker::Impl : public kinds::Host {
     log_.finish(client_, kLogPatienceMs);
     std::vector<Lease> next;
     const std::string& isolation = isolation_of(lease);
-    if (end.code == EndCode::none || end.code == EndCode::verdict) {
+    if (!end.block_reason.empty()) {
+      block(lease.token, end);
+    } else if (end.code == EndCode::none || end.code == EndCode::verdict) {
       std::string item;
       append_completion(item, lease.token, end, isolation);
       next = complete(item, !stopping_, leased_, 1);
@@ -438,9 +606,12 @@ class Worker::Impl : public kinds::Host {
     }
     kinds::Attempt attempt;
     attempt.job_id = lease.job_id;
+    attempt.tenant = tenant_ = lease.tenant;
     attempt.kind = lease.kind;
+    attempt.input = lease.input;
     attempt.payload = lease.payload;
     attempt.traceparent = lease.traceparent;
+    attempt.request_id = lease.request_id;
     attempt.number = lease.attempt;
     attempt.timeout_ms =
         lease.timeout_ms > 0 ? lease.timeout_ms : kind->second.timeout_ms;
@@ -463,12 +634,16 @@ class Worker::Impl : public kinds::Host {
                                kinds::level_name(report_.level));
     }
     log_.begin(lease.token, 2 * attempt.limits.output_bytes);
-    return lease.kind == "test.run" ? kinds::run_tests(attempt, *this)
-                                    : kinds::run_shell(attempt, *this);
+    if (lease.kind == "test.run") return kinds::run_tests(attempt, *this);
+    if (lease.kind == "patch.apply") return kinds::run_patch(attempt, *this);
+    if (lease.kind == "patch.rollback") {
+      return kinds::run_rollback(attempt, *this);
+    }
+    return kinds::run_shell(attempt, *this);
   }
 
   const WorkerOptions options_;
-  sandbox::Slot& slot_;
+  CountedSlot slot_;
   const sandbox::Report report_;
   const KindSettings settings_;
   const std::map<std::string, Kind> kinds_;
@@ -480,9 +655,12 @@ class Worker::Impl : public kinds::Host {
   JobLog log_;
   Warmed warmed_;
   std::string current_;  // the sandboxed job's token
+  std::string tenant_;   // and its tenant
   bool strays_ = false;  // a grant may have been lost on the way
-  Millis lease_pause_ = kBackoffMinMs;
+  Rest lease_rest_;
   Steady::time_point cut_off_since_;
+  std::uint64_t dropped_told_ = 0;  // lines lost that the pool knows of
+  Allowance warmed_lines_{kWarmedLinesPerSecond};
   int refusal_ = 0;  // the status that lease calls were last refused with
   std::atomic<bool> stopping_{false}, releasing_{false};
   std::mutex park_mutex_;

@@ -303,6 +303,23 @@ TEST_P(CanaryTest, AKilledSpawnerIsSweptUpAfter) {
   });
 }
 
+// Its own parent has not waited for it when the next one starts.
+TEST_P(CanaryTest, AKilledSpawnerIsSweptUpBeforeItIsBuried) {
+  with([&] {
+    Stand first;
+    const pid_t dead = first.spawner->pid();
+    if (as_root()) {
+      EXPECT_FALSE(cgroups_of(dead).empty());
+    }
+    ASSERT_EQ(kill(dead, SIGKILL), 0);
+    siginfo_t info{};
+    ASSERT_EQ(waitid(P_PID, static_cast<id_t>(dead), &info, WEXITED | WNOWAIT),
+              0);
+    Stand next;
+    EXPECT_TRUE(cgroups_of(dead).empty()) << cgroups_of(dead)[0];
+  });
+}
+
 // A job cannot make its slot useless for the next one.
 TEST_P(CanaryTest, AfterEachBombTheSlotIsAsNew) {
   with([&] {

@@ -153,7 +153,8 @@ FakeServer::Reply FakeServer::answer(const std::string& method,
     --answer_500;
     return {500, "{}"};
   }
-  const bool raw = target.find("/log?") != std::string::npos ||
+  const bool raw = method == "GET" ||
+                   target.find("/log?") != std::string::npos ||
                    target.find("/artifacts/") != std::string::npos;
   json request = raw ? json() : json::parse(body, nullptr, false);
   if (request.is_discarded()) return {400, "{\"code\":\"json\"}"};
@@ -177,6 +178,7 @@ FakeServer::Reply FakeServer::answer(const std::string& method,
     if (request.contains("lease")) leases = grant(request["lease"], lock);
     return {200, json{{"items", items}, {"leases", leases}}.dump()};
   }
+  if (method == "GET") return read_job(target);
   // /v1/leases/{token}/verb
   const std::string rest = target.substr(std::strlen("/v1/leases/"));
   const std::string token = rest.substr(0, rest.find('/'));
@@ -192,6 +194,15 @@ FakeServer::Reply FakeServer::answer(const std::string& method,
     take_back(*job);
     return {200, "{}"};
   }
+  if (verb == "block") {
+    job->end = request;
+    job->state = "blocked";
+    by_token_.erase(token);
+    ended_tokens_.insert(token);
+    ++job->completions;
+    changed_.notify_all();
+    return {200, "{}"};
+  }
   if (verb.starts_with("log?offset=")) {
     const std::size_t offset = std::stoul(verb.substr(11));
     if (offset > job->log.size()) return {409, "{}"};
@@ -204,6 +215,55 @@ FakeServer::Reply FakeServer::answer(const std::string& method,
     return {200, "{}"};
   }
   return {404, "{}"};
+}
+
+// /v1/jobs/{id}[/artifacts[/{name}]]
+FakeServer::Reply FakeServer::read_job(const std::string& target) {
+  const std::string rest = target.substr(std::strlen("/v1/jobs/"));
+  const std::size_t slash = rest.find('/');
+  const auto at = jobs_.find(rest.substr(0, slash));
+  if (at == jobs_.end()) return {404, "{}"};
+  const auto& artifacts = at->second.artifacts;
+  if (slash == std::string::npos) {
+    return {200, json{{"id", at->first}, {"tenant", "default"}}.dump()};
+  }
+  const std::string name = rest.substr(slash + 1);
+  if (name == "artifacts") {
+    json list = json::array();
+    for (const auto& [its, bytes] : artifacts) {
+      list.push_back({{"name", its}, {"size_bytes", bytes.size()}});
+    }
+    return {200, json{{"artifacts", list}}.dump()};
+  }
+  const auto found = artifacts.find(name.substr(std::strlen("artifacts/")));
+  if (found == artifacts.end()) return {404, "{}"};
+  return {200, found->second};
+}
+
+void FakeServer::stage(const std::string& id, const std::string& name,
+                       const std::string& bytes) {
+  std::lock_guard lock(mutex_);
+  jobs_[id].artifacts[name] = bytes;
+}
+
+void FakeServer::unblock(const std::string& id, const json& input) {
+  std::lock_guard lock(mutex_);
+  Job& job = jobs_[id];
+  job.input = input;
+  job.state = "ready";
+  job.completions = 0;
+  --job.attempt;
+  ready_.push_back(id);
+  changed_.notify_all();
+}
+
+void FakeServer::put_back(const std::string& id) {
+  std::lock_guard lock(mutex_);
+  Job& job = jobs_[id];
+  job.state = "ready";
+  job.completions = 0;
+  ready_.push_back(id);
+  changed_.notify_all();
 }
 
 FakeServer::Job* FakeServer::holder(const std::string& token) {
@@ -287,9 +347,11 @@ json FakeServer::grant(const json& request,
       by_token_[token] = *at;
       json view = {{"id", *at},
                    {"kind", job.kind},
+                   {"tenant", "default"},
                    {"attempt", job.attempt},
                    {"payload", json::parse(job.payload, nullptr, false)}};
       if (job.timeout_ms > 0) view["timeout_ms"] = job.timeout_ms;
+      if (!job.input.is_null()) view["input"] = job.input;
       if (!job.sandbox.empty()) view["sandbox"] = json::parse(job.sandbox);
       leases.push_back({{"token", token},
                         {"fence", std::string(token).substr(0, 16)},

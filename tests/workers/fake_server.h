@@ -33,6 +33,7 @@ class FakeServer {
     std::string log;
     std::map<std::string, std::string> artifacts;
     std::vector<std::string> progress;
+    nlohmann::json input;  // of an unblock; null: none
   };
 
   explicit FakeServer(const std::string& path);
@@ -46,11 +47,17 @@ class FakeServer {
            const std::string& payload = "{}", long timeout_ms = 0,
            const std::string& sandbox = "");
   Job job(const std::string& id);
+  void stage(const std::string& id, const std::string& name,
+             const std::string& bytes);  // an artifact
   // Waits for a state; false after the time.
   bool wait_state(const std::string& id, const std::string& state,
                   int ms = 20'000);
   bool wait(const std::function<bool()>& done, int ms = 20'000);
   void cancel(const std::string& id);
+  // A job that waits for an answer runs again with it.
+  void unblock(const std::string& id, const nlohmann::json& input);
+  // As though its worker had died: the next lease is another attempt.
+  void put_back(const std::string& id);
   // The lease ends here, and another holds it from now on.
   void steal(const std::string& id);
   void go_away();  // closes every connection, refuses new ones
@@ -84,6 +91,7 @@ class FakeServer {
   Reply heartbeat(const nlohmann::json& request,
                   std::unique_lock<std::mutex>& lock);
   Reply sync(const nlohmann::json& request, std::unique_lock<std::mutex>& lock);
+  Reply read_job(const std::string& target);
   bool finish(const std::string& token, const nlohmann::json& body, bool fail);
   Job* holder(const std::string& token);
   void take_back(Job& job);

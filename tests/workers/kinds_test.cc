@@ -45,13 +45,105 @@ class KindsTest : public testing::Test {
     return good.error().what;
   }
 
+  // What is kept of a payload that is good.
+  Kind::Kept kept(const std::string& kind, const std::string& payload) {
+    const auto kinds = built_in_kinds(settings_);
+    auto good = kinds.at(kind).check(payload);
+    if (good) return *good;
+    ADD_FAILURE() << payload << ": " << good.error().what;
+    return {};
+  }
+  static std::string payload_of(const std::string& kind,
+                                const std::string& repo) {
+    return "{\"repo\":\"" + repo + '"' +
+           (kind == "patch.apply"
+                ? R"(,"diff":"--- a/f\n+++ b/f\n@@ -1 +1 @@\n-a\n+b\n"})"
+                : "}");
+  }
+
   std::string root_;
   KindSettings settings_;
 };
 
+TEST_F(KindsTest, PatchesOfOneRepositoryShareAKeyWhateverItsName) {
+  fs::create_directories(root_ + "/repos/other/.git");
+  fs::create_directory_symlink(root_ + "/repos/good", root_ + "/repos/alias");
+  auto key = [&](const std::string& repo) {
+    return kept("patch.apply", payload_of("patch.apply", repo)).concurrency_key;
+  };
+  EXPECT_EQ(key("good"), "patch:" + root_ + "/repos/good");
+  for (const std::string& same :
+       {std::string("alias"), root_ + "/repos/good", root_ + "/repos/alias"}) {
+    EXPECT_EQ(key(same), key("good")) << same;
+  }
+  EXPECT_NE(key("other"), key("good"));
+  EXPECT_EQ(kept("test.run", payload_of("test.run", "good")).concurrency_key,
+            "");
+}
+
+// A name could mean another directory by the time the job runs.
+TEST_F(KindsTest, ANameWithSeveralRootsIsKeptAsThePath) {
+  const std::string more = root_ + "/more";
+  settings_.repo_roots.push_back(more);
+  fs::create_directories(more + "/late/.git");
+  for (const std::string kind : {"patch.apply", "test.run"}) {
+    const auto of = [&](const std::string& repo) {
+      return kept(kind, payload_of(kind, repo));
+    };
+    EXPECT_EQ(of("late").payload, payload_of(kind, more + "/late"));
+    EXPECT_EQ(of("good").payload, payload_of(kind, root_ + "/repos/good"));
+    EXPECT_EQ(of("./late/").payload, payload_of(kind, more + "/late"));
+    EXPECT_EQ(of(more + "/late").payload, "") << "it is so already";
+  }
+  // The first root that has it, now and not later.
+  fs::create_directories(more + "/good/.git");
+  const auto good = kept("patch.apply", payload_of("patch.apply", "good"));
+  EXPECT_EQ(good.payload, payload_of("patch.apply", root_ + "/repos/good"));
+  EXPECT_EQ(good.concurrency_key, "patch:" + root_ + "/repos/good");
+  // What leads out of the roots in one is not there; another may have it.
+  fs::create_directories(more + "/link/.git");
+  EXPECT_EQ(kept("test.run", payload_of("test.run", "link")).payload,
+            payload_of("test.run", more + "/link"));
+  // With one root it has one meaning.
+  settings_.repo_roots.pop_back();
+  EXPECT_EQ(kept("test.run", payload_of("test.run", "good")).payload, "");
+}
+
+TEST_F(KindsTest, AMemberIsReplacedHoweverItsNameIsSpelled) {
+  for (const std::string name : {"repo", "\\u0072epo", "re\\u0070o"}) {
+    const auto with = [&](const std::string& repo) {
+      return "{ \"command\":[\"repo\"], \"runner\":\"command\",\"" + name +
+             "\" : \"" + repo + "\" }";
+    };
+    EXPECT_EQ(kept("test.run", with("good/")).payload, with("good")) << name;
+    EXPECT_EQ(kept("test.run", with("good")).payload, "") << name;
+  }
+}
+
+TEST_F(KindsTest, NobodyLearnsWhatIsOutsideOfTheRoots) {
+  const std::string repos = root_ + "/repos/", outside = root_ + "/outside";
+  fs::create_directories(outside + "/plain");
+  fs::create_directory_symlink(root_ + "/absent", repos + "gone");
+  fs::create_directories(repos + "d1");
+  fs::create_directories(repos + "d2");
+  fs::create_symlink(outside + "/plain", repos + "d1/.git");
+  fs::create_symlink(outside + "/absent", repos + "d2/.git");
+  // Of each pair the first is there, the second is not.
+  const auto said = [&](const std::string& repo) {
+    std::string what = check("test.run", payload_of("test.run", repo));
+    const std::size_t at = what.find('"' + repo + '"');
+    return at == what.npos ? what : what.erase(at, repo.size() + 2);
+  };
+  EXPECT_EQ(said("link"), said("gone"));
+  EXPECT_EQ(said("link/plain"), said("link/absent"));
+  EXPECT_EQ(said("link"), said("link/absent"));
+  EXPECT_EQ(said("link"), said("nothing"));
+  EXPECT_EQ(said("d1"), said("d2"));
+}
+
 TEST_F(KindsTest, DefaultsAreThoseOfTheTable) {
   const auto kinds = built_in_kinds(settings_);
-  ASSERT_EQ(kinds.size(), 3);
+  ASSERT_EQ(kinds.size(), 5);
   EXPECT_TRUE(kinds.at("noop").warmed);
   EXPECT_EQ(kinds.at("noop").timeout_ms, 120'000);
   EXPECT_EQ(kinds.at("tool.shell").limits.memory_mb, 512);
@@ -328,7 +420,7 @@ TEST_F(KindsTest, ResultStaysBelowItsBoundAndKeepsWhatFailed) {
   bad.message = std::string(2000, '\x01');  // six bytes each in JSON
   all.suite.cases.push_back(bad);
   all.suite.failed = 1;
-  const std::string text = kinds::test_result(all, {});
+  const std::string text = kinds::test_result(all, {}, kinds::kCasesBytesMax);
   EXPECT_LT(text.size(), kResultBytesMax);
   const auto result = nlohmann::json::parse(text);
   EXPECT_EQ(result["cases"][0]["id"], "the::one");

@@ -4,21 +4,27 @@
 #include "workers/pool.h"
 
 #include <gtest/gtest.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <filesystem>
 #include <fstream>
 
 #include "tests/workers/fake_server.h"
 #include "workers/pool_slots.h"
+#include "workers/retry.h"
 
 namespace machina {
 namespace {
 
+using Clock = std::chrono::steady_clock;
 namespace fs = std::filesystem;
 
 // Says who it is, then what a worker says after its canary; leaves on TERM.
@@ -136,6 +142,105 @@ TEST_F(PoolTest, ScalesBothWaysAsTheServerSays) {
   EXPECT_TRUE(wait([&] { return server_->gone().size() == 4; })) << log();
   server_->set_target(0);
   ASSERT_TRUE(idle(0)) << log();
+}
+
+TEST_F(PoolTest, StartsAsManyAsTheServerWantsFromTheFirst) {
+  options_.count = 5;  // its own idea, until it was told
+  start(1);
+  ASSERT_TRUE(idle(1)) << log();
+  EXPECT_EQ(notes().size(), 1u) << log();
+  EXPECT_TRUE(server_->gone().empty()) << log();
+}
+
+TEST_F(PoolTest, WithoutAServerItStartsItsOwnNumber) {
+  pool_ = fork();
+  if (pool_ == 0) _exit(run_pool(options_));
+  EXPECT_TRUE(wait([&] { return notes().size() == 2; })) << log();
+  // And waits without turning: what it costs is next to nothing.
+  const auto used_ticks = [&] {
+    std::ifstream file("/proc/" + std::to_string(pool_) + "/stat");
+    std::string field;
+    std::getline(file, field, ')');
+    long long user = 0, system = 0;
+    for (int i = 3; i < 14; ++i) file >> field;
+    file >> user >> system;
+    return user + system;
+  };
+  const long long before = used_ticks();
+  usleep(1'500'000);
+  EXPECT_LT(used_ticks() - before, sysconf(_SC_CLK_TCK) / 2);
+}
+
+// Scaled down, also in the moment of a start, and drained: ends that were asked
+// for are none of the errors that an operator is to look for.
+TEST_F(PoolTest, AnEndThatWasAskedForIsNoError) {
+  // Dies of TERM, as a worker does that has had no time to look for it.
+  script(
+      std::string(kWorker).replace(std::string(kWorker).find("trap"), 4, "#"));
+  start(4);
+  ASSERT_TRUE(idle(4)) << log();
+  server_->set_target(1);
+  ASSERT_TRUE(wait([&] { return server_->gone().size() == 3; })) << log();
+  ASSERT_TRUE(wait([&] { return log().find("worker_left") != log().npos; }))
+      << log();
+  EXPECT_EQ(log().find("worker_died"), std::string::npos) << log();
+  ASSERT_TRUE(idle(1)) << log();
+  // One that nobody asked is.
+  kill(server_->workers()[0]["pid"].get<int>(), SIGTERM);
+  EXPECT_TRUE(wait([&] {
+    return log().find("error pool worker_died") != log().npos ||
+           log().find("worker_died: a worker died") != log().npos;
+  })) << log();
+  server_->set_target(1, true);
+  EXPECT_EQ(exit_code(), 0) << log();
+}
+
+// A server that was killed is back in a moment. Somebody who takes each
+// connection and says nothing stands for it, and counts.
+TEST_F(PoolTest, AServerThatIsAwayIsLookedForOften) {
+  const int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  sockaddr_un name{};
+  name.sun_family = AF_UNIX;
+  options_.socket_path.copy(name.sun_path, sizeof name.sun_path - 1);
+  ASSERT_EQ(bind(listener, reinterpret_cast<sockaddr*>(&name), sizeof name), 0);
+  ASSERT_EQ(listen(listener, 64), 0);
+  chmod(options_.socket_path.c_str(), 0777);
+  options_.count = 0;
+  pool_ = fork();
+  if (pool_ == 0) _exit(run_pool(options_));
+  // Some 40 ms apart; four a second would take fifteen.
+  int tries = 0;
+  pollfd item{listener, POLLIN, 0};
+  for (const auto until = Clock::now() + std::chrono::seconds(8);
+       tries < 60 && Clock::now() < until;) {
+    if (poll(&item, 1, 100) <= 0) continue;
+    const int fd = accept(listener, nullptr, nullptr);
+    if (fd >= 0) ++tries;
+    close(fd);
+  }
+  close(listener);
+  EXPECT_EQ(tries, 60) << log();
+}
+
+TEST(RetryTest, PausesGrowToTheirBoundAndDiffer) {
+  Retry one(10, 50, 1), other(10, 50, 2);
+  int unlike = 0;
+  for (int round = 0; round < 2; ++round) {
+    Millis step = 10;
+    for (int i = 0; i < 50; ++i) {
+      const Millis pause = one.next();
+      EXPECT_LE(pause, step);
+      EXPECT_GE(pause, step / 2);
+      unlike += pause != other.next();
+      step = std::min<Millis>(step * 2, 50);
+    }
+    one.reset();
+    other.reset();
+  }
+  EXPECT_GT(unlike, 20);
+  Retry own, another;
+  EXPECT_LE(own.next(), kAwayMinMs);
+  for (int i = 0; i < 50; ++i) EXPECT_LE(own.next(), kAwayMaxMs);
 }
 
 TEST_F(PoolTest, WorkersHoldNoPrivilegeAndNoSecret) {

@@ -322,5 +322,30 @@ TEST_F(WorkerTest, HeartbeatsKeepALeaseThatIsShorterThanItsJob) {
   ASSERT_TRUE(server_->wait_state("a", "succeeded"));
 }
 
+// The second word comes soon after the first, and long before the next beat.
+TEST_F(WorkerTest, ProgressSoonAfterProgressIsShownAsSoon) {
+  const auto shown = [&](const std::string& word, int ms) {
+    return server_->wait(
+        [&] {
+          const auto job = server_->job("a");
+          return !job.progress.empty() && job.progress.back() == word;
+        },
+        ms);
+  };
+  std::atomic<bool> first{false}, second{false};
+  box_.program = [&](const sandbox::Step& step, const sandbox::Watch&) {
+    if (step.argv[0] == "one") first = shown("setup[0]", 8000);
+    if (step.argv[0] == "two") second = shown("setup[1]", 8000);
+    return FakeSandbox::exited(0);
+  };
+  server_->add("a", "test.run",
+               R"({"files":{"a":"b"},"runner":"command","command":["/bin/true"],
+                   "setup":[["one"],["two"]]})");
+  start();
+  ASSERT_TRUE(server_->wait_state("a", "succeeded", 30'000));
+  EXPECT_TRUE(first);
+  EXPECT_TRUE(second);
+}
+
 }  // namespace
 }  // namespace machina

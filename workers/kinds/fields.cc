@@ -28,22 +28,6 @@ bool has_control(const std::string& text) {
   return std::any_of(text.begin(), text.end(), is_control);
 }
 
-// A name as a message can carry it, whatever the name holds.
-std::string printable(const std::string& name) {
-  static constexpr char kHex[] = "0123456789abcdef";
-  std::string out;
-  for (const char c : name) {
-    if (is_control(c)) {
-      out += "\\u00";
-      out += kHex[static_cast<unsigned char>(c) >> 4];
-      out += kHex[c & 15];
-    } else {
-      out += c;
-    }
-  }
-  return shortened(std::move(out), 200);
-}
-
 // In the order of directories: what lies below "a" follows "a" at once.
 bool before_as_path(const std::string& a, const std::string& b) {
   const auto rank = [](char c) {
@@ -60,6 +44,21 @@ bool has_nul(const std::string& text) {
 
 }  // namespace
 
+std::string printable(const std::string& text) {
+  static constexpr char kHex[] = "0123456789abcdef";
+  std::string out;
+  for (const char c : text) {
+    if (is_control(c)) {
+      out += "\\u00";
+      out += kHex[static_cast<unsigned char>(c) >> 4];
+      out += kHex[c & 15];
+    } else {
+      out += c;
+    }
+  }
+  return shortened(std::move(out), 200);
+}
+
 Fields::Fields(const std::string& json)
     : object_(nlohmann::json::parse(json, nullptr, false)) {
   if (object_.is_discarded()) {
@@ -68,6 +67,14 @@ Fields::Fields(const std::string& json)
     error_ = "payload: " + shown(object_) + " is not an object";
   }
   if (!error_.empty()) object_ = nlohmann::json::object();
+}
+
+Fields::Fields(const nlohmann::json& object, std::string prefix)
+    : object_(object), prefix_(std::move(prefix)) {
+  if (object_.is_object()) return;
+  const std::string name = prefix_.substr(0, prefix_.size() - 1);
+  error_ = name + ": " + shown(object_) + " is not an object";
+  object_ = nlohmann::json::object();
 }
 
 void Fields::only(std::initializer_list<std::string_view> names) {
@@ -81,8 +88,13 @@ void Fields::only(std::initializer_list<std::string_view> names) {
 
 bool Fields::has(const char* name) const { return find(name) != nullptr; }
 
+bool Fields::is_null(const char* name) const {
+  const nlohmann::json* value = find(name);
+  return value != nullptr && value->is_null();
+}
+
 void Fields::fail(const std::string& field, const std::string& what) {
-  if (error_.empty()) error_ = printable(field) + ": " + what;
+  if (error_.empty()) error_ = prefix_ + printable(field) + ": " + what;
 }
 
 const nlohmann::json* Fields::find(const char* name) const {
@@ -219,6 +231,55 @@ std::vector<std::pair<std::string, std::string>> Fields::map(
     out.emplace_back(item.key(), text);
   }
   return out;
+}
+
+Fields Fields::object(const char* name) {
+  const nlohmann::json* value = find(name);
+  return Fields(value == nullptr ? nlohmann::json::object() : *value,
+                prefix_ + name + ".");
+}
+
+std::vector<Fields> Fields::objects(const char* name, std::size_t count_max) {
+  std::vector<Fields> out;
+  const nlohmann::json* value = find(name);
+  if (value == nullptr) return out;
+  if (!value->is_array()) {
+    fail(name, shown(*value) + " is not a list of objects");
+    return out;
+  }
+  if (value->size() > count_max) {
+    fail(name, std::to_string(value->size()) + " items; at most " +
+                   std::to_string(count_max));
+    return out;
+  }
+  for (const auto& item : *value) {
+    out.emplace_back(item,
+                     prefix_ + name + "[" + std::to_string(out.size()) + "].");
+  }
+  return out;
+}
+
+void Fields::at_most(const char* name, std::size_t bytes_max) {
+  const nlohmann::json* value = find(name);
+  if (value == nullptr) return;
+  const std::size_t size =
+      value->dump(-1, ' ', false, nlohmann::json::error_handler_t::replace)
+          .size();
+  if (size > bytes_max) {
+    fail(name,
+         std::to_string(size) + " bytes; at most " + std::to_string(bytes_max));
+  }
+}
+
+void Fields::finite(const char* name) {
+  const nlohmann::json* value = find(name);
+  if (value != nullptr && !value->is_number()) {
+    fail(name, shown(*value) + " is not a number");
+  }
+}
+
+void Fields::take_error(const Fields& part) {
+  if (error_.empty()) error_ = part.error_;
 }
 
 Result<void> Fields::done() const {

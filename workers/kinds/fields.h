@@ -24,10 +24,14 @@ class Fields {
  public:
   // `json` is kept by the object.
   explicit Fields(const std::string& json);
+  // A member that is an object, read by itself; its messages begin with
+  // `prefix`. What was found wrong in it is told by take_error().
+  Fields(const nlohmann::json& object, std::string prefix);
 
   // Refuses members that are not in the list.
   void only(std::initializer_list<std::string_view> names);
   bool has(const char* name) const;
+  bool is_null(const char* name) const;
   void fail(const std::string& field, const std::string& what);
 
   std::string text(const char* name, std::size_t bytes_max,
@@ -44,6 +48,15 @@ class Fields {
   std::vector<std::pair<std::string, std::string>> map(const char* name,
                                                        std::size_t count_max,
                                                        std::size_t bytes_max);
+  // A member that is an object; an empty one where it is absent or wrong.
+  Fields object(const char* name);
+  // A member that is a list of objects.
+  std::vector<Fields> objects(const char* name, std::size_t count_max);
+  // Refuses a value that is longer than this as JSON.
+  void at_most(const char* name, std::size_t bytes_max);
+  void finite(const char* name);  // a number, where it is there
+  // The first thing found wrong in a part is this object's too.
+  void take_error(const Fields& part);
 
   Result<void> done() const;
 
@@ -54,6 +67,7 @@ class Fields {
                                 std::size_t count_max, std::size_t bytes_max);
 
   nlohmann::json object_;
+  std::string prefix_;  // of a part: "test."
   std::string error_;
 };
 
@@ -64,6 +78,10 @@ constexpr std::size_t kVariablesMax = 128;
 constexpr std::size_t kVariableBytesMax = 32 << 10;
 constexpr std::size_t kFilesMax = 1000;
 constexpr std::size_t kPathBytesMax = 1024;
+
+// A name or value as a message can carry it, whatever it holds: control
+// characters as \u00xx, cut at 200 bytes.
+std::string printable(const std::string& text);
 
 // A relative path that stays below where it starts, component by component.
 bool safe_relative_path(std::string_view path);

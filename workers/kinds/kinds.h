@@ -20,8 +20,17 @@ namespace machina {
 struct WorkerOptions;
 
 struct Kind {
-  // Code::invalid; `what` is "<field>: <what, value, bound>".
-  std::function<Result<void>(const std::string& payload_json)> check;
+  // What a job keeps of a payload that was accepted.
+  struct Kept {
+    std::string payload;  // empty: as it was given
+    // Jobs of the same key, whichever their kinds and tenants, run one after
+    // another; no client's key is equal to a kind's. Empty: no bound. At most
+    // kKindKeyBytesMax bytes ("patch:<path>").
+    std::string concurrency_key;
+  };
+  // At submission. What it looks up it looks up once: payload and key are of
+  // the same thing. Code::invalid; `what` is "<field>: <what, value, bound>".
+  std::function<Result<Kept>(const std::string& payload_json)> check;
   Millis timeout_ms = 120'000;
   sandbox::Limits limits;
   bool warmed = false;  // served by a resident, confined handler
@@ -37,7 +46,7 @@ struct KindSettings {
   std::uint64_t shell_stderr_max = 131'072;
 };
 
-// By name: noop, tool.shell, test.run.
+// By name: noop, tool.shell, test.run, patch.apply.
 std::map<std::string, Kind> built_in_kinds(const KindSettings& settings);
 
 // Before the spawner is forked: gives the sandbox its compiled-in handlers.

@@ -8,12 +8,31 @@ namespace machina::kinds {
 
 using sandbox::Ended;
 
+std::vector<std::string> trace_variables(const Attempt& attempt) {
+  std::vector<std::string> all;
+  if (!attempt.traceparent.empty()) {
+    all.push_back("TRACEPARENT=" + attempt.traceparent);
+  }
+  if (!attempt.request_id.empty()) {
+    all.push_back("JOB_REQUEST_ID=" + attempt.request_id);
+  }
+  return all;
+}
+
 void Usage::add(const sandbox::StepResult& step) {
   wall_ms += step.wall_ms;
   cpu_ms += step.cpu_ms;
   max_rss_bytes = std::max(max_rss_bytes, step.max_rss_bytes);
   disk_bytes = std::max(disk_bytes, step.disk_bytes);
   output_bytes += step.output_bytes;
+}
+
+void Usage::add(const Usage& part) {
+  wall_ms += part.wall_ms;
+  cpu_ms += part.cpu_ms;
+  max_rss_bytes = std::max(max_rss_bytes, part.max_rss_bytes);
+  disk_bytes = std::max(disk_bytes, part.disk_bytes);
+  output_bytes += part.output_bytes;
 }
 
 std::string Usage::json() const {

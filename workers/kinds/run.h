@@ -20,17 +20,23 @@
 namespace machina::kinds {
 
 struct Attempt {
-  std::string job_id, kind, payload, sandbox, traceparent;
+  std::string job_id, tenant, kind, payload, sandbox, traceparent, request_id;
+  std::string input;  // raw JSON: what an unblock gave, or empty
   int number = 1;
   Millis timeout_ms = 0;
   Level required = 0;
   sandbox::Limits limits;  // the kind's, with the job's `sandbox` applied
 };
 
+// "TRACEPARENT=..." and "JOB_REQUEST_ID=...", of what the attempt has: for
+// every step that runs what the job brought.
+std::vector<std::string> trace_variables(const Attempt& attempt);
+
 struct Usage {
   Millis wall_ms = 0, cpu_ms = 0;
   std::uint64_t max_rss_bytes = 0, disk_bytes = 0, output_bytes = 0;
   void add(const sandbox::StepResult& step);
+  void add(const Usage& part);
   std::string json() const;
 };
 
@@ -43,6 +49,9 @@ struct End {
   std::vector<std::string> artifacts;
   Usage usage;
   bool retry = true;
+  // Not empty: the attempt ends waiting for somebody's answer instead; `code`
+  // and the rest but `usage` say nothing then.
+  std::string block_reason, block_data;  // a word; raw JSON
 };
 End failed(EndCode code, std::string message);
 
@@ -60,6 +69,15 @@ class Host {
   // Stages an artifact; returns when the server has it.
   virtual Result<void> artifact(const std::string& name,
                                 std::string_view bytes) = 0;
+  // An artifact of another job of the same tenant. Code::not_found,
+  // Code::too_large, Code::unavailable (cancelled).
+  virtual Result<std::string> fetch_artifact(const std::string& job_id,
+                                             const std::string& name,
+                                             std::size_t bytes_max) = 0;
+  // What the server knows of a patch, as JSON, or what takes it back.
+  // Code::not_found, Code::unavailable (cancelled).
+  virtual Result<std::string> fetch_patch(const std::string& patch_id,
+                                          bool reverse_diff) = 0;
   virtual const KindSettings& settings() const = 0;
 };
 
@@ -77,6 +95,8 @@ Result<void> apply_sandbox(const std::string& json, sandbox::Limits& limits,
 // The kinds that run in a session of their own.
 End run_shell(const Attempt& attempt, Host& host);
 End run_tests(const Attempt& attempt, Host& host);
+End run_patch(const Attempt& attempt, Host& host);
+End run_rollback(const Attempt& attempt, Host& host);
 
 // "LN" of a level, and back.
 std::string level_name(Level level);

@@ -185,8 +185,8 @@ End run_shell(const Attempt& attempt, Host& host) {
   sandbox::Step step;
   step.argv = std::move(payload->argv);
   step.env = std::move(payload->env);
-  if (!attempt.traceparent.empty()) {
-    step.env.push_back("TRACEPARENT=" + attempt.traceparent);
+  for (auto& variable : trace_variables(attempt)) {
+    step.env.push_back(std::move(variable));
   }
   if (!payload->cwd.empty()) step.cwd = "/work/" + payload->cwd;
   step.stdin_data = std::move(payload->input);

@@ -12,6 +12,9 @@ constexpr std::size_t kSetupMax = 16;
 constexpr int kRetriesMax = 10;
 constexpr char kReport[] = ".machina/junit.xml";  // below /work
 constexpr std::size_t kOutputTailBytes = 1500;    // of a message
+constexpr char kNoHttps[] =
+    "https repositories need the network, which is not available yet; use a "
+    "path or a name below a repository root";
 
 void refuse_later_features(Fields& fields) {
   if (fields.has("scenario")) {
@@ -22,11 +25,6 @@ void refuse_later_features(Fields& fields) {
   }
   if (fields.flag("coverage", false)) {
     fields.fail("coverage", "true is not available yet; false is");
-  }
-  if (fields.text("repo", kPathBytesMax).starts_with("https:")) {
-    fields.fail("repo",
-                "https repositories need the network, which is not available "
-                "yet; use a path or a name below a repository root");
   }
 }
 
@@ -47,27 +45,25 @@ TestPayload::Runner runner_of(Fields& fields) {
   return TestPayload::Runner::pytest;
 }
 
-void check_base_rev(Fields& fields, const std::string& rev) {
+}  // namespace
+
+std::string read_base_rev(Fields& fields) {
+  std::string rev = fields.text("base_rev", 256, "HEAD");
   const bool good = !rev.empty() && rev[0] != '-' &&
                     std::none_of(rev.begin(), rev.end(), [](unsigned char c) {
                       return c <= ' ' || c == 0x7F;
                     });
-  if (!good) fields.fail("base_rev", "\"" + rev + "\" is no revision");
+  if (!good) {
+    fields.fail("base_rev",
+                "\"" + printable(rev) +
+                    "\" is no revision: a branch, a tag or a commit, without "
+                    "spaces and control characters, not beginning with -");
+  }
+  return rev;
 }
 
-}  // namespace
-
-Result<TestPayload> parse_test(const std::string& payload,
-                               const KindSettings& settings) {
-  Fields fields(payload);
-  fields.only({"repo", "files", "base_rev", "cwd", "runner", "args", "command",
-               "env", "setup", "select", "scenario", "severity", "retries",
-               "coverage"});
+void read_suite(Fields& fields, TestPayload& out) {
   refuse_later_features(fields);
-  TestPayload out;
-  out.repo = fields.text("repo", kPathBytesMax);
-  out.files = files(fields, "files");
-  out.base_rev = fields.text("base_rev", 256, "HEAD");
   out.cwd = directory(fields, "cwd");
   out.runner = runner_of(fields);
   out.args = fields.texts("args", kArgumentsMax, kArgumentBytesMax);
@@ -76,17 +72,6 @@ Result<TestPayload> parse_test(const std::string& payload,
   out.setup = fields.commands("setup", kSetupMax);
   out.select = fields.texts("select", kArgumentsMax, kArgumentBytesMax);
   out.retries = static_cast<int>(fields.number("retries", 0, kRetriesMax, 0));
-  check_base_rev(fields, out.base_rev);
-
-  if (fields.has("repo") == fields.has("files")) {
-    fields.fail("repo", "exactly one of repo and files is needed");
-  }
-  if (fields.has("files") && out.files.empty()) {
-    fields.fail("files", "is empty");
-  }
-  if (fields.has("base_rev") && fields.has("files")) {
-    fields.fail("base_rev", "belongs to repo");
-  }
   for (const std::string& id : out.select) {
     if (id.empty() || id[0] == '-') {
       fields.fail("select", "\"" + id + "\" is an option, not a test");
@@ -104,6 +89,31 @@ Result<TestPayload> parse_test(const std::string& payload,
       fields.fail(name, "belongs to the runner pytest");
     }
   }
+}
+
+Result<TestPayload> parse_test(const std::string& payload,
+                               const KindSettings& settings) {
+  Fields fields(payload);
+  fields.only({"repo", "files", "base_rev", "cwd", "runner", "args", "command",
+               "env", "setup", "select", "scenario", "severity", "retries",
+               "coverage"});
+  TestPayload out;
+  if (fields.text("repo", kPathBytesMax).starts_with("https:")) {
+    fields.fail("repo", kNoHttps);
+  }
+  out.repo = fields.text("repo", kPathBytesMax);
+  out.files = files(fields, "files");
+  out.base_rev = read_base_rev(fields);
+  read_suite(fields, out);
+  if (fields.has("repo") == fields.has("files")) {
+    fields.fail("repo", "exactly one of repo and files is needed");
+  }
+  if (fields.has("files") && out.files.empty()) {
+    fields.fail("files", "is empty");
+  }
+  if (fields.has("base_rev") && fields.has("files")) {
+    fields.fail("base_rev", "belongs to repo");
+  }
   if (auto good = fields.done(); !good) return good.error();
   if (!out.repo.empty() && repo_candidates(out.repo, settings).empty()) {
     return Error{Code::invalid,
@@ -117,39 +127,39 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// One attempt, from an open session to its end.
-class TestRun {
+constexpr Millis kParseMs = 20'000;
+
+class SuiteRunner {
  public:
-  TestRun(const TestPayload& payload, const Attempt& attempt, Host& host)
+  SuiteRunner(const TestPayload& payload, const Checkout& checkout,
+              const SuiteOptions& options, const Attempt& attempt, Host& host)
       : payload_(payload),
+        checkout_(checkout),
+        options_(options),
         attempt_(attempt),
         host_(host),
         deadline_(Clock::now() +
-                  std::chrono::milliseconds(attempt.timeout_ms)) {}
+                  std::chrono::milliseconds(options.timeout_ms)) {}
 
-  End run() {
-    Checkout checkout;
-    if (!payload_.repo.empty()) {
-      host_.progress(0, "preparing the repository");
-      Prepared prepared = prepare_repo(payload_, attempt_, host_, left());
-      usage_ = prepared.end.usage;
-      if (!prepared.good) return finish(std::move(prepared.end));
-      checkout = prepared.checkout;
-    }
+  SuiteRun run() {
     sandbox::SessionSpec spec;
     spec.limits = attempt_.limits;
     spec.min_level = attempt_.required;
-    spec.mirror = checkout.mirror;
+    spec.mirror = checkout_.mirror;
     auto session = host_.open(spec);
     if (!session) {
-      return finish(failed(EndCode::sandbox, session.error().what));
+      run_.end = failed(EndCode::sandbox, session.error().what);
+      return std::move(run_);
     }
     session_ = std::move(*session);
-    End end = fill_workspace(checkout);
+    End end = fill_workspace();
+    run_.started = end.code == EndCode::none;
     if (end.code == EndCode::none) end = run_setup();
     if (end.code == EndCode::none && !setup_failed_) end = run_runner();
-    if (end.code == EndCode::none) end = judge();
-    return finish(std::move(end));
+    session_.reset();  // proven empty before anyone hears of the end
+    end.usage = usage_;
+    run_.end = std::move(end);
+    return std::move(run_);
   }
 
  private:
@@ -168,7 +178,7 @@ class TestRun {
     if (!shown) watch.on_output = nullptr;
     sandbox::StepResult ran = session_->run(step, watch);
     usage_.add(ran);
-    if (shown) output_ += ran.out;
+    if (shown) run_.output += ran.out;
     return ran;
   }
 
@@ -178,8 +188,8 @@ class TestRun {
     step.cwd = "/work/repo";
     if (!payload_.cwd.empty()) step.cwd += "/" + payload_.cwd;
     step.env = payload_.env;
-    if (!attempt_.traceparent.empty()) {
-      step.env.push_back("TRACEPARENT=" + attempt_.traceparent);
+    for (auto& variable : trace_variables(attempt_)) {
+      step.env.push_back(std::move(variable));
     }
     step.merge_stderr = true;
     return step;
@@ -189,15 +199,22 @@ class TestRun {
   End ended(const sandbox::StepResult& ran, const std::string& what) {
     const EndCode code = code_of(ran.ended);
     if (code == EndCode::none) return {};
-    tests_.timed_out = code == EndCode::timeout;
+    run_.tests.timed_out = code == EndCode::timeout;
     return failed(
         code,
-        what + ": " + describe(ran, attempt_.limits, attempt_.timeout_ms));
+        what + ": " + describe(ran, attempt_.limits, options_.timeout_ms));
   }
 
-  End fill_workspace(const Checkout& checkout) {
-    if (!payload_.repo.empty()) {
-      const auto ran = step(checkout_step(checkout), false);
+  End fill_workspace() {
+    if (!checkout_.commit.empty()) {
+      if (!checkout_.pack.empty()) {
+        if (auto put = session_->put(kPackFile, checkout_.pack); !put) {
+          return failed(
+              put.error().code == Code::full ? EndCode::disk : EndCode::sandbox,
+              "check-out: " + put.error().what);
+        }
+      }
+      const auto ran = step(checkout_step(checkout_), false);
       if (End end = ended(ran, "check-out"); end.code != EndCode::none) {
         return end;
       }
@@ -221,7 +238,7 @@ class TestRun {
   End run_setup() {
     for (std::size_t i = 0; i < payload_.setup.size(); ++i) {
       const std::string what = "setup[" + std::to_string(i) + "]";
-      host_.progress(5, what);
+      host_.progress(options_.percent, what);
       const auto ran = step(project_step(payload_.setup[i]), true);
       if (End end = ended(ran, what); end.code != EndCode::none) return end;
       if (ran.exit_code != 0) {
@@ -236,7 +253,7 @@ class TestRun {
   }
 
   End run_runner() {
-    host_.progress(10, "running the tests");
+    host_.progress(options_.percent, options_.what);
     return payload_.runner == TestPayload::Runner::pytest ? run_pytest()
                                                           : run_command();
   }
@@ -246,7 +263,7 @@ class TestRun {
   std::vector<std::string> pytest_argv(bool again) const {
     std::vector<std::string> argv = {
         "python3", "-m", "pytest", std::string("--junitxml=/work/") + kReport};
-    if (payload_.retries == 0) {
+    if (options_.retries == 0) {
       argv.insert(argv.end(), {"-p", "no:cacheprovider"});
     } else {
       // pytest itself remembers what failed, outside the check-out.
@@ -257,6 +274,10 @@ class TestRun {
       }
     }
     argv.insert(argv.end(), payload_.args.begin(), payload_.args.end());
+    // Also where `args` put it away: without it nothing runs again.
+    if (options_.retries > 0) {
+      argv.insert(argv.end(), {"-p", "cacheprovider"});
+    }
     argv.insert(argv.end(), payload_.select.begin(), payload_.select.end());
     return argv;
   }
@@ -272,8 +293,9 @@ class TestRun {
                     tail(ran.out));
       return {};
     }
+    run_.reported = true;
     tests_.suite = std::move(*suite);
-    for (int i = 0; i < payload_.retries && !passed(tests_); ++i) {
+    for (int i = 0; i < options_.retries && again(); ++i) {
       host_.progress(90, "running what failed again");
       sandbox::StepResult again;
       suite = pytest_once(true, again);
@@ -309,8 +331,12 @@ class TestRun {
     auto xml = session_->collect(kReport, kJunitXmlBytesMax);
     if (!xml) return xml.error();
     auto suite = read_report(*xml);
-    report_ = std::move(*xml);
+    if (run_.report.empty()) run_.report = std::move(*xml);
     return suite;
+  }
+
+  bool again() const {
+    return options_.again ? options_.again(tests_) : !passed(tests_);
   }
 
   void remove_report() {
@@ -333,64 +359,34 @@ class TestRun {
 
   End run_command() {
     sandbox::StepResult ran;
-    for (int i = 0; i <= payload_.retries; ++i) {
+    const auto report = [&](Outcome outcome) {
+      Case one;
+      one.id = "command";
+      one.outcome = outcome;
+      one.duration_ms = static_cast<std::uint32_t>(ran.wall_ms);
+      if (outcome == Outcome::failed) {
+        one.message = "exited with " + std::to_string(ran.exit_code) + "\n" +
+                      tail(ran.out);
+      }
+      tests_.suite.cases.assign(1, std::move(one));
+      tests_.suite.passed = outcome == Outcome::passed ? 1 : 0;
+      tests_.suite.failed = outcome == Outcome::failed ? 1 : 0;
+      tests_.flaky = outcome == Outcome::flaky ? 1 : 0;
+    };
+    for (int i = 0; i == 0 || (i <= options_.retries && again()); ++i) {
       ran = step(project_step(payload_.command), true);
       tests_.duration_ms += ran.wall_ms;
       if (End end = ended(ran, "command"); end.code != EndCode::none) {
         return end;
       }
+      run_.reported = true;
       if (ran.exit_code == 0) {
-        Case one;
-        one.id = "command";
-        one.outcome = i == 0 ? Outcome::passed : Outcome::flaky;
-        one.duration_ms = static_cast<std::uint32_t>(ran.wall_ms);
-        tests_.suite.cases.push_back(std::move(one));
-        ++(i == 0 ? tests_.suite.passed : tests_.flaky);
+        report(i == 0 ? Outcome::passed : Outcome::flaky);
         return {};
       }
+      report(Outcome::failed);
     }
-    Case one;
-    one.id = "command";
-    one.outcome = Outcome::failed;
-    one.duration_ms = static_cast<std::uint32_t>(ran.wall_ms);
-    one.message =
-        "exited with " + std::to_string(ran.exit_code) + "\n" + tail(ran.out);
-    tests_.suite.cases.push_back(std::move(one));
-    ++tests_.suite.failed;
     return {};
-  }
-
-  // --- the end ---
-
-  End judge() {
-    End end;
-    if (!passed(tests_)) end.code = EndCode::verdict;
-    end.message = end.code == EndCode::none ? "" : summary(tests_);
-    return end;
-  }
-
-  End finish(End end) {
-    session_.reset();  // proven empty before anyone hears of the end
-    end.usage = usage_;
-    if (end.code == EndCode::invalid_payload ||
-        end.code == EndCode::cancelled ||
-        end.code == EndCode::isolation_unavailable) {
-      return end;
-    }
-    stage(end, "output.log", output_);
-    stage(end, "junit.xml", report_);
-    end.side_effects = side_effects_json();
-    if (end.code == EndCode::none || end.code == EndCode::verdict ||
-        tests_.timed_out) {
-      end.result = test_result(tests_, usage_);
-    }
-    host_.progress(100, summary(tests_));
-    return end;
-  }
-
-  void stage(End& end, const std::string& name, const std::string& bytes) {
-    if (bytes.empty() || host_.cancelled()) return;
-    if (host_.artifact(name, bytes)) end.artifacts.push_back(name);
   }
 
   static std::string tail(const std::string& text) {
@@ -399,25 +395,76 @@ class TestRun {
                : "..." + text.substr(text.size() - kOutputTailBytes);
   }
 
-  static constexpr Millis kParseMs = 20'000;
-
   const TestPayload& payload_;
+  const Checkout& checkout_;
+  const SuiteOptions& options_;
   const Attempt& attempt_;
   Host& host_;
   const Clock::time_point deadline_;
   std::unique_ptr<sandbox::Session> session_;
-  TestOutcome tests_;
+  SuiteRun run_;
+  TestOutcome& tests_ = run_.tests;
   Usage usage_;
-  std::string output_, report_;
   bool setup_failed_ = false;
 };
 
+void stage(Host& host, End& end, const std::string& name,
+           const std::string& bytes) {
+  if (bytes.empty() || host.cancelled()) return;
+  if (host.artifact(name, bytes)) end.artifacts.push_back(name);
+}
+
 }  // namespace
+
+SuiteRun run_suite(const TestPayload& payload, const Checkout& checkout,
+                   const SuiteOptions& options, const Attempt& attempt,
+                   Host& host) {
+  return SuiteRunner(payload, checkout, options, attempt, host).run();
+}
 
 End run_tests(const Attempt& attempt, Host& host) {
   auto payload = parse_test(attempt.payload, host.settings());
   if (!payload) return failed(EndCode::invalid_payload, payload.error().what);
-  return TestRun(*payload, attempt, host).run();
+  const auto started = Clock::now();
+  SuiteOptions options;
+  options.timeout_ms = attempt.timeout_ms;
+  options.retries = payload->retries;
+  Checkout checkout;
+  Usage usage;
+  if (!payload->repo.empty()) {
+    host.progress(0, "preparing the repository");
+    Prepared prepared = prepare_repo(payload->repo, payload->base_rev, attempt,
+                                     host, attempt.timeout_ms);
+    if (!prepared.good) return std::move(prepared.end);
+    usage = prepared.end.usage;
+    checkout = prepared.checkout;
+    options.timeout_ms = std::max<Millis>(
+        1, attempt.timeout_ms -
+               std::chrono::duration_cast<std::chrono::milliseconds>(
+                   Clock::now() - started)
+                   .count());
+  }
+  SuiteRun run = run_suite(*payload, checkout, options, attempt, host);
+  End end = std::move(run.end);
+  usage.add(end.usage);
+  end.usage = usage;
+  if (end.code == EndCode::none && !passed(run.tests)) {
+    end.code = EndCode::verdict;
+    end.message = summary(run.tests);
+  }
+  if (end.code == EndCode::cancelled ||
+      end.code == EndCode::isolation_unavailable) {
+    return end;
+  }
+  stage(host, end, "output.log", run.output);
+  stage(host, end, "junit.xml", run.report);
+  end.side_effects = side_effects_json();
+  if (end.code == EndCode::none || end.code == EndCode::verdict ||
+      run.tests.timed_out) {
+    end.result = test_result(run.tests, usage, kCasesBytesMax);
+  }
+  host.progress(100, summary(run.tests));
+  return end;
 }
 
 }  // namespace machina::kinds

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <filesystem>
 
+#include "workers/json_view.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/test_run.h"
 
@@ -19,15 +20,22 @@ bool below(const std::string& path, const std::string& root) {
          (root.ends_with('/') || path[root.size()] == '/');
 }
 
-// Runs in the prepare sandbox: $1 is base_rev. One writer per mirror at a time,
-// so a lock file that is found was left by a session that was killed. The
-// configuration is ours alone; the one of /repo is read by upload-pack, which
-// runs nothing that a repository's own file names. A fetch that failed is
-// looked at and tried once more: the repository may have been repacked
-// meanwhile. Exit 3: no such commit; 4: the repository cannot be read; 5: it
-// has no commit.
+// Without "//", "." and "..", by the text alone, and without a slash at the
+// end; what leads above its beginning keeps its "..", and is refused.
+std::string plain_path(const std::string& path) {
+  std::string plain = fs::path(path).lexically_normal().string();
+  while (plain.size() > 1 && plain.ends_with('/')) plain.pop_back();
+  return plain;
+}
+
+// Runs in the prepare sandbox: $1 is base_rev; $2 "in_repo" or not. One writer
+// per mirror at a time, so a lock file that is found was left by a session that
+// was killed. The configuration is ours alone; the one of /repo is read by
+// upload-pack, which runs nothing that a repository's own file names. A fetch
+// that failed is looked at and tried once more: the repository may have been
+// repacked meanwhile. Exit 3: no such commit; 4: the repository cannot be read;
+// 5: it has no commit; 6: its objects are not named by SHA-1.
 constexpr char kPrepareScript[] = R"(
-set -eu
 umask 022
 exec 9>/mirror/machina.lock
 flock 9
@@ -55,19 +63,30 @@ export GIT_DIR=/mirror GIT_TERMINAL_PROMPT=0 GIT_OPTIONAL_LOCKS=0
 [ -f /mirror/HEAD ] || git init -q --bare --template= /mirror
 find /mirror -name '*.lock' ! -name machina.lock -delete
 find /mirror/objects -name 'tmp_*' -delete
-resolve() { git rev-parse -q --verify --end-of-options "$1^{commit}"; }
+resolve() { alive git rev-parse -q --verify --end-of-options "$1^{commit}"; }
 full='^[0-9a-f]{40}$'
+from=/repo
+[ ! -d /repo/.git ] || from=/repo/.git
+if [ -f $from/config ] && [ ! -L $from/config ]; then
+  format=$(alive git config -f $from/config --no-includes \
+    extensions.objectformat || :)
+  [ "${format:-sha1}" = sha1 ] || exit 6
+fi
+if [ "$2" = in_repo ]; then
+  alive env GIT_OBJECT_DIRECTORY=$from/objects git cat-file -e "$1^{commit}" ||
+    exit 3
+fi
 if printf %s "$1" | grep -Eq "$full" && resolve "$1"; then exit 0; fi
 fetch() {
-  git fetch -q --no-tags --prune --force --no-write-fetch-head \
-    --no-auto-maintenance --no-recurse-submodules file:///repo \
-    '+refs/*:refs/*' "$@"
+  alive git fetch -q --no-tags --prune --force --update-shallow \
+    --no-write-fetch-head --no-auto-maintenance --no-recurse-submodules \
+    file:///repo '+refs/*:refs/*' "$@"
 }
 fetch_with_head() {
   fetch '+HEAD:refs/machina/HEAD' || return 1
-  git update-ref --no-deref HEAD refs/machina/HEAD
+  alive git update-ref --no-deref HEAD refs/machina/HEAD
 }
-listed() { git ls-remote -q --exit-code file:///repo "$@" >/dev/null; }
+listed() { alive git ls-remote -q --exit-code file:///repo "$@" >/dev/null; }
 if ! fetch_with_head; then
   found=0
   listed HEAD || found=$?
@@ -82,8 +101,8 @@ if ! fetch_with_head; then
   esac
 fi
 if printf %s "$1" | grep -Eq "$full" && ! resolve "$1" >/dev/null; then
-  git fetch -q --no-tags --no-write-fetch-head --no-auto-maintenance \
-    file:///repo "+$1:refs/machina/commits/$1" || exit 3
+  alive git fetch -q --no-tags --update-shallow --no-write-fetch-head \
+    --no-auto-maintenance file:///repo "+$1:refs/machina/commits/$1" || exit 3
 fi
 resolve "$1" || exit 3
 )";
@@ -99,9 +118,13 @@ cd /work/repo
 git -c init.defaultBranch=main init -q --template= .
 mkdir -p .git/objects/info
 echo /mirror/objects >.git/objects/info/alternates
+[ ! -f /mirror/shallow ] || cp /mirror/shallow .git/shallow
+[ -z "$2" ] || git unpack-objects -q <"$2"
 git -c core.hooksPath=/dev/null -c advice.detachedHead=false \
   checkout -q --detach "$1"
 )";
+
+}  // namespace
 
 std::string sha256_hex(const std::string& text) {
   unsigned char digest[EVP_MAX_MD_SIZE];
@@ -116,6 +139,13 @@ std::string sha256_hex(const std::string& text) {
   return out;
 }
 
+bool is_commit_name(std::string_view text) {
+  return text.size() >= 40 && text.size() <= 64 &&
+         text.find_first_not_of("0123456789abcdef") == std::string_view::npos;
+}
+
+namespace {
+
 // The last non-empty line of git's output where it is a commit's name.
 std::string commit_in(const std::string& out) {
   std::size_t end = out.find_last_not_of('\n');
@@ -123,51 +153,93 @@ std::string commit_in(const std::string& out) {
   const std::size_t begin = out.rfind('\n', end);
   std::string line = out.substr(begin == std::string::npos ? 0 : begin + 1);
   line.resize(std::min(line.size(), line.find('\n')));
-  const bool hex =
-      line.size() >= 40 && line.size() <= 64 &&
-      line.find_first_not_of("0123456789abcdef") == std::string::npos;
-  return hex ? line : "";
+  return is_commit_name(line) ? line : "";
 }
 
 // What a second attempt can see in another state: the worker's own side.
 bool passing_trouble(const std::string& err) {
   static constexpr const char* kSigns[] = {
-      "No space left",      "annot allocate memory",
-      "ut of memory",       "Resource temporarily unavailable",
-      "Input/output error", "unable to create temporary",
-      "Too many open files"};
+      "No space left",       "annot allocate memory",
+      "ut of memory",        "Resource temporarily unavailable",
+      "Input/output error",  "unable to create temporary",
+      "Too many open files", "died of signal"};
   return std::any_of(std::begin(kSigns), std::end(kSigns), [&](auto* sign) {
     return err.find(sign) != std::string::npos;
   });
 }
 
-std::string tail(const std::string& text, std::size_t bytes) {
-  return text.size() <= bytes ? text : text.substr(text.size() - bytes);
+void replace_all(std::string& text, const std::string& from,
+                 const std::string& to) {
+  for (std::size_t at = 0; (at = text.find(from, at)) != std::string::npos;
+       at += to.size()) {
+    text.replace(at, from.size(), to);
+  }
 }
 
 }  // namespace
 
+std::string git_said(const std::string& err, const std::string& repo) {
+  // What git adds to every failed fetch, and what a remote's end looks like.
+  static constexpr const char* kEmpty[] = {"Could not read from remote",
+                                           "Please make sure you have",
+                                           "and the repository exists",
+                                           "the remote end hung up",
+                                           "early EOF",
+                                           "index-pack failed",
+                                           "hint:",
+                                           "fetch-pack: unexpected disconnect"};
+  std::string out;
+  int lines = 0;
+  for (std::size_t at = 0; at < err.size() && lines < 3;) {
+    const std::size_t end = std::min(err.find('\n', at), err.size());
+    std::string line = err.substr(at, end - at);
+    at = end + 1;
+    for (const char* head : {"remote: ", "fatal: ", "error: "}) {
+      if (line.starts_with(head)) line.erase(0, std::string(head).size());
+    }
+    const bool empty =
+        line.empty() ||
+        std::any_of(std::begin(kEmpty), std::end(kEmpty),
+                    [&](const char* words) {
+                      return line.find(words) != std::string::npos;
+                    });
+    if (empty) continue;
+    replace_all(line, "/repo/.git", repo + "/.git");
+    replace_all(line, "'/repo'", "'" + repo + "'");
+    replace_all(line, "/repo/", repo + "/");
+    replace_all(line, "/mirror/", "its mirror's ");
+    replace_all(line, "/work/", "");
+    if (out.find(line) != std::string::npos) continue;  // said twice
+    out += (lines++ > 0 ? "; " : "") + line;
+  }
+  return out.empty() ? "git gave no reason" : head_and_tail(out, 400);
+}
+
 std::vector<std::string> repo_candidates(const std::string& repo,
                                          const KindSettings& settings) {
   std::vector<std::string> out;
-  const bool absolute = repo.starts_with('/');
-  if (!safe_relative_path(absolute ? std::string_view(repo).substr(1) : repo)) {
+  if (repo.find('\0') != std::string::npos) return out;
+  const std::string plain = plain_path(repo);
+  const bool absolute = plain.starts_with('/');
+  if (!safe_relative_path(absolute ? std::string_view(plain).substr(1)
+                                   : plain)) {
     return out;
   }
   for (const std::string& root : settings.repo_roots) {
     if (!absolute) {
-      out.push_back(root + "/" + repo);
-    } else if (below(repo, root)) {
-      out.push_back(repo);
+      out.push_back(root + "/" + plain);
+    } else if (below(plain, root)) {
+      out.push_back(plain);
       break;
     }
   }
   return out;
 }
 
-Result<void> check_repo(const std::string& repo, const KindSettings& settings) {
+Result<FoundRepo> find_repo(const std::string& repo,
+                            const KindSettings& settings) {
   const auto refuse = [&](const std::string& why) {
-    return Error{Code::invalid, "repo: \"" + repo.substr(0, 200) + "\" " + why};
+    return Error{Code::invalid, "repo: \"" + printable(repo) + "\" " + why};
   };
   const auto candidates = repo_candidates(repo, settings);
   std::string roots;
@@ -179,38 +251,68 @@ Result<void> check_repo(const std::string& repo, const KindSettings& settings) {
   }
   for (const std::string& path : candidates) {
     std::error_code error;
-    const auto real = fs::canonical(path, error);
+    const fs::path real = fs::canonical(path, error);
     if (error) continue;
-    const bool inside =
-        std::any_of(settings.repo_roots.begin(), settings.repo_roots.end(),
-                    [&](const std::string& root) {
-                      const auto real_root = fs::canonical(root, error);
-                      return !error && below(real.string(), real_root.string());
-                    });
-    if (!inside) {
-      return refuse("leads out of the repository roots (" + roots + ")");
+    FoundRepo found{real.string(), ""};
+    for (const std::string& root : settings.repo_roots) {
+      const fs::path real_root = fs::canonical(root, error);
+      if (error || !below(found.real, real_root.string())) continue;
+      found.kept =
+          plain_path(root + "/" + real.lexically_relative(real_root).string());
+      break;
     }
-    if (fs::exists(real / ".git", error) ||
-        (fs::exists(real / "HEAD", error) &&
-         fs::is_directory(real / "objects", error))) {
-      return {};
+    // Outside of the roots nothing is there, so that nobody learns what is.
+    if (found.kept.empty()) continue;
+    const auto type = [&](const char* name) {
+      return fs::symlink_status(real / name, error).type();
+    };
+    const auto there = [](fs::file_type one) {
+      return one != fs::file_type::none && one != fs::file_type::not_found;
+    };
+    const fs::file_type objects = type("objects");
+    if (!there(type(".git")) &&
+        !(there(type("HEAD")) && (objects == fs::file_type::directory ||
+                                  objects == fs::file_type::symlink))) {
+      return refuse("is not a git repository");
     }
-    return refuse("is not a git repository");
+    // A name that was reached without a link stays where it has one meaning.
+    if (settings.repo_roots.size() == 1 && !repo.starts_with('/') &&
+        found.kept == plain_path(path)) {
+      found.kept = plain_path(repo);
+    }
+    return found;
   }
-  return refuse("does not exist below the repository roots (" + roots + ")");
+  return refuse("does not exist below the repository roots (" + roots +
+                "), or a link on the way to it leads out of them");
 }
 
-Prepared prepare_repo(const TestPayload& payload, const Attempt& attempt,
-                      Host& host, Millis left_ms) {
+std::string with_repo(const std::string& payload, const std::string& repo) {
+  std::string_view raw;
+  json::members(payload, [&](auto key, auto value) {
+    // A key may be spelled with escapes, as a text may.
+    const std::string quoted_key = '"' + std::string(key) + '"';
+    if (json::string(quoted_key) == "repo") raw = value;
+    return true;
+  });
+  const auto given = json::string(raw);
+  if (!given || *given == repo) return "";
+  const auto at = static_cast<std::size_t>(raw.data() - payload.data());
+  return payload.substr(0, at) + json::quoted(repo) +
+         payload.substr(at + raw.size());
+}
+
+Prepared prepare_repo(const std::string& repo, const std::string& base_rev,
+                      const Attempt& attempt, Host& host, Millis left_ms,
+                      bool in_repo) {
   Prepared out;
   Result<std::unique_ptr<sandbox::Session>> session =
       Error{Code::not_found, "no repository root holds it"};
-  for (const auto& path : repo_candidates(payload.repo, host.settings())) {
+  for (const auto& path : repo_candidates(repo, host.settings())) {
     sandbox::SessionSpec spec;
     spec.role = sandbox::Role::prepare;
     spec.limits = attempt.limits;
     spec.min_level = attempt.required;
-    spec.repo = path;
+    spec.repo = out.checkout.repo = path;
     spec.mirror = out.checkout.mirror = sha256_hex(path);
     session = host.open(spec);
     if (session || session.error().code != Code::not_found) break;
@@ -223,7 +325,8 @@ Prepared prepare_repo(const TestPayload& payload, const Attempt& attempt,
     return out;
   }
   sandbox::Step step;
-  step.argv = {"/bin/sh", "-c", kPrepareScript, "prepare", payload.base_rev};
+  step.argv = {"/bin/sh", "-c",     std::string(kAlive) + kPrepareScript,
+               "prepare", base_rev, in_repo ? "in_repo" : ""};
   step.cwd = "/mirror";
   step.timeout_ms = left_ms;
   sandbox::Watch watch = host.watch();
@@ -231,10 +334,9 @@ Prepared prepare_repo(const TestPayload& payload, const Attempt& attempt,
   const sandbox::StepResult ran = (*session)->run(step, watch);
   out.end.usage.add(ran);
   if (const EndCode code = code_of(ran.ended); code != EndCode::none) {
-    const Usage usage = out.end.usage;
     out.end =
         failed(code, "prepare: " + describe(ran, attempt.limits, left_ms));
-    out.end.usage = usage;
+    out.end.usage.add(ran);
     return out;
   }
   out.checkout.commit = commit_in(ran.out);
@@ -242,32 +344,47 @@ Prepared prepare_repo(const TestPayload& payload, const Attempt& attempt,
     out.good = true;
     return out;
   }
-  if (ran.exit_code == 3) {
-    out.end = failed(EndCode::invalid_payload,
-                     "base_rev: \"" + payload.base_rev +
-                         "\" is no commit of this repository");
+  if (ran.exit_code == 3 && !passing_trouble(ran.err)) {
+    out.no_commit = true;
+    out.end = failed(
+        EndCode::invalid_payload,
+        "base_rev: \"" + base_rev + "\" is no commit of repository \"" + repo +
+            "\": name a branch, a tag or a commit that it has, or leave it "
+            "out for HEAD");
   } else if (ran.exit_code == 5) {
     out.end = failed(EndCode::invalid_payload,
-                     "repo: \"" + payload.repo + "\" has no commit yet");
+                     "repo: \"" + repo + "\" has no commit yet");
   } else if (ran.exit_code == 4 && !passing_trouble(ran.err)) {
     out.end = failed(
         EndCode::invalid_payload,
-        "repo: \"" + payload.repo +
+        "repo: \"" + repo +
             "\" cannot be read as a git repository (all of it must lie inside "
             "its directory: no .git file or link and no alternates that lead "
-            "elsewhere); git: " +
-            tail(ran.err, 400));
+            "elsewhere); git says: " +
+            git_said(ran.err, repo));
+  } else if (ran.exit_code == 6) {
+    out.end = failed(EndCode::invalid_payload,
+                     "repo: \"" + repo +
+                         "\" names its objects by SHA-256 "
+                         "(extensions.objectFormat): only SHA-1 repositories "
+                         "are taken");
   } else {
     out.end = failed(EndCode::sandbox, "prepare: git exited with " +
                                            std::to_string(ran.exit_code) +
-                                           ": " + tail(ran.err + ran.out, 500));
+                                           ": " + git_said(ran.err, repo));
   }
+  out.end.usage.add(ran);
   return out;
 }
 
 sandbox::Step checkout_step(const Checkout& checkout) {
   sandbox::Step step;
-  step.argv = {"/bin/sh", "-c", kCheckoutScript, "checkout", checkout.commit};
+  step.argv = {"/bin/sh",
+               "-c",
+               kCheckoutScript,
+               "checkout",
+               checkout.commit,
+               checkout.pack.empty() ? "" : std::string("/work/") + kPackFile};
   return step;
 }
 

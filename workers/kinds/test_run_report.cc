@@ -9,9 +9,6 @@
 namespace machina::kinds {
 namespace {
 
-// Room for everything of a result but its cases.
-constexpr std::size_t kCasesBytesMax = kResultBytesMax - (16 << 10);
-
 int rank(Outcome outcome) {
   switch (outcome) {
     case Outcome::failed:
@@ -66,6 +63,7 @@ void add_error(TestOutcome& all, const std::string& id,
   one.message = message.substr(0, kCaseMessageBytesMax);
   all.suite.cases.push_back(std::move(one));
   ++all.suite.errors;
+  all.broken = true;
 }
 
 bool passed(const TestOutcome& all) {
@@ -100,7 +98,8 @@ std::string side_effects_json() {
   return out + "}";
 }
 
-std::string test_result(const TestOutcome& all, const Usage& usage) {
+std::string test_result(const TestOutcome& all, const Usage& usage,
+                        std::size_t cases_bytes_max) {
   const Suite& s = all.suite;
   std::vector<const Case*> order;
   order.reserve(s.cases.size());
@@ -115,7 +114,7 @@ std::string test_result(const TestOutcome& all, const Usage& usage) {
     const std::size_t before = cases.size();
     if (before > 1) cases += ',';
     append_case(cases, *one);
-    if (cases.size() > kCasesBytesMax) {
+    if (cases.size() > cases_bytes_max) {
       cases.resize(before);
       truncated = true;
       break;

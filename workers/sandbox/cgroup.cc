@@ -45,7 +45,39 @@ bool make_dir(const std::string& path, int* error) {
   return false;
 }
 
-bool alive(pid_t pid) { return kill(pid, 0) == 0 || errno == EPERM; }
+// One that was killed and that nobody has waited for yet makes nothing more.
+bool alive(pid_t pid) {
+  if (kill(pid, 0) != 0 && errno != EPERM) return false;
+  const std::string stat = read_all("/proc/" + std::to_string(pid) + "/stat");
+  const std::size_t name_end = stat.rfind(") ");
+  const char state = name_end == std::string::npos ? '?' : stat[name_end + 2];
+  return state != 'Z' && state != 'X';
+}
+
+struct flock whole_file(short type) {
+  struct flock lock {};
+  lock.l_type = type;
+  lock.l_whence = SEEK_SET;
+  return lock;
+}
+
+// Not flock(2): a child that outlives its spawner must not hold it on.
+int lock_dir(const std::string& path) {
+  const int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  struct flock lock = whole_file(F_RDLCK);
+  if (fd >= 0) (void)fcntl(fd, F_SETLK, &lock);
+  return fd;
+}
+
+// Of somebody else's: to close a descriptor of one's own drops one's lock.
+bool locked_by_another(const std::string& path) {
+  const int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (fd < 0) return false;
+  struct flock lock = whole_file(F_WRLCK);
+  const bool locked = fcntl(fd, F_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
+  close(fd);
+  return locked;
+}
 
 void remove_tree(const std::string& base) {
   for (int slot = 0; slot < kSlotsMax; ++slot) {
@@ -68,6 +100,14 @@ void kill_stale(const std::string& base) {
   }
 }
 
+void empty_and_remove(const std::string& path) {
+  for (int round = 0; round < 200 && exists(path); ++round) {
+    if (round > 0) usleep(10'000);
+    kill_stale(path);
+    remove_tree(path);
+  }
+}
+
 // G3. Directories whose maker is gone are emptied and removed: the pool that
 // starts now may tell its server that the old one's workers hold nothing.
 void sweep(const std::string& parent) {
@@ -80,18 +120,20 @@ void sweep(const std::string& parent) {
       continue;
     }
     const long pid = std::atol(entry->d_name + sizeof(kPrefix) - 1);
-    if (pid > 0 && !alive(static_cast<pid_t>(pid))) {
-      stale.push_back(parent + "/" + entry->d_name);
+    const std::string path = parent + "/" + entry->d_name;
+    if (pid > 0 && !alive(static_cast<pid_t>(pid)) &&
+        !locked_by_another(path)) {
+      stale.push_back(path);
     }
   }
   closedir(dir);
-  for (const auto& path : stale) {
-    for (int round = 0; round < 200 && exists(path); ++round) {
-      if (round > 0) usleep(10'000);
-      kill_stale(path);
-      remove_tree(path);
-    }
-  }
+  for (const auto& path : stale) empty_and_remove(path);
+}
+
+// What the kernel must be told so that `base` and its slots have a controller.
+int enable(const std::string& dir, const char* controller) {
+  return write_file(dir + "/cgroup.subtree_control",
+                    std::string("+") + controller);
 }
 
 std::uint64_t number_after(const char* text, const char* key) {
@@ -189,21 +231,48 @@ void Cgroups::add_v1(const std::string& mount, const std::string& own,
   if (!exists(parent + "/cgroup.procs")) parent = mount;
   sweep(parent);
   Hierarchy h;
-  h.base = parent + "/" + kPrefix + std::to_string(getpid());
   h.has_memory = controller == "memory";
   h.has_pids = controller == "pids";
   h.has_cpu = controller == "cpuacct";
   for (const auto& other : hierarchies_) {
-    if (other.base == h.base) return;  // co-mounted, as cpu,cpuacct are
+    // Co-mounted, as cpu,cpuacct are.
+    if (other.base.starts_with(parent + "/" + kPrefix)) return;
   }
-  int error = 0;
-  const bool made = make_dir(h.base, &error);
+  const int error = make_base(parent, &h);
   if (h.has_memory) {
     memory_error_ = error;
     if (error) memory_why_ = "cannot make " + h.base;
   }
   if (h.has_pids) pids_error_ = error;
-  if (made) hierarchies_.push_back(h);
+  if (error == 0) hierarchies_.push_back(h);
+}
+
+int Cgroups::make_base(const std::string& parent, Hierarchy* h) {
+  const std::string first = parent + "/" + kPrefix + std::to_string(getpid());
+  for (int i = 0;; ++i) {
+    h->base = i == 0 ? first : first + "." + std::to_string(i);
+    if (mkdir(h->base.c_str(), 0755) != 0) {
+      if (errno != EEXIST) return errno;
+      // Another PID namespace's, or of one that died with our number.
+      if (locked_by_another(h->base)) continue;
+      empty_and_remove(h->base);
+      int error = 0;
+      if (!make_dir(h->base, &error)) return error;
+    }
+    h->lock = lock_dir(h->base);
+    return 0;
+  }
+}
+
+// G4
+int Cgroups::make_again(Hierarchy* h) {
+  int error = 0;
+  if (!make_dir(h->base, &error)) return error;
+  if (h->lock >= 0) close(h->lock);
+  h->lock = lock_dir(h->base);
+  if (h->v2 && h->has_memory) error = enable(h->base, "memory");
+  if (h->v2 && h->has_pids && error == 0) error = enable(h->base, "pids");
+  return error;
 }
 
 void Cgroups::add_v2(const std::string& mount, const std::string& own,
@@ -221,9 +290,7 @@ void Cgroups::add_v2(const std::string& mount, const std::string& own,
     sweep(parent);
     Hierarchy h;
     h.v2 = true;
-    h.base = parent + "/" + kPrefix + std::to_string(getpid());
-    int error = 0;
-    if (!make_dir(h.base, &error)) {
+    if (const int error = make_base(parent, &h); error != 0) {
       if (memory_error_) memory_error_ = error;
       if (pids_error_) pids_error_ = error;
       continue;
@@ -236,10 +303,8 @@ void Cgroups::add_v2(const std::string& mount, const std::string& own,
       std::string list = read_all(parent + "/cgroup.controllers");
       if (!list.empty() && list.back() == '\n') list.pop_back();
       if (!wanted || !has_word(list, name, ' ')) continue;
-      const std::string enable = std::string("+") + name;
-      int failed = write_file(parent + "/cgroup.subtree_control", enable);
-      if (!failed)
-        failed = write_file(h.base + "/cgroup.subtree_control", enable);
+      int failed = enable(parent, name);
+      if (!failed) failed = enable(h.base, name);
       if (name[0] == 'm') {
         memory_error_ = failed;
         h.has_memory = !failed;
@@ -255,10 +320,14 @@ void Cgroups::add_v2(const std::string& mount, const std::string& own,
   }
 }
 
-int Cgroups::make_slot(int slot) const {
-  for (const auto& h : hierarchies_) {
+int Cgroups::make_slot(int slot, std::string* where) {
+  for (auto& h : hierarchies_) {
+    *where = slot_dir(h, slot);
     int error = 0;
-    if (!make_dir(slot_dir(h, slot), &error)) return error;
+    if (make_dir(*where, &error)) continue;
+    if (error != ENOENT) return error;
+    if (const int again = make_again(&h); again != 0) return again;
+    if (!make_dir(*where, &error)) return error;
   }
   return 0;
 }
@@ -333,6 +402,12 @@ bool Cgroups::kill_all(int slot) const {
     if (any) empty = false;
   }
   return empty;
+}
+
+std::vector<std::string> Cgroups::bases() const {
+  std::vector<std::string> all;
+  for (const auto& h : hierarchies_) all.push_back(h.base);
+  return all;
 }
 
 void Cgroups::remove() const {

@@ -1,16 +1,21 @@
 // workers/sandbox/cgroup.h
 //
-// The control groups of the slots. One directory machina.<pid>/slot-<n> below
-// each hierarchy that serves: v1 memory, pids and cpuacct where those are
+// The control groups of the slots. One directory machina.<pid>/slot-<n> (or
+// machina.<pid>.<i>, where another PID namespace has that number) below each
+// hierarchy that serves: v1 memory, pids and cpuacct where those are
 // mounted, v2 where its controllers are (and, without any controller, for
 // cgroup.kill alone). A slot's keeper joins its groups once; every sandbox it
 // clones is born inside, so no process of a job ever runs outside them.
 //
 //   G1  Limits are set while the slot is empty, before the sandbox is cloned.
 //   G2  The memory limit has no swap beside it.
-//   G3  What a spawner made it removes; what a dead one left is removed at the
-//       next start, by rmdir alone, which the kernel refuses for a living
-//       group.
+//   G3  What a spawner made it removes; what a dead one left is emptied and
+//       removed at the next start. Its maker holds a record lock on each
+//       directory, so that one that lives in another PID namespace, where its
+//       number means nothing, is not taken for dead.
+//   G4  A directory that somebody else removed is made again for the next slot.
+//
+// G1, G2: tests/workers/sandbox_test.cc; G3, G4: tests/workers/cgroup_test.cc.
 
 #pragma once
 
@@ -46,8 +51,8 @@ class Cgroups {
   int pids_error() const { return pids_error_; }
   const std::string& memory_why() const { return memory_why_; }
 
-  // Makes the slot's directories; 0 or errno.
-  int make_slot(int slot) const;
+  // Makes the slot's directories; 0 or errno, and then `where` is the one.
+  int make_slot(int slot, std::string* where);
   // The caller joins them.
   int join(int slot) const;
   // Limits of the next sandbox; `slack` is what keeper and init need.
@@ -57,13 +62,17 @@ class Cgroups {
   bool kill_all(int slot) const;
   // Removes slots and bases (not from the keepers).
   void remove() const;
+  std::vector<std::string> bases() const;
 
  private:
   struct Hierarchy {
     std::string base;  // .../machina.<pid>
+    int lock = -1;     // G3; for as long as this process lives
     bool v2 = false, has_memory = false, has_pids = false, has_cpu = false;
   };
   std::string slot_dir(const Hierarchy& h, int slot) const;
+  static int make_base(const std::string& parent, Hierarchy* h);
+  static int make_again(Hierarchy* h);
   void add_v1(const std::string& mount, const std::string& own,
               const std::string& controller);
   void add_v2(const std::string& mount, const std::string& own, bool no_memory,

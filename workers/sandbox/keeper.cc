@@ -121,7 +121,10 @@ class Keeper {
   Failure open_session(const KeeperRequest& request, int control) {
     ground_ = Ground{};
     ground_.slot = slot_;
-    ground_.role = request.role ? Role::prepare : Role::job;
+    if (request.role > static_cast<std::uint8_t>(Role::land)) {
+      return {Stage::request, EINVAL};
+    }
+    ground_.role = static_cast<Role>(request.role);
     ground_.limits = Limits{request.memory_mb, request.disk_mb, request.pids,
                             request.cpu_ms};
     ground_.repo = text_of(request.repo, sizeof(request.repo));
@@ -165,7 +168,9 @@ class Keeper {
       ground_.uid = st.st_uid;
       ground_.gid = st.st_gid;
     }
-    return ground_.mirror.empty() ? 0 : make_mirror(st.st_uid, st.st_gid);
+    if (ground_.mirror.empty()) return 0;
+    if (ground_.role == Role::land) return EINVAL;  // it needs none
+    return make_mirror(st.st_uid, st.st_gid);
   }
 
   int make_mirror(uid_t uid, gid_t gid) const {

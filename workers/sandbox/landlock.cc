@@ -59,7 +59,7 @@ int landlock_abi(int* error) {
   return abi < 0 ? 0 : static_cast<int>(abi);
 }
 
-int landlock_ruleset(int abi, bool mirror_writable) {
+int landlock_ruleset(int abi, const char* writable) {
   RulesetAttr attr;
   attr.fs = handled_by(abi);
   if (abi >= 6) attr.scoped = kScopeAbstract | kScopeSignal;
@@ -76,7 +76,7 @@ int landlock_ruleset(int abi, bool mirror_writable) {
   for (const char* path : {"/work", "/tmp", "/dev/shm"}) {
     if (!error) error = allow(ruleset, path, all);
   }
-  if (!error && mirror_writable) error = allow(ruleset, "/mirror", all);
+  if (!error && writable) error = allow(ruleset, writable, all);
   for (const char* path :
        {"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"}) {
     const std::uint64_t rights =

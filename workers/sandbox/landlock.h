@@ -14,9 +14,9 @@ namespace machina::sandbox {
 int landlock_abi(int* error);
 
 // Read and execute everywhere; everything but devices below /work, /tmp and
-// /dev/shm (and /mirror where `mirror_writable`); the five devices; signals and
+// /dev/shm (and `writable` where it is not null); the five devices; signals and
 // abstract sockets only among its own. A descriptor, or -errno.
-int landlock_ruleset(int abi, bool mirror_writable);
+int landlock_ruleset(int abi, const char* writable);
 
 // 0 or errno; a system call only.
 int landlock_enter(int ruleset);

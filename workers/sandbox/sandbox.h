@@ -55,13 +55,15 @@ enum class Role : std::uint8_t {
             // where one is named
   prepare,  // the repo directory's owner, no capability; repo read-only at
             // /repo, mirror read-write at /mirror, nothing else
+  land,     // the repo directory's owner, no capability; repo read-write at
+            // /repo. For programs of ours alone: nothing of a project runs here
 };
 
 struct SessionSpec {
   Role role = Role::job;
   Limits limits;
   Level min_level = 0;  // below it: Ended::isolation, before anything runs
-  std::string repo;     // prepare: absolute, below one of the repo roots
+  std::string repo;     // not job: absolute, below one of the repo roots
   std::string mirror;   // 64 hex digits below <root>/mirrors, or empty
 };
 
@@ -74,6 +76,7 @@ enum class BuiltinId : std::uint8_t {
   collect = 2,
   canary = 3,
   junit = 4,
+  land = 5,
   count = 8
 };
 void register_builtin(BuiltinId id, Builtin run);

@@ -188,7 +188,7 @@ class SlotImpl : public Slot {
   Result<std::unique_ptr<Session>> open(const SessionSpec& spec) override {
     KeeperRequest request;
     request.op = KeeperOp::open;
-    request.role = spec.role == Role::prepare;
+    request.role = static_cast<std::uint8_t>(spec.role);
     request.min_level = spec.min_level;
     request.memory_mb = spec.limits.memory_mb;
     request.disk_mb = spec.limits.disk_mb;
@@ -216,8 +216,12 @@ class SlotImpl : public Slot {
     }
     if (reply->stage == Stage::paths) {  // the repository that was named
       const bool missing = reply->error == ENOENT || reply->error == ENOTDIR;
-      return Error{missing ? Code::not_found : Code::invalid,
-                   std::string("repository: ") + std::strerror(reply->error)};
+      return Error{
+          missing ? Code::not_found : Code::invalid,
+          reply->error == ELOOP
+              ? "there is a symbolic link on the way to it now, and "
+                "none is followed here: submit the job again"
+              : std::string("repository: ") + std::strerror(reply->error)};
     }
     if (reply->stage != Stage::none) {
       return Error{Code::unavailable, std::string("sandbox: ") +

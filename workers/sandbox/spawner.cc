@@ -16,6 +16,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "queue/say.h"
 #include "workers/sandbox/landlock.h"
 #include "workers/sandbox/launch.h"
 
@@ -39,6 +40,10 @@ class SpawnerProcess {
 
   [[noreturn]] void run() {
     host_ = find_host(options_);
+    say_as("spawner");
+    Saying(Severity::debug, "started", "sandboxes can be made")
+        .with("pid", getpid())
+        .with("uid", geteuid());
     // Orphans of a keeper that died come to us, to be waited for.
     prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
     void* page =
@@ -90,12 +95,22 @@ class SpawnerProcess {
     } else {
       status.error = start_keeper(request.slot, channel[0]);
     }
+    if (status.error != 0) {
+      Saying(Severity::warn, "slot_failed", std::strerror(status.error))
+          .with("slot", request.slot);
+    }
     if (count) close(channel[0]);
     return send_struct(control_, status) == 0;
   }
 
   int start_keeper(int slot, int channel) {
-    if (const int error = host_.cgroups.make_slot(slot)) return error;
+    std::string where;
+    if (const int error = host_.cgroups.make_slot(slot, &where)) {
+      Saying(Severity::error, "control_group_failed",
+             "cannot make the control group " + where + ": " +
+                 std::strerror(error));
+      return error;
+    }
     const pid_t parent = getpid();
     const pid_t pid = fork();
     if (pid < 0) return errno;

@@ -264,14 +264,17 @@ struct Trees {
   }
 
   int attach(Role role) const {
+    constexpr std::uint64_t writable = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV;
     int error = 0;
     if (repo >= 0) {
       error = make_dir("repo");
-      if (!error) error = bind_fd(repo, "", "repo", kReadOnly);
+      if (!error) {
+        error = bind_fd(repo, "", "repo",
+                        role == Role::land ? writable : kReadOnly);
+      }
     }
     if (mirror >= 0 && !error) {
       error = make_dir("mirror");
-      const std::uint64_t writable = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV;
       if (!error) {
         error = bind_fd(mirror, "", "mirror",
                         role == Role::prepare ? writable : kReadOnly);
@@ -373,8 +376,12 @@ Failure build_root(const Host& host, const Ground& ground, Inside* inside) {
   });
   stage(Stage::landlock_rules, [&] {
     if (!host.active(Mech::landlock)) return 0;
-    const bool mirror = ground.role == Role::prepare && !ground.mirror.empty();
-    inside->landlock = landlock_ruleset(host.landlock_abi, mirror);
+    const char* writable = nullptr;
+    if (ground.role == Role::prepare && !ground.mirror.empty()) {
+      writable = "/mirror";
+    }
+    if (ground.role == Role::land) writable = "/repo";
+    inside->landlock = landlock_ruleset(host.landlock_abi, writable);
     return inside->landlock < 0 ? -inside->landlock : 0;
   });
   return f;

@@ -111,7 +111,7 @@ enum class KeeperOp : std::uint32_t { connect_server, open, close };
 
 struct KeeperRequest {
   KeeperOp op = KeeperOp::connect_server;
-  std::uint8_t role = 0;
+  std::uint8_t role = 0;  // Role
   std::uint8_t min_level = 0;
   std::uint64_t memory_mb = 0, disk_mb = 0, pids = 0, cpu_ms = 0;
   char repo[kPathMax] = {};
