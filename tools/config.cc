@@ -39,6 +39,23 @@ constexpr Variable kTable[] = {
     {"MACHINA_WORKERS", Type::number, "", nullptr, nullptr, 0, 64},
     {"MACHINA_SERVER", Type::text, ""},
 
+    // What the processes say of themselves (queue/say.h). Empty: the server's
+    // lines go to standard error; the pool's go to <root>/pool.log always.
+    {"MACHINA_LOG_FILE", Type::path, ""},
+    {"MACHINA_LOG_FORMAT", Type::choice, "text", nullptr, nullptr, 0, 0,
+     "text|json"},
+    {"MACHINA_LOG_LEVEL", Type::choice, "info", nullptr, nullptr, 0, 0,
+     "debug|info|warn|error"},
+    // A line for each request: none; those of clients, at most 100 a second;
+    // all of them.
+    {"MACHINA_LOG_ACCESS", Type::choice, "sampled", nullptr, nullptr, 0, 0,
+     "off|sampled|all"},
+    // Of one file, and of it with those it was renamed to.
+    {"MACHINA_LOG_MAX_BYTES", Type::number, "134217728", nullptr, nullptr,
+     64 * 1024, 1LL << 40},
+    {"MACHINA_LOG_TOTAL_BYTES", Type::number, "1073741824", nullptr, nullptr,
+     128 * 1024, 1LL << 44},
+
     {"MACHINA_WAL_ENABLE", Type::flag, "1"},
     {"MACHINA_WAL_FSYNC", Type::flag, "1", "0", "1"},
     {"MACHINA_WAL_CHECKPOINT_MS", Type::number, "5000", nullptr, nullptr, 100,
@@ -146,12 +163,19 @@ constexpr Variable kTable[] = {
 
     {"MACHINA_API_TOKEN", Type::secret, ""},
     {"MACHINA_API_HMAC_SECRET", Type::secret, ""},
+    // Where both are set: is one enough, or are both needed?
+    {"MACHINA_API_CREDENTIALS", Type::choice, "any", nullptr, nullptr, 0, 0,
+     "any|all"},
     {"MACHINA_API_HMAC_TTL_SEC", Type::number, "60", nullptr, nullptr, 1, 3600},
     {"MACHINA_API_RPM", Type::number, "0", nullptr, nullptr, 0, 1'000'000'000},
     {"MACHINA_API_ENQUEUE_RPM", Type::number, "0", nullptr, nullptr, 0,
      1'000'000'000},
     {"MACHINA_API_RUNSYNC_RPM", Type::number, "0", nullptr, nullptr, 0,
      1'000'000'000},
+    {"MACHINA_API_CONNECTIONS", Type::number, "4096", nullptr, nullptr, 16,
+     60'000},
+    {"MACHINA_API_CONNECTIONS_PER_ADDRESS", Type::number, "1024", nullptr,
+     nullptr, 1, 60'000},
     {"MACHINA_API_MAX_BODY_BYTES", Type::number, "2097152", nullptr, nullptr,
      1024, 4 * kMiB},
 };
@@ -301,6 +325,9 @@ using OpenSecrets = std::map<std::string, std::string>;
 class Source {
  public:
   explicit Source(std::string origin) : origin_(std::move(origin)) {}
+  // One that is a file: a secret in it is as open as the file is.
+  Source(std::string origin, std::string path, mode_t mode)
+      : origin_(std::move(origin)), path_(std::move(path)), mode_(mode) {}
 
   Result<void> add(const std::string& name, const std::string& text) {
     if (const Variable* secret = secret_of_file_name(name)) {
@@ -314,6 +341,7 @@ class Source {
     Config::Value value{text, origin_};
     if (auto ok = check_value(*row, value); !ok) return ok.error();
     values_[name] = std::move(value);
+    if (row->type == Type::secret) note_if_open(*row, name, path_, mode_);
     return {};
   }
 
@@ -348,19 +376,24 @@ class Source {
     Config::Value value{*bytes, origin_ + ", " + name};
     if (auto ok = check_value(secret, value); !ok) return ok.error();
     secret_files_[secret.name] = std::move(value);
-    // systemd's own directory is closed; a file's group bits there are the
-    // mask of an access list.
-    if ((mode & 077) != 0 && !path.starts_with("/run/credentials/")) {
-      char digits[16];
-      std::snprintf(digits, sizeof digits, "%04o", mode);
-      open_secrets_[secret.name] = name + " (" + origin_ + "): \"" + path +
-                                   "\" is open to others (mode " + digits +
-                                   "); chmod 600 it";
-    }
+    note_if_open(secret, name, path, mode);
     return {};
   }
 
-  std::string origin_;
+  void note_if_open(const Variable& secret, const std::string& name,
+                    const std::string& path, mode_t mode) {
+    // systemd's own directory is closed; a file's group bits there are the
+    // mask of an access list.
+    if ((mode & 077) == 0 || path.starts_with("/run/credentials/")) return;
+    char digits[16];
+    std::snprintf(digits, sizeof digits, "%04o", mode);
+    open_secrets_[secret.name] = name + " (" + origin_ + "): \"" + path +
+                                 "\" is open to others (mode " + digits +
+                                 "); chmod 600 it";
+  }
+
+  std::string origin_, path_;
+  mode_t mode_ = 0;
   std::set<std::string> seen_;
   Values values_, secret_files_;
   OpenSecrets open_secrets_;  // by the secret's name
@@ -378,9 +411,10 @@ std::string yaml_scalar(const YAML::Node& node) {
 
 Result<void> add_file(const std::string& path, Values* values,
                       OpenSecrets* open) {
-  auto bytes = read_file(path, kFileBytesMax);
+  mode_t mode = 0;
+  auto bytes = read_file(path, kFileBytesMax, &mode);
   if (!bytes) return invalid("--config: " + bytes.error().what);
-  Source source("file " + path);
+  Source source("file " + path, path, mode);
   try {
     YAML::Node top = YAML::Load(*bytes);
     if (top.IsNull()) return {};
@@ -392,6 +426,9 @@ Result<void> add_file(const std::string& path, Values* values,
         return invalid("file " + path + ": a name must be a plain word");
       }
       std::string name = entry.first.Scalar();
+      if (find_variable(name) == nullptr && !secret_of_file_name(name)) {
+        return unknown_variable(name, "file " + path);
+      }
       bool plain = entry.second.IsScalar() || entry.second.IsSequence();
       for (const auto& part : entry.second) {
         plain = plain && entry.second.IsSequence() && part.IsScalar();
@@ -485,11 +522,20 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
 std::span<const Variable> config_table() { return kTable; }
 
 std::string nearest_variable(std::string_view name) {
-  name = name.substr(0, 128);  // the table's longest is 34
+  std::string full(name.substr(0, 128));  // the table's longest is 35
+  if (!full.starts_with("MACHINA_")) {
+    // `port` in a file is meant as MACHINA_PORT.
+    for (char& c : full) {
+      c = c == '-' || c == '.'   ? '_'
+          : c >= 'a' && c <= 'z' ? static_cast<char>(c - 32)
+                                 : c;
+    }
+    if (!full.starts_with("MACHINA_")) full = "MACHINA_" + full;
+  }
   std::string best;
   std::size_t least = SIZE_MAX;
   auto consider = [&](const std::string& known) {
-    std::size_t distance = edit_distance(name, known);
+    std::size_t distance = edit_distance(full, known);
     if (distance < least) {
       least = distance;
       best = known;

@@ -6,7 +6,7 @@ namespace machina {
 namespace {
 
 // Less can be guessed.
-constexpr std::size_t kTokenBytesMin = 16;
+constexpr std::size_t kSecretBytesMin = 16;
 
 bool is_address(const std::string& host) {
   in6_addr bytes;
@@ -35,29 +35,29 @@ std::vector<std::string> start_refusals(const Config& config) {
   }
   bool hmac = !config.text("MACHINA_API_HMAC_SECRET").empty();
 
-  // Signatures come with a later version; to accept the secret and check
-  // nothing would be a lie, whatever the profile.
-  if (hmac && !token) {
-    lines.push_back(
-        "only MACHINA_API_HMAC_SECRET is set, and this version does not check "
-        "request signatures yet: set MACHINA_API_TOKEN or "
-        "MACHINA_API_TOKEN_FILE");
-  } else if (config.prod() && !token) {
+  if (config.prod() && !token && !hmac) {
     lines.push_back(
         "the prod profile needs authentication: set MACHINA_API_TOKEN or "
-        "MACHINA_API_TOKEN_FILE");
-  } else if (!token && is_address(config.text("MACHINA_HOST")) &&
-             !names_loopback(config.text("MACHINA_HOST"))) {
-    lines.push_back("MACHINA_HOST: \"" + config.text("MACHINA_HOST") +
+        "MACHINA_API_HMAC_SECRET, or one of them as ..._FILE");
+  } else if (!token && !hmac && is_address(host) && !names_loopback(host)) {
+    lines.push_back("MACHINA_HOST: \"" + host +
                     "\" can be reached from outside and there is no "
-                    "MACHINA_API_TOKEN: set one, or use 127.0.0.1");
+                    "MACHINA_API_TOKEN and no MACHINA_API_HMAC_SECRET: set "
+                    "one, or use 127.0.0.1");
   }
-  const std::size_t token_bytes = config.text("MACHINA_API_TOKEN").size();
-  if (config.prod() && token && token_bytes < kTokenBytesMin) {
-    lines.push_back("MACHINA_API_TOKEN has " + std::to_string(token_bytes) +
-                    " bytes; the prod profile wants at least " +
-                    std::to_string(kTokenBytesMin) +
-                    " (openssl rand -hex 24 makes one)");
+  if (config.text("MACHINA_API_CREDENTIALS") == "all" && !(token && hmac)) {
+    lines.push_back(
+        "MACHINA_API_CREDENTIALS=all needs both MACHINA_API_TOKEN and "
+        "MACHINA_API_HMAC_SECRET: set the other, or use any");
+  }
+  for (const char* name : {"MACHINA_API_TOKEN", "MACHINA_API_HMAC_SECRET"}) {
+    const std::size_t bytes = config.text(name).size();
+    if (config.prod() && bytes > 0 && bytes < kSecretBytesMin) {
+      lines.push_back(std::string(name) + " has " + std::to_string(bytes) +
+                      " bytes; the prod profile wants at least " +
+                      std::to_string(kSecretBytesMin) +
+                      " (openssl rand -hex 24 makes one)");
+    }
   }
   if (config.prod()) {
     for (const auto& line : config.open_secrets()) lines.push_back(line);
@@ -111,18 +111,11 @@ std::string not_promised(const Config& config) {
         "an allow-list of system calls (MACHINA_SECCOMP_ENABLE=0: the worst "
         "are denied)");
   }
-  if (config.text("MACHINA_API_TOKEN").empty()) {
+  if (config.text("MACHINA_API_TOKEN").empty() &&
+      config.text("MACHINA_API_HMAC_SECRET").empty()) {
     parts.emplace_back(
-        "to know who calls (no MACHINA_API_TOKEN: any user of this machine "
-        "may)");
-  }
-  if (!config.text("MACHINA_API_HMAC_SECRET").empty()) {
-    parts.emplace_back("that request signatures are accepted (bearer only)");
-  }
-  if (config.number("MACHINA_API_RPM") > 0 ||
-      config.number("MACHINA_API_ENQUEUE_RPM") > 0 ||
-      config.number("MACHINA_API_RUNSYNC_RPM") > 0) {
-    parts.emplace_back("the rate limits (MACHINA_API_*RPM come later)");
+        "to know who calls (no MACHINA_API_TOKEN, no MACHINA_API_HMAC_SECRET: "
+        "any user of this machine may)");
   }
   if (config.text("MACHINA_SECCOMP_PROFILE") == "net" ||
       config.flag("MACHINA_SECCOMP_ALLOW_NET")) {

@@ -16,8 +16,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* kSubdirectories[] = {"queue",     "history", "logs",
-                                           "artifacts", "repos",   "mirrors"};
+constexpr const char* kSubdirectories[] = {
+    "queue", "history", "logs", "ops", "artifacts", "repos", "mirrors"};
 
 // Directories that hold other things than a queue.
 constexpr const char* kShared[] = {
@@ -153,23 +153,23 @@ Result<void> make_subdirectories(const std::string& root) {
   return {};
 }
 
-}  // namespace
-
-Result<Root> prepare_root(const std::string& path, bool prod, bool unsafe_fs) {
-  std::string wanted = absolute(path);
-  if (path.empty() || dangerous(wanted)) {  // R1, before anything is made
+// What can be said of a path before anything is there.
+Result<void> check_wanted(const std::string& path, const std::string& wanted) {
+  if (path.empty() || dangerous(wanted)) {  // R1
     return refuse(wanted,
                   "is not a directory to keep a queue in; name one of "
                   "its own, such as /var/lib/machina");
   }
-  // R5, before anything is made. What is there already may be a link to a
-  // shorter path: that one is asked about below.
+  // R5. What is there already may be a link to a shorter path: that one is
+  // asked about later.
   struct stat status {};
-  if (::lstat(wanted.c_str(), &status) != 0) {
-    if (auto ok = check_socket_path(wanted); !ok) return ok.error();
-  }
-  if (auto ok = make_root(wanted, prod); !ok) return ok.error();
+  if (::lstat(wanted.c_str(), &status) != 0) return check_socket_path(wanted);
+  return {};
+}
 
+// A root that is there.
+Result<Root> look_at_root(const std::string& wanted, bool prod,
+                          bool unsafe_fs) {
   char* real = ::realpath(wanted.c_str(), nullptr);
   if (real == nullptr) {
     return refuse(wanted, "cannot be resolved: " + system_error("realpath"));
@@ -201,12 +201,53 @@ Result<Root> prepare_root(const std::string& path, bool prod, bool unsafe_fs) {
     }
     root.warnings.push_back("MACHINA_ROOT " + fault);
   }
-  if (auto ok = make_subdirectories(root.path); !ok) return ok.error();
   return root;
+}
+
+}  // namespace
+
+Result<Root> prepare_root(const std::string& path, bool prod, bool unsafe_fs) {
+  std::string wanted = absolute(path);
+  if (auto ok = check_wanted(path, wanted); !ok) return ok.error();
+  if (auto ok = make_root(wanted, prod); !ok) return ok.error();
+  auto root = look_at_root(wanted, prod, unsafe_fs);
+  if (!root) return root;
+  if (auto ok = make_subdirectories(root->path); !ok) return ok.error();
+  return root;
+}
+
+Result<void> examine_root(const std::string& path, bool prod, bool unsafe_fs) {
+  std::string wanted = absolute(path);
+  if (auto ok = check_wanted(path, wanted); !ok) return ok;
+  struct stat status {};
+  if (::stat(wanted.c_str(), &status) != 0) {
+    if (errno != ENOENT || prod) return make_root(wanted, prod);
+    std::string parent = fs::path(wanted).parent_path().string();
+    if (::access(parent.c_str(), W_OK | X_OK) == 0) return {};
+    return refuse(wanted, "cannot be made: " + system_error("mkdir"));
+  }
+  auto root = look_at_root(wanted, prod, unsafe_fs);
+  if (!root) return root.error();
+  for (const char* name : kSubdirectories) {
+    std::string below = root->path + "/" + name;
+    if (std::string_view(name) == "repos") continue;
+    if (::lstat(below.c_str(), &status) != 0 && errno == ENOENT) continue;
+    if (auto ok = check_owner(below); !ok) return ok;
+  }
+  if (::access(root->path.c_str(), W_OK | X_OK) != 0) {
+    return refuse(root->path, "cannot be written: " + system_error("access"));
+  }
+  return {};
 }
 
 std::string root_socket(const std::string& path) {
   return absolute(path) + "/machina.sock";
+}
+
+std::string file_system_fault(const std::string& path) {
+  unsigned long magic = 0;
+  const Kind* kind = file_system_kind(path, &magic);
+  return kind != nullptr && kind->fault != nullptr ? kind->fault : "";
 }
 
 std::string file_system_name(const std::string& path) {

@@ -32,8 +32,12 @@ struct Root {
 };
 
 // Makes (R3) and checks the root and makes the directories below it that every
-// part expects: queue history logs artifacts repos mirrors, 0700.
+// part expects: queue history logs ops artifacts repos mirrors, 0700.
 Result<Root> prepare_root(const std::string& path, bool prod, bool unsafe_fs);
+
+// The same checks, making nothing: whether prepare_root() would succeed just
+// now. Of a root that dev would make, the directory it would be made in.
+Result<void> examine_root(const std::string& path, bool prod, bool unsafe_fs);
 
 // The same path as others see it, without making or demanding anything: for
 // clients that look for the socket.
@@ -41,5 +45,7 @@ std::string root_socket(const std::string& path);
 
 // What statfs(2) calls the file system of `path`.
 std::string file_system_name(const std::string& path);
+// Why that one keeps no promise (R4); empty: nothing is known against it.
+std::string file_system_fault(const std::string& path);
 
 }  // namespace machina

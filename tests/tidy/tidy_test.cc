@@ -77,9 +77,9 @@ bool starts(const std::string& text, const std::string& prefix) {
 }
 
 // queue/ headers that workers and tools may know: values, not the queue.
-const std::set<std::string> kWorkersKnow = {"queue/job.h", "queue/result.h",
-                                            "queue/ids.h", "queue/clock.h",
-                                            "queue/check.h"};
+const std::set<std::string> kWorkersKnow = {
+    "queue/job.h",   "queue/result.h", "queue/ids.h",       "queue/clock.h",
+    "queue/check.h", "queue/say.h",    "queue/line_file.h", "queue/buckets.h"};
 const std::set<std::string> kToolsKnow = {"queue/result.h", "queue/check.h"};
 
 bool allowed(const std::string& from, const std::string& to) {
@@ -97,7 +97,8 @@ bool allowed(const std::string& from, const std::string& to) {
   // The verbs put everything together; nothing includes them.
   if (starts(from, "tools/cli/")) {
     return starts(to, "tools/") || starts(to, "server/") ||
-           starts(to, "workers/") || kWorkersKnow.count(to) != 0;
+           starts(to, "workers/") || kWorkersKnow.count(to) != 0 ||
+           to == "queue/verify.h";  // `machina wal`: files, no server
   }
   return (starts(to, "tools/") && !starts(to, "tools/cli/")) ||
          kToolsKnow.count(to) != 0;
@@ -255,6 +256,8 @@ TEST(Tidy, OnlyTheTableReadsTheEnvironment) {
   static const std::regex kGetenv(R"(\bgetenv\s*\()");
   for (const auto& source : product()) {
     if (source.path == "tools/root.cc") continue;  // HOME, to refuse it
+    // What a service manager says to this one process.
+    if (source.path == "tools/service_manager.cc") continue;
     for (std::size_t i = 0; i < source.lines.size(); ++i) {
       const std::string& line = source.lines[i];
       if (line.find("//") < line.find("getenv")) continue;

@@ -120,6 +120,10 @@ TEST(Config, FileMayHoldListsAndIsHeldToTheSameTable) {
   EXPECT_SAYS(refusal({}, {}, twice.path()), "set twice");
   TempFile nested("MACHINA_LEASE_MS: {a: 1}\n");
   EXPECT_SAYS(refusal({}, {}, nested.path()), "MACHINA_LEASE_MS");
+  TempFile short_name("port: 1\n");
+  EXPECT_SAYS(refusal({}, {}, short_name.path()), "nearest is MACHINA_PORT");
+  TempFile tree("api:\n  token: x\n");
+  EXPECT_SAYS(refusal({}, {}, tree.path()), "api (file");
   TempFile broken("MACHINA_LEASE_MS: [1\n");
   EXPECT_SAYS(refusal({}, {}, broken.path()), "line");
   EXPECT_SAYS(refusal({}, {}, "/nonexistent/machina.yaml"), "--config");
@@ -139,6 +143,23 @@ TEST(Config, SecretsComeFromFilesAndAreNeverPrinted) {  // G4
   EXPECT_EQ(what.find("has space"), std::string::npos) << what;
   TempFile empty("\n");
   refusal({"MACHINA_API_TOKEN_FILE=" + empty.path()});
+}
+
+TEST(Config, ASecretInAConfigurationFileIsAsOpenAsTheFile) {
+  TempFile file("MACHINA_API_HMAC_SECRET: s3cret-of-file\n");
+  ASSERT_EQ(chmod(file.path().c_str(), 0644), 0);
+  Config open = load({}, {}, file.path());
+  EXPECT_EQ(open.text("MACHINA_API_HMAC_SECRET"), "s3cret-of-file");
+  EXPECT_EQ(open.print().find("s3cret-of-file"), std::string::npos);
+  ASSERT_EQ(open.open_secrets().size(), 1u);
+  EXPECT_SAYS(open.open_secrets()[0], "chmod 600");
+  ASSERT_EQ(chmod(file.path().c_str(), 0600), 0);
+  EXPECT_TRUE(load({}, {}, file.path()).open_secrets().empty());
+  // Where a stronger source gives the secret the file's is not in force.
+  ASSERT_EQ(chmod(file.path().c_str(), 0644), 0);
+  EXPECT_TRUE(load({"MACHINA_API_HMAC_SECRET=x"}, {}, file.path())
+                  .open_secrets()
+                  .empty());
 }
 
 TEST(Config, CrossedBoundsAreRefused) {

@@ -44,13 +44,25 @@ TEST(StartRefusals, ProdWithoutAuthentication) {
             std::string::npos);
 }
 
-TEST(StartRefusals, ASecretForSignaturesAloneIsNoAuthenticationYet) {
-  for (const char* profile : {"dev", "prod"}) {
-    std::string all = refusals(
-        {{"MACHINA_PROFILE", profile}, {"MACHINA_API_HMAC_SECRET", "s"}});
-    EXPECT_NE(all.find("signatures"), std::string::npos) << all;
-  }
-  EXPECT_EQ(prod_with("MACHINA_API_HMAC_SECRET", "s"), "");
+TEST(StartRefusals, ASecretForSignaturesIsAuthentication) {
+  EXPECT_EQ(
+      refusals({{"MACHINA_API_HMAC_SECRET", "s"}, {"MACHINA_HOST", "0.0.0.0"}}),
+      "");
+  EXPECT_EQ(refusals({{"MACHINA_PROFILE", "prod"},
+                      {"MACHINA_API_HMAC_SECRET", "sixteen-bytes-ok"}}),
+            "");
+  EXPECT_NE(prod_with("MACHINA_API_HMAC_SECRET", "s")
+                .find("MACHINA_API_HMAC_SECRET has 1 bytes"),
+            std::string::npos);
+}
+
+TEST(StartRefusals, AllCredentialsAreTwo) {
+  EXPECT_NE(prod_with("MACHINA_API_CREDENTIALS", "all").find("both"),
+            std::string::npos);
+  EXPECT_EQ(refusals({{"MACHINA_API_CREDENTIALS", "all"},
+                      {"MACHINA_API_TOKEN", "t"},
+                      {"MACHINA_API_HMAC_SECRET", "s"}}),
+            "");
 }
 
 TEST(StartRefusals, ProdWithoutDurability) {

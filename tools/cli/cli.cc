@@ -57,11 +57,14 @@ std::string self_exe() {
   std::string path(4096, '\0');
   ssize_t got = ::readlink("/proc/self/exe", path.data(), path.size());
   path.resize(got > 0 ? static_cast<std::size_t>(got) : 0);
+  // Replaced since: what is at its path now is what to start.
+  constexpr std::string_view kDeleted = " (deleted)";
+  if (path.ends_with(kDeleted)) path.resize(path.size() - kDeleted.size());
   return path;
 }
 
 int fail(int exit, const std::string& what) {
-  std::cerr << "machina: " << what << "\n";
+  std::cerr << "machina: " << harmless(what) << "\n";
   return exit;
 }
 
@@ -101,7 +104,7 @@ Asked ask(const Settings& settings, const Client::Request& request, int* exit) {
 int show_refusal(const Settings& settings, const Client::Answer& answer) {
   auto problem = nlohmann::json::parse(answer.body, nullptr, false);
   if (settings.json && !problem.is_discarded()) {
-    std::cout << problem.dump() << "\n";
+    std::cout << harmless_json(problem.dump()) << "\n";
     return kRefused;
   }
   std::string code, detail;
@@ -112,10 +115,12 @@ int show_refusal(const Settings& settings, const Client::Answer& answer) {
   std::string hint;
   if (answer.status == 401 || answer.status == 403) {
     hint =
-        "; set MACHINA_API_TOKEN or MACHINA_API_TOKEN_FILE, or use the "
-        "server's socket";
+        "; set MACHINA_API_TOKEN or MACHINA_API_HMAC_SECRET (or ..._FILE), or "
+        "use the server's socket";
   } else if (answer.status == 404) {
-    hint = "; machina list shows the jobs there are";
+    hint = detail.starts_with("patch:")
+               ? "; machina patches list shows the patches there are"
+               : "; machina list shows the jobs there are";
   } else if (auto after = answer.headers.find("retry-after");
              after != answer.headers.end()) {
     hint = "; try again in " + after->second + " s";

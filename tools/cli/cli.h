@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "queue/result.h"
@@ -30,12 +31,20 @@ constexpr int kRefused = 4;  // by the server
 void add_serve(CLI::App& app, int* exit);
 void add_pool(CLI::App& app, int* exit);
 void add_worker(CLI::App& app, int* exit);
+// detect, kill, start, restart, healthcheck
+void add_ops(CLI::App& app, int* exit);
 void add_doctor(CLI::App& app, int* exit);
 void add_version(CLI::App& app, int* exit);
+void add_sign(CLI::App& app, int* exit);
+// wal verify, wal inspect
+void add_wal(CLI::App& app, int* exit);
 // enqueue, get, list, logs, cancel, retry, unblock
 void add_job_verbs(CLI::App& app, int* exit);
 // scale, stats
 void add_operator_verbs(CLI::App& app, int* exit);
+// patches list|show|ancestry|search
+void add_patch_verbs(CLI::App& app, int* exit);
+void add_top(CLI::App& app, int* exit);
 
 // The options of a verb that fill configuration. Lives as long as the parser.
 struct Settings {
@@ -77,9 +86,17 @@ std::string readable_clock(const std::string& rfc3339);  // local, short
 std::string readable_ms(std::int64_t ms);
 std::int64_t parse_time_ms(const std::string& rfc3339);  // -1: no such time
 
-// Text from a job, made harmless for a terminal: control characters other than
-// newline and tab are shown as '?'.
-std::string harmless(std::string text);
+// Text that somebody else wrote, made harmless for a terminal: control
+// characters other than newline and tab, marks of writing direction and
+// characters of no width are shown as escapes (\u202e), bytes that are no UTF-8
+// as \x9b. All that verbs show of others goes through here.
+std::string harmless(std::string_view text);
+// The same for JSON, which stays the same JSON: escapes within its strings.
+std::string harmless_json(std::string_view json);
+// The first line, at most `max` bytes of whole characters.
+std::string first_line(std::string_view text, std::size_t max);
+// The bytes of `text` without a character at its end that is not all there.
+std::size_t whole_characters(std::string_view text);
 
 // Columns padded to their widest cell; the last is left ragged.
 class Table {

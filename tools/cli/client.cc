@@ -4,7 +4,9 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <ctime>
 
+#include "server/signature.h"
 #include "tools/config.h"
 #include "tools/root.h"
 
@@ -53,7 +55,29 @@ bool never_arrived(CURLcode code) {
          code == CURLE_COULDNT_RESOLVE_PROXY;
 }
 
+// What stands in the request line for `url`.
+std::string path_of(const std::string& url) {
+  std::size_t slash = url.find('/', url.find("://") + 3);
+  return slash == std::string::npos ? "/" : url.substr(slash);
+}
+
 }  // namespace
+
+std::vector<std::string> signature_headers(const std::string& secret,
+                                           const std::string& method,
+                                           const std::string& path,
+                                           const std::string& body) {
+  timespec now;
+  clock_gettime(CLOCK_REALTIME, &now);
+  std::string ts =
+      std::to_string(std::int64_t{now.tv_sec} * 1000 + now.tv_nsec / 1'000'000);
+  std::string nonce = random_nonce();
+  HexDigest hex =
+      Signer(secret).sign({ts, nonce, method, path}, Sha256::of(body));
+  return {"X-Machina-Ts: " + ts, "X-Machina-Nonce: " + nonce,
+          "X-Machina-Signature: " + std::string(kSignaturePrefix) +
+              std::string(hex.data(), hex.size())};
+}
 
 struct Client::Curl {
   CURL* handle = curl_easy_init();
@@ -70,6 +94,7 @@ Result<std::unique_ptr<Client>> Client::open(const Config& config) {
     return Error{Code::io, "libcurl did not start"};
   }
   client->token_ = config.text("MACHINA_API_TOKEN");
+  client->secret_ = config.text("MACHINA_API_HMAC_SECRET");
 
   std::string server = config.text("MACHINA_SERVER");
   if (server.empty()) {
@@ -105,6 +130,7 @@ Result<Client::Answer> Client::call(const Request& request) {
   Answer answer;
   char why[CURL_ERROR_SIZE] = "";
   curl_easy_setopt(handle, CURLOPT_URL, url.c_str());
+  curl_easy_setopt(handle, CURLOPT_PATH_AS_IS, 1L);
   curl_easy_setopt(handle, CURLOPT_PROTOCOLS_STR, "http,https");
   curl_easy_setopt(handle, CURLOPT_NOPROXY, "*");
   curl_easy_setopt(handle, CURLOPT_NOSIGNAL, 1L);
@@ -135,6 +161,13 @@ Result<Client::Answer> Client::call(const Request& request) {
   if (!token_.empty()) {
     headers =
         curl_slist_append(headers, ("Authorization: Bearer " + token_).c_str());
+  }
+  if (!secret_.empty() && socket_.empty()) {
+    for (const auto& header :
+         signature_headers(secret_, request.method, path_of(url),
+                           request.method == "GET" ? "" : request.body)) {
+      headers = curl_slist_append(headers, header.c_str());
+    }
   }
   curl_easy_setopt(handle, CURLOPT_HTTPHEADER, headers);
   CURLcode code = curl_easy_perform(handle);

@@ -1,8 +1,8 @@
 // tools/cli/client.h
 //
 // A small HTTP client for the verbs, over the server's Unix socket or TCP. The
-// token travels in a header, never in an argument. curl's door for tools/cli
-// is client.cc.
+// token travels in a header, never in an argument; with MACHINA_API_HMAC_SECRET
+// each request over TCP is signed too. curl's door for tools/cli is client.cc.
 
 #pragma once
 
@@ -52,8 +52,14 @@ class Client {
   Client() = default;
   struct Curl;
   std::unique_ptr<Curl> curl_;
-  std::string where_, base_, socket_, token_;
+  std::string where_, base_, socket_, token_, secret_;
 };
+
+// The three headers that sign a request now, "Name: value".
+std::vector<std::string> signature_headers(const std::string& secret,
+                                           const std::string& method,
+                                           const std::string& path,
+                                           const std::string& body);
 
 // For one path segment or query value.
 std::string url_escape(const std::string& text);

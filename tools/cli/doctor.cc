@@ -3,8 +3,12 @@
 // inside, and reads the rest of the host's facts beside that.
 
 #include <fcntl.h>
+#include <grp.h>
 #include <linux/landlock.h>
+#include <pwd.h>
+#include <sys/stat.h>
 #include <sys/statfs.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/utsname.h>
 #include <unistd.h>
@@ -13,15 +17,22 @@
 #include <CLI/Config.hpp>
 #include <CLI/Formatter.hpp>
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <nlohmann/json.hpp>
+#include <sstream>
 #include <thread>
 
+#include "tools/checklist.h"
 #include "tools/cli/cli.h"
+#include "tools/cli/client.h"
+#include "tools/cli/ops_common.h"
 #include "tools/cli/pool_settings.h"
+#include "tools/ops.h"
 #include "tools/root.h"
 #include "workers/kinds/kinds.h"
 #include "workers/sandbox/sandbox.h"
@@ -321,6 +332,257 @@ void show_verdict(const Json& isolation, const Config& config) {
   }
 }
 
+// --- the production checklist ----------------------------------------------
+
+// Seconds since `path` was last written; -1: it is not there.
+std::int64_t age_s(const std::string& path) {
+  struct stat status {};
+  if (::lstat(path.c_str(), &status) != 0) return -1;
+  return std::max<std::int64_t>(0, ::time(nullptr) - status.st_mtime);
+}
+
+// Another file system than its parent's.
+bool is_mount(const std::string& path) {
+  struct stat here {
+  }, above{};
+  return ::stat(path.c_str(), &here) == 0 &&
+         ::stat((path + "/..").c_str(), &above) == 0 &&
+         here.st_dev != above.st_dev;
+}
+
+// /proc/self/mountinfo writes spaces and the like as \ooo.
+std::string unescaped(const std::string& field) {
+  std::string out;
+  for (std::size_t i = 0; i < field.size(); ++i) {
+    if (field[i] == '\\' && i + 3 < field.size()) {
+      out += static_cast<char>((field[i + 1] - '0') * 64 +
+                               (field[i + 2] - '0') * 8 + (field[i + 3] - '0'));
+      i += 3;
+    } else {
+      out += field[i];
+    }
+  }
+  return out;
+}
+
+std::vector<std::string> mounts_below(const std::string& root) {
+  std::error_code error;
+  const std::string top = fs::weakly_canonical(root, error).string() + "/";
+  std::vector<std::string> found;
+  std::ifstream file("/proc/self/mountinfo");
+  for (std::string line; std::getline(file, line);) {
+    std::istringstream fields(line);
+    std::string skipped, where;
+    fields >> skipped >> skipped >> skipped >> skipped >> where;
+    where = unescaped(where);
+    if (where.starts_with(top)) found.push_back(where);
+  }
+  return found;
+}
+
+// Whether `uid` is in that group. One whose groups are not known is given the
+// benefit of the doubt.
+bool in_group(std::int64_t uid, gid_t group) {
+  passwd entry{};
+  passwd* user = nullptr;
+  char text[4096];
+  if (::getpwuid_r(static_cast<uid_t>(uid), &entry, text, sizeof text, &user) !=
+          0 ||
+      user == nullptr) {
+    return true;
+  }
+  gid_t groups[256];
+  int count = 256;
+  if (::getgrouplist(user->pw_name, user->pw_gid, groups, &count) < 0) {
+    return true;
+  }
+  return std::find(groups, groups + count, group) != groups + count;
+}
+
+// Whether user `uid` may make and rename files there, by owner, group and mode.
+bool may_write(const struct stat& dir, std::int64_t uid) {
+  if (uid == 0 || ::geteuid() == uid) return true;  // access() tells
+  if (dir.st_uid == uid) return (dir.st_mode & 0300) == 0300;
+  if ((dir.st_mode & 0030) == 0030 && in_group(uid, dir.st_gid)) return true;
+  return (dir.st_mode & 0003) == 0003;
+}
+
+void look_at_log(const Config& config, ProductionFacts* facts) {
+  const std::string& path = config.text("MACHINA_LOG_FILE");
+  if (path.empty()) return;
+  std::error_code error;
+  const fs::path dir = fs::path(path).parent_path();
+  struct stat status {};
+  if (::stat(dir.c_str(), &status) != 0) {
+    facts->log_problem = dir.string() + ": " + std::strerror(errno);
+  } else if (!S_ISDIR(status.st_mode)) {
+    facts->log_problem = dir.string() + " is no directory";
+  } else if (!may_write(status, facts->uid) ||
+             (::geteuid() == facts->uid &&
+              ::access(dir.c_str(), W_OK | X_OK) != 0)) {
+    facts->log_problem = dir.string() + " cannot be written by uid " +
+                         std::to_string(facts->uid) +
+                         ": files there are neither made nor renamed";
+  } else if (::lstat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode)) {
+    facts->log_problem = path + " is no regular file: it is not rotated";
+  }
+  const std::string name = fs::path(path).filename().string();
+  for (const auto& entry : fs::directory_iterator(dir, error)) {
+    const std::string other = entry.path().filename().string();
+    if (other == name || other.starts_with(name + ".")) {
+      const auto size = entry.file_size(error);
+      if (!error) facts->log_bytes += size;
+    }
+  }
+}
+
+// The last of `path`, where a line that was just written is.
+bool ends_with_line_of(const std::string& path, const std::string& word) {
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  if (!file) return false;
+  const std::streamoff size = file.tellg(), back = 1 << 20;
+  file.seekg(std::max<std::streamoff>(0, size - back));
+  std::string text((std::istreambuf_iterator<char>(file)), {});
+  return text.find(word) != std::string::npos;
+}
+
+// One request with an id of its own, and a look at what became of the id.
+void follow_request_id(const Settings& settings, const Config& config,
+                       const std::string& socket, ProductionFacts* facts) {
+  Settings there = settings;
+  there.overrides["MACHINA_SERVER"] = socket;
+  auto to = Config::load(environment(), there.overrides, there.file);
+  if (!to) return;
+  auto client = Client::open(*to);
+  if (!client) return;
+  const std::string id = "doctor-" + std::to_string(::getpid()) + "-" +
+                         std::to_string(steady_ms());
+  Client::Request request;
+  request.path = "/v1/jobs?limit=1";
+  request.headers = {"X-Request-Id: " + id};
+  request.timeout_ms = 3000;
+  auto answer = (*client)->call(request);
+  if (!answer) return;
+  facts->request_id_echoed = answer->headers["x-request-id"] == id ? 1 : 0;
+  const std::string& log = config.text("MACHINA_LOG_FILE");
+  std::error_code error;
+  if (log.empty()) return;
+  if (!fs::exists(log, error)) {
+    facts->request_id_logged = 0;
+    return;
+  }
+  if (::access(log.c_str(), R_OK) != 0) return;
+  // It is written by another thread, a moment later; of a busy server's sampled
+  // lines ours may be one that is left out, so it is asked again.
+  for (int i = 0; i < 40; ++i) {
+    if (i % 8 == 7) (void)(*client)->call(request);
+    facts->request_id_logged = ends_with_line_of(log, id) ? 1 : 0;
+    if (facts->request_id_logged == 1) return;
+    ::usleep(50'000);
+  }
+}
+
+void look_at_root(const std::string& root, ProductionFacts* facts) {
+  struct stat status {};
+  if (::stat(root.c_str(), &status) == 0 && S_ISDIR(status.st_mode)) {
+    facts->root_there = true;
+    facts->root_owner = status.st_uid;
+    facts->root_mode = static_cast<int>(status.st_mode & 07777);
+    facts->root_is_mount = is_mount(root);
+    facts->mounts_below = mounts_below(root);
+  }
+  std::error_code error;
+  std::string there = facts->root_there ? root : "/";
+  facts->file_system = file_system_name(there);
+  facts->file_system_trusted =
+      !facts->root_there || file_system_fault(there).empty();
+  struct statvfs disk {};
+  if (::statvfs(there.c_str(), &disk) == 0) {
+    facts->disk_free_bytes =
+        static_cast<std::uint64_t>(disk.f_bavail) * disk.f_frsize;
+    facts->disk_bytes =
+        static_cast<std::uint64_t>(disk.f_blocks) * disk.f_frsize;
+  }
+  facts->verified_ago_s = age_s(ops_dir(root) + "/wal.verified");
+  facts->backup_ago_s = age_s(ops_dir(root) + "/backup.taken");
+}
+
+void look_at_server(const Settings& settings, const Config& config,
+                    const std::string& root, ProductionFacts* facts) {
+  auto found = detect(root);
+  if (!found || !found->serve) return;
+  facts->server_runs = true;
+  facts->supervised = found->serve_file->supervisor == "systemd";
+  facts->configured_profile = found->serve_file->profile;
+  facts->uid = found->serve->process.id.uid;
+  std::error_code error;
+  facts->log_goes_to =
+      fs::read_symlink(
+          "/proc/" + std::to_string(found->serve->process.id.pid) + "/fd/2",
+          error)
+          .string();
+  std::string socket = root_socket(found->root);
+  Probe stats = probe(settings, socket, "/stats");
+  facts->metrics_answer = probe(settings, socket, "/metrics").status == 200;
+  auto numbers = nlohmann::json::parse(stats.body, nullptr, false);
+  if (numbers.is_object() && numbers.contains("scraped_at") &&
+      numbers["scraped_at"].is_string()) {
+    std::int64_t at = parse_time_ms(numbers["scraped_at"]);
+    if (at >= 0) facts->scraped_ago_s = ::time(nullptr) - at / 1000;
+  }
+  follow_request_id(settings, config, socket, facts);
+}
+
+std::vector<Check> checklist(const Settings& settings, const Config& config,
+                             const Json& isolation) {
+  ProductionFacts facts;
+  Settings own = settings;  // without what doctor alone was told
+  own.overrides.erase("MACHINA_PROFILE");
+  auto configured = Config::load(environment(), own.overrides, own.file);
+  facts.configured_profile =
+      configured ? configured->text("MACHINA_PROFILE") : "dev";
+  facts.uid = ::geteuid();
+  if (isolation.contains("error")) {
+    facts.level_why = isolation["error"];
+  } else {
+    facts.level = isolation["level"].get<std::string>()[1] - '0';
+  }
+  look_at_root(config.text("MACHINA_ROOT"), &facts);
+  look_at_server(settings, config, config.text("MACHINA_ROOT"), &facts);
+  look_at_log(config, &facts);
+  return production_checklist(config, facts);
+}
+
+Json checks_json(const std::vector<Check>& checks) {
+  Json all = Json::array();
+  for (const auto& check : checks) {
+    Json row = {{"name", check.name},
+                {"verdict", name(check.verdict)},
+                {"what", check.what}};
+    if (!check.remedy.empty()) row["remedy"] = check.remedy;
+    all.push_back(row);
+  }
+  return all;
+}
+
+// One line per item; the remedy is on it.
+void show_checks(const std::vector<Check>& checks) {
+  int warned = 0, failed = 0;
+  for (const auto& check : checks) {
+    std::string label = check.name;
+    label.resize(std::max<std::size_t>(label.size(), 20), ' ');
+    std::cout << name(check.verdict) << "  " << label << "  "
+              << harmless(check.what)
+              << (check.remedy.empty() ? "" : " -- " + harmless(check.remedy))
+              << "\n";
+    warned += check.verdict == Verdict::warn ? 1 : 0;
+    failed += check.verdict == Verdict::fail ? 1 : 0;
+  }
+  std::cout << "\n"
+            << checks.size() << " items: " << failed << " FAIL, " << warned
+            << " WARN\n";
+}
+
 int doctor(const Settings& settings) {
   auto config = load(settings);
   if (!config) return kUsage;
@@ -337,10 +599,14 @@ int doctor(const Settings& settings) {
                  {"mechanisms", Json::object()},
                  {"attacks", Json::object()}};
   }
+  std::vector<Check> checks;
+  if (config->prod()) checks = checklist(settings, *config, isolation);
+  int exit = any_failed(checks) ? kNotSucceeded : kOk;
   if (settings.json) {
     isolation["host"] = host;
+    if (config->prod()) isolation["checks"] = checks_json(checks);
     std::cout << isolation.dump() << "\n";
-    return kOk;
+    return exit;
   }
   show_host(host);
   if (!report) {
@@ -350,7 +616,11 @@ int doctor(const Settings& settings) {
     show_isolation(isolation);
   }
   show_verdict(isolation, *config);
-  return kOk;
+  if (config->prod()) {
+    std::cout << "\n";
+    show_checks(checks);
+  }
+  return exit;
 }
 
 }  // namespace
@@ -358,8 +628,11 @@ int doctor(const Settings& settings) {
 void add_doctor(CLI::App& app, int* exit) {
   auto settings = std::make_shared<Settings>();
   CLI::App* verb = app.add_subcommand(
-      "doctor", "Attack a sandbox of this host and say what held");
-  add_setting(*verb, settings, "--root", "MACHINA_ROOT", "whose disk to time");
+      "doctor",
+      "Attack a sandbox of this host and say what held; in the prod profile "
+      "also the production checklist");
+  add_setting(*verb, settings, "--root", "MACHINA_ROOT",
+              "whose disk to time and root to check");
   add_setting(*verb, settings, "--profile", "MACHINA_PROFILE", "dev or prod");
   add_common(*verb, settings);
   verb->callback([settings, exit] { *exit = doctor(*settings); });

@@ -1,6 +1,7 @@
 // The verbs about single jobs: enqueue, get, list, logs, cancel, retry,
 // unblock.
 
+#include <pwd.h>
 #include <unistd.h>
 
 #include <CLI/App.hpp>
@@ -8,10 +9,12 @@
 #include <CLI/Formatter.hpp>
 #include <algorithm>
 #include <chrono>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <iterator>
 #include <nlohmann/json.hpp>
+#include <sstream>
 #include <thread>
 
 #include "tools/cli/cli.h"
@@ -68,6 +71,9 @@ void show_job(const Json& job) {
   if (job.value("waiting_for_level", false)) {
     state += ", no worker is at its isolation level";
   }
+  if (job.value("waiting_for_concurrency", false)) {
+    state += ", others with its concurrency key run";
+  }
   if (job.value("duplicate", false)) state += "  (it was there already)";
   show_line("state", state);
   show_line("error", error_line(job));
@@ -90,6 +96,7 @@ void show_job(const Json& job) {
                                text_of(*isolation, "provider"));
   }
   show_line("worker", text_of(job, "worker"));
+  show_line("request", text_of(job, "request_id"));
   for (const char* member :
        {"progress", "blocked", "labels", "dedup_key", "depends_on", "usage"}) {
     auto found = job.find(member);
@@ -111,7 +118,7 @@ bool show_answer(const Settings& settings, const std::string& body, Json* job) {
     return false;
   }
   if (settings.json) {
-    std::cout << job->dump() << "\n";
+    std::cout << harmless_json(job->dump()) << "\n";
   } else {
     show_job(*job);
   }
@@ -123,7 +130,9 @@ bool show_answer(const Settings& settings, const std::string& body, Json* job) {
 struct EnqueueOptions {
   std::shared_ptr<Settings> settings = std::make_shared<Settings>();
   std::string kind, payload = "{}", queue, dedup_key, run_at, min_level;
+  std::string concurrency_key;
   int priority = -1, max_attempts = -1, timeout_ms = -1;
+  int concurrency_limit = -1;
   std::int64_t delay_ms = -1;
   std::vector<std::string> depends_on, labels;
   bool wait = false;
@@ -147,9 +156,15 @@ Result<std::string> read_payload(const std::string& given) {
   from->read(bytes.data(), static_cast<std::streamsize>(bytes.size()));
   bytes.resize(static_cast<std::size_t>(from->gcount()));
   if (bytes.size() > kPayloadFileBytesMax) {
-    return Error{Code::too_large, "--payload: more than " +
-                                      std::to_string(kPayloadFileBytesMax) +
-                                      " bytes"};
+    std::error_code unknown;
+    const auto size = std::filesystem::file_size(name, unknown);
+    return Error{
+        Code::too_large,
+        "--payload: " + name + ": " +
+            (unknown ? "more" : std::to_string(size) + " bytes, more") +
+            " than " + std::to_string(kPayloadFileBytesMax) +
+            " bytes; a patch's diff may be an artifact of another job "
+            "instead (diff_artifact)"};
   }
   return bytes;
 }
@@ -165,6 +180,12 @@ Result<std::string> enqueue_body(const EnqueueOptions& options) {
   Json body = {{"kind", options.kind}};
   if (!options.queue.empty()) body["queue"] = options.queue;
   if (!options.dedup_key.empty()) body["dedup_key"] = options.dedup_key;
+  if (!options.concurrency_key.empty()) {
+    body["concurrency_key"] = options.concurrency_key;
+  }
+  if (options.concurrency_limit >= 0) {
+    body["concurrency_limit"] = options.concurrency_limit;
+  }
   if (!options.run_at.empty()) body["run_at"] = options.run_at;
   if (options.priority >= 0) body["priority"] = options.priority;
   if (options.delay_ms >= 0) body["delay_ms"] = options.delay_ms;
@@ -258,18 +279,24 @@ void add_enqueue(CLI::App& app, int* exit) {
   CLI::App* verb = app.add_subcommand("enqueue", "Submit a job");
   verb->add_option("kind", options->kind, "such as test.run")->required();
   verb->add_option("--payload", options->payload, "JSON, @FILE, or @- (stdin)");
-  verb->add_option("--queue", options->queue);
+  verb->add_option("--queue", options->queue, "default: default");
   verb->add_option("--priority", options->priority, "0..9, 9 first")
       ->check(CLI::Range(0, 9));
-  verb->add_option("--delay-ms", options->delay_ms)
+  verb->add_option("--delay-ms", options->delay_ms, "not before so long")
       ->check(CLI::NonNegativeNumber);
   verb->add_option("--run-at", options->run_at, "RFC 3339 UTC");
-  verb->add_option("--max-attempts", options->max_attempts)
+  verb->add_option("--max-attempts", options->max_attempts, "default: 5")
       ->check(CLI::Range(1, 1000));
-  verb->add_option("--timeout-ms", options->timeout_ms)
+  verb->add_option("--timeout-ms", options->timeout_ms,
+                   "of an attempt; default: its kind's")
       ->check(CLI::PositiveNumber);
   verb->add_option("--dedup-key", options->dedup_key,
                    "the same key again is the same job");
+  verb->add_option("--concurrency-key", options->concurrency_key,
+                   "at most so many of its jobs run at a time");
+  verb->add_option("--concurrency-limit", options->concurrency_limit,
+                   "how many (1)")
+      ->check(CLI::Range(1, 10'000));
   verb->add_option("--depends-on", options->depends_on, "ids of jobs");
   verb->add_option("--label", options->labels, "K=V");
   verb->add_option("--min-level", options->min_level, "L0..L4");
@@ -287,7 +314,9 @@ void add_enqueue(CLI::App& app, int* exit) {
 struct JobOptions {
   std::shared_ptr<Settings> settings = std::make_shared<Settings>();
   std::string id;
-  std::string token, input = "null", actor;  // unblock
+  // unblock
+  std::string token, input, actor, digest, comment;
+  bool approve = false, deny = false;
 };
 
 int one_job(const JobOptions& options, const std::string& method,
@@ -303,6 +332,143 @@ int one_job(const JobOptions& options, const std::string& method,
   return show_answer(*options.settings, asked.answer.body, &job) ? kOk
                                                                  : kRefused;
 }
+
+// What the job waits for, for whoever decides.
+void show_block(const Json& blocked) {
+  auto data = blocked.find("data");
+  if (data == blocked.end() || !data->is_object()) return;
+  show_line("digest", text_of(*data, "digest"));
+  show_line("base", text_of(*data, "base_commit"));
+  show_line("branch", text_of(*data, "branch"));
+  show_line("tip", text_of(*data, "tip"));
+  auto conflicts = data->find("conflicts");
+  if (conflicts != data->end() && conflicts->is_array()) {
+    for (const auto& one : *conflicts) {
+      show_line("conflict",
+                text_of(one, "path") + ": " + text_of(one, "reason") +
+                    (text_of(one, "merges") == "true"
+                         ? ", and merges"
+                         : ", and does not merge: mend the branch first"));
+    }
+    // Line by line: what a branch holds does not reach the terminal as it is.
+    std::istringstream diff(text_of(*data, "diff"));
+    for (std::string line; std::getline(diff, line);) {
+      std::cout << "  " << harmless(line) << "\n";
+    }
+    if (data->value("diff_truncated", false)) {
+      std::cout << "  ... and more than can be shown\n";
+    }
+  }
+  auto files = data->find("files");
+  if (files == data->end() || !files->is_array()) return;
+  for (const auto& file : *files) {
+    if (!file.is_object()) {
+      show_line("file",
+                file.is_string() ? file.get<std::string>() : file.dump());
+      continue;
+    }
+    std::string line = text_of(file, "path");
+    if (file.contains("added")) {
+      line += "  +" + text_of(file, "added") + " -" + text_of(file, "removed");
+    }
+    show_line("file", line);
+  }
+  if (data->value("files_truncated", false)) {
+    show_line("file", "... and more than can be listed");
+  }
+}
+
+std::string this_user() {
+  passwd entry;
+  passwd* found = nullptr;
+  char buffer[4096];
+  if (getpwuid_r(getuid(), &entry, buffer, sizeof(buffer), &found) != 0 ||
+      found == nullptr) {
+    return "uid " + std::to_string(getuid());
+  }
+  return found->pw_name;
+}
+
+// The token belongs to this one block: what is decided about what is shown
+// here cannot become a decision about something else.
+int unblock_job(const JobOptions& options) {
+  std::string token = options.token;
+  Json input = nullptr;
+  std::string raw_input;
+  if (!options.input.empty()) {
+    auto given = read_payload(options.input);
+    if (!given || !Json::accept(*given)) {
+      return fail(kUsage, given ? "--input: not JSON" : given.error().what);
+    }
+    raw_input = *given;
+  }
+  const bool decided = options.approve || options.deny;
+  if (!options.digest.empty() && !options.approve) {
+    return fail(kUsage, "--digest: only with --approve");
+  }
+  if (!options.comment.empty() && !decided) {
+    return fail(kUsage, "--comment: only with --approve or --deny");
+  }
+  if (token.empty() || decided) {
+    int exit = kOk;
+    Client::Request request;
+    request.path = "/v1/jobs/" + url_escape(options.id);
+    Asked asked = ask(*options.settings, request, &exit);
+    if (!asked.ok) return exit;
+    Json job = Json::parse(asked.answer.body, nullptr, false);
+    auto blocked = job.find("blocked");
+    if (!job.is_object() || blocked == job.end() || !blocked->is_object()) {
+      return fail(kRefused, "job " + options.id + " is not blocked: it is " +
+                                text_of(job, "state"));
+    }
+    // A rollback that meets what changed since waits for a decision, too.
+    const bool merge = text_of(*blocked, "reason") == "conflict";
+    const bool approval = text_of(*blocked, "reason") == "approval" || merge;
+    if (!options.settings->json) {
+      show_line("blocked", text_of(*blocked, "reason"));
+      show_block(*blocked);
+    }
+    if (decided && !approval) {
+      return fail(kUsage, "the job does not wait for approval: use --input");
+    }
+    if (approval && !decided && raw_input.empty()) {
+      const std::string what =
+          "job " + options.id +
+          (merge ? " waits with a conflict" : " waits for approval") +
+          " and no decision was given: --approve or "
+          "--deny";
+      // Whoever reads JSON gets what is to be decided, and what is missing.
+      if (options.settings->json) {
+        const Json missing = {{"code", "decision-missing"},
+                              {"detail", what},
+                              {"field", "--approve"},
+                              {"id", options.id},
+                              {"blocked", *blocked}};
+        std::cout << harmless_json(missing.dump()) << "\n";
+      }
+      return fail(kUsage, what);
+    }
+    if (token.empty()) token = text_of(*blocked, "token");
+    if (decided) {
+      input = {{"approve", options.approve}};
+      auto data = blocked->find("data");
+      std::string digest =
+          options.digest.empty() && data != blocked->end() && data->is_object()
+              ? text_of(*data, "digest")
+              : options.digest;
+      if (options.approve && !digest.empty()) input["digest"] = digest;
+      if (!options.comment.empty()) input["comment"] = options.comment;
+    }
+  }
+  Json body = {{"token", token},
+               {"actor", options.actor.empty() ? this_user() : options.actor}};
+  std::string text = body.dump();
+  text.pop_back();
+  text += ",\"input\":" + (raw_input.empty() ? input.dump() : raw_input) + "}";
+  return one_job(options, "POST", "/unblock", text);
+}
+
+void add_unblock(CLI::App& app, int* exit);
 
 CLI::App* job_verb(CLI::App& app, const char* name, const char* help,
                    std::shared_ptr<JobOptions> options) {
@@ -326,26 +492,26 @@ void add_simple_verbs(CLI::App& app, int* exit) {
   job_verb(app, "retry", "Run a failed, dead or cancelled job again", retry)
       ->callback(
           [retry, exit] { *exit = one_job(*retry, "POST", "/retry", "{}"); });
+  add_unblock(app, exit);
+}
+
+void add_unblock(CLI::App& app, int* exit) {
   auto unblock = std::make_shared<JobOptions>();
   CLI::App* verb =
       job_verb(app, "unblock", "Give a blocked job what it waits for", unblock);
-  verb->add_option("--token", unblock->token, "the job's blocked.token")
-      ->required();
-  verb->add_option("--input", unblock->input, "JSON for the job, or @FILE");
-  verb->add_option("--actor", unblock->actor, "who decided");
-  verb->callback([unblock, exit] {
-    auto input = read_payload(unblock->input);
-    if (!input || !Json::accept(*input)) {
-      *exit = fail(kUsage, input ? "--input: not JSON" : input.error().what);
-      return;
-    }
-    Json body = {{"token", unblock->token}};
-    if (!unblock->actor.empty()) body["actor"] = unblock->actor;
-    std::string text = body.dump();
-    text.pop_back();
-    *exit = one_job(*unblock, "POST", "/unblock",
-                    text + ",\"input\":" + *input + "}");
-  });
+  verb->add_flag("--approve", unblock->approve,
+                 "what a job that waits for approval asks for");
+  verb->add_flag("--deny", unblock->deny)->excludes("--approve");
+  verb->add_option("--digest", unblock->digest,
+                   "approve only if this is what the job asks for");
+  verb->add_option("--comment", unblock->comment, "why; kept with the patch");
+  verb->add_option("--token", unblock->token,
+                   "the job's blocked.token; looked up where it is left out");
+  verb->add_option("--input", unblock->input, "JSON for the job, or @FILE")
+      ->excludes("--approve", "--deny");
+  verb->add_option("--actor", unblock->actor,
+                   "who decided (the user at this terminal)");
+  verb->callback([unblock, exit] { *exit = unblock_job(*unblock); });
 }
 
 // --- list ------------------------------------------------------------------
@@ -387,7 +553,7 @@ int list(const ListOptions& options) {
     return fail(kRefused, "the answer is not a list of jobs");
   }
   if (options.settings->json) {
-    std::cout << page.dump() << "\n";
+    std::cout << harmless_json(page.dump()) << "\n";
     return kOk;
   }
   Table table({"JOB", "KIND", "STATE", "ATTEMPT", "CREATED", "RAN FOR", "WHY"});
@@ -395,7 +561,7 @@ int list(const ListOptions& options) {
     table.add({text_of(job, "id"), text_of(job, "kind"), text_of(job, "state"),
                text_of(job, "attempt") + "/" + text_of(job, "max_attempts"),
                readable_clock(text_of(job, "created_at")), ran_for(job),
-               error_line(job).substr(0, 60)});
+               first_line(error_line(job), 60)});
   }
   std::cout << table.text();
   std::string cursor = text_of(page, "cursor");
@@ -409,13 +575,14 @@ int list(const ListOptions& options) {
 void add_list(CLI::App& app, int* exit) {
   auto options = std::make_shared<ListOptions>();
   CLI::App* verb = app.add_subcommand("list", "List jobs");
-  verb->add_option("--state", options->state);
-  verb->add_option("--kind", options->kind);
-  verb->add_option("--queue", options->queue);
+  verb->add_option("--state", options->state, "such as ready or failed");
+  verb->add_option("--kind", options->kind, "such as test.run");
+  verb->add_option("--queue", options->queue, "of this queue");
   verb->add_option("--label", options->labels, "K=V");
   verb->add_option("--since", options->since, "created since, RFC 3339");
   verb->add_option("--until", options->until, "created until, RFC 3339");
-  verb->add_option("--limit", options->limit)->check(CLI::Range(1, 1000));
+  verb->add_option("--limit", options->limit, "jobs of a page")
+      ->check(CLI::Range(1, 1000));
   verb->add_option("--cursor", options->cursor, "of the page before");
   add_client_settings(*verb, options->settings);
   verb->callback([options, exit] { *exit = list(*options); });
@@ -459,13 +626,17 @@ int logs(const LogOptions& options) {
     if (!log.ok) return exit;
     if (options.settings->json) {
       if (last) {
-        std::cout << Json{{"id", options.id}, {"log", log.answer.body}}.dump(
-                         -1, ' ', false, Json::error_handler_t::replace)
+        const Json whole = {{"id", options.id}, {"log", log.answer.body}};
+        std::cout << harmless_json(whole.dump(-1, ' ', false,
+                                              Json::error_handler_t::replace))
                   << "\n";
       }
     } else if (log.answer.body.size() > shown) {
-      write_log(log.answer.body.substr(shown));
-      shown = log.answer.body.size();
+      // The rest of a character may come with the next look.
+      const std::size_t end =
+          last ? log.answer.body.size() : whole_characters(log.answer.body);
+      if (end > shown) write_log(log.answer.body.substr(shown, end - shown));
+      shown = std::max(shown, end);
     }
     if (last) return kOk;
     std::this_thread::sleep_for(milliseconds(500));
@@ -476,7 +647,8 @@ void add_logs(CLI::App& app, int* exit) {
   auto options = std::make_shared<LogOptions>();
   CLI::App* verb = app.add_subcommand("logs", "Print what a job printed");
   verb->add_option("id", options->id, "the job's id")->required();
-  verb->add_option("--attempt", options->attempt)->check(CLI::PositiveNumber);
+  verb->add_option("--attempt", options->attempt, "default: the last")
+      ->check(CLI::PositiveNumber);
   verb->add_flag("-f,--follow", options->follow, "until the job has ended");
   add_client_settings(*verb, options->settings);
   verb->callback([options, exit] { *exit = logs(*options); });

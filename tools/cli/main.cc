@@ -18,9 +18,14 @@ int main(int argc, char** argv) {
   add_serve(app, &exit);
   add_pool(app, &exit);
   add_worker(app, &exit);
+  add_ops(app, &exit);
   add_doctor(app, &exit);
   add_job_verbs(app, &exit);
   add_operator_verbs(app, &exit);
+  add_sign(app, &exit);
+  add_patch_verbs(app, &exit);
+  add_wal(app, &exit);
+  add_top(app, &exit);
   add_version(app, &exit);
 
   // Said here, because the parser would only say that a verb is missing.

@@ -55,7 +55,7 @@ int show(const Settings& settings, const std::string& body) {
   Json answer = Json::parse(body, nullptr, false);
   if (!answer.is_object()) return fail(kRefused, "the answer is not an object");
   if (settings.json) {
-    std::cout << answer.dump() << "\n";
+    std::cout << harmless_json(answer.dump()) << "\n";
     return kOk;
   }
   Table lines({"NAME", "VALUE"});

@@ -23,6 +23,7 @@ int pool(const Settings& settings, const std::string& server) {
                 "--server: a pool on another host comes later; here "
                 "the pool finds <root>/machina.sock (--root)");
   }
+  ServiceEnvironment manager = take_service_environment();
   auto config = load(settings);
   if (!config) return kUsage;
   scrub_secrets_from_environment();
@@ -46,6 +47,13 @@ int pool(const Settings& settings, const std::string& server) {
       static_cast<Level>(config->number("MACHINA_SANDBOX_MIN_LEVEL"));
   options.repo_roots = repo_roots(*config, root->path);
   options.worker_env = pool_environment(*config);
+  options.log_max_bytes =
+      static_cast<std::uint64_t>(config->number("MACHINA_LOG_MAX_BYTES"));
+  options.log_total_bytes =
+      static_cast<std::uint64_t>(config->number("MACHINA_LOG_TOTAL_BYTES"));
+  say_as(say_options(*config, "pool"));
+  options.version = MACHINA_VERSION;
+  options.manager = std::move(manager);
   register_built_in_handlers();
   return run_pool(options);
 }

@@ -11,6 +11,8 @@ constexpr const char* kPoolVariables[] = {
     "MACHINA_SLOT_UID_BASE",     "MACHINA_REPO_ROOTS",
     "MACHINA_SHELL_TIMEOUT_MS",  "MACHINA_SHELL_STDOUT_MAX",
     "MACHINA_SHELL_STDERR_MAX",  "MACHINA_SHELL_ALLOWED_EXE",
+    "MACHINA_LOG_FORMAT",        "MACHINA_LOG_LEVEL",
+    "MACHINA_LOG_MAX_BYTES",     "MACHINA_LOG_TOTAL_BYTES",
 };
 
 }  // namespace
@@ -35,6 +37,22 @@ KindSettings kind_settings(const Config& config, const std::string& root) {
   settings.shell_stderr_max =
       static_cast<std::uint64_t>(config.number("MACHINA_SHELL_STDERR_MAX"));
   return settings;
+}
+
+SayOptions say_options(const Config& config, const std::string& component) {
+  SayOptions say;
+  say.json = config.text("MACHINA_LOG_FORMAT") == "json";
+  say.least = parse_severity(config.text("MACHINA_LOG_LEVEL"));
+  say.component = component;
+  return say;
+}
+
+Result<std::unique_ptr<LineFile>> log_file(const Config& config) {
+  const std::string& path = config.text("MACHINA_LOG_FILE");
+  if (path.empty()) return std::unique_ptr<LineFile>();
+  return LineFile::open(
+      path, static_cast<std::uint64_t>(config.number("MACHINA_LOG_MAX_BYTES")),
+      static_cast<std::uint64_t>(config.number("MACHINA_LOG_TOTAL_BYTES")));
 }
 
 std::vector<std::string> pool_environment(const Config& config) {

@@ -6,9 +6,11 @@
 
 #pragma once
 
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "queue/say.h"
 #include "tools/config.h"
 #include "workers/kinds/kinds.h"
 
@@ -18,6 +20,9 @@ KindSettings kind_settings(const Config& config, const std::string& root);
 // Absolute, <root>/repos first.
 std::vector<std::string> repo_roots(const Config& config,
                                     const std::string& root);
+// How lines look, and where the server's go (null: to standard error).
+SayOptions say_options(const Config& config, const std::string& component);
+Result<std::unique_ptr<LineFile>> log_file(const Config& config);
 // The whole environment of a pool, and of a worker.
 std::vector<std::string> pool_environment(const Config& config);
 

@@ -8,12 +8,17 @@
 #include <CLI/App.hpp>
 #include <CLI/Config.hpp>
 #include <CLI/Formatter.hpp>
+#include <filesystem>
 #include <iostream>
 #include <nlohmann/json.hpp>
 
+#include "queue/line_file.h"
 #include "server/server.h"
 #include "tools/cli/cli.h"
+#include "tools/cli/ops_common.h"
 #include "tools/cli/pool_settings.h"
+#include "tools/cli/serve_events.h"
+#include "tools/ops.h"
 #include "tools/promises.h"
 #include "tools/root.h"
 #include "workers/kinds/kinds.h"
@@ -21,10 +26,13 @@
 namespace machina::cli {
 namespace {
 
+constexpr Millis kLastWordsMs = 2000;  // to a log that nobody reads
+constexpr long kAskMs = 3000;          // a server that runs
+
 struct ServeOptions {
   std::shared_ptr<Settings> settings = std::make_shared<Settings>();
   std::string port_file;
-  bool print_config = false, unsafe_fs = false;
+  bool print_config = false, check = false, unsafe_fs = false, no_pool = false;
 };
 
 void print_config(const Config& config, bool json) {
@@ -47,7 +55,15 @@ std::map<std::string, KindFacts> kind_facts(const Config& config,
                                             const std::string& root) {
   std::map<std::string, KindFacts> facts;
   for (auto& [name, kind] : built_in_kinds(kind_settings(config, root))) {
-    facts[name] = KindFacts{kind.check, kind.timeout_ms};
+    KindFacts& known = facts[name];
+    known.timeout_ms = kind.timeout_ms;
+    known.check = [check = kind.check](
+                      const std::string& payload) -> Result<KindFacts::Kept> {
+      auto kept = check(payload);
+      if (!kept) return kept.error();
+      return KindFacts::Kept{std::move(kept->payload),
+                             std::move(kept->concurrency_key)};
+    };
   }
   return facts;
 }
@@ -72,6 +88,23 @@ void fill_limits(const Config& config, ServerOptions* server) {
   server->max_output_bytes = size("MACHINA_SANDBOX_MAX_OUTPUT_BYTES");
 }
 
+void fill_gate(const Config& config, ServerOptions* server) {
+  auto rpm = [&](const char* name) {
+    return static_cast<std::uint32_t>(config.number(name));
+  };
+  server->api_token = config.text("MACHINA_API_TOKEN");
+  server->hmac_secret = config.text("MACHINA_API_HMAC_SECRET");
+  server->both_credentials = config.text("MACHINA_API_CREDENTIALS") == "all";
+  server->hmac_window_ms = config.number("MACHINA_API_HMAC_TTL_SEC") * 1000;
+  server->rpm = rpm("MACHINA_API_RPM");
+  server->enqueue_rpm = rpm("MACHINA_API_ENQUEUE_RPM");
+  server->run_sync_rpm = rpm("MACHINA_API_RUNSYNC_RPM");
+  server->connections_max =
+      static_cast<int>(config.number("MACHINA_API_CONNECTIONS"));
+  server->connections_per_address =
+      static_cast<int>(config.number("MACHINA_API_CONNECTIONS_PER_ADDRESS"));
+}
+
 void fill_shard(const Config& config, const std::string& root,
                 ShardOptions* shard) {
   bool fsync = config.flag("MACHINA_WAL_FSYNC");
@@ -88,6 +121,13 @@ void fill_shard(const Config& config, const std::string& root,
   shard->history_dir = root + "/history";
 }
 
+ServerOptions::Access access_of(const Config& config) {
+  const std::string& word = config.text("MACHINA_LOG_ACCESS");
+  return word == "all"   ? ServerOptions::Access::all
+         : word == "off" ? ServerOptions::Access::off
+                         : ServerOptions::Access::sampled;
+}
+
 ServerOptions server_options(const Config& config, const Root& root) {
   ServerOptions server;
   server.root = root.path;
@@ -95,15 +135,18 @@ ServerOptions server_options(const Config& config, const Root& root) {
   server.host = config.text("MACHINA_HOST");
   server.port = static_cast<int>(config.number("MACHINA_PORT"));
   server.prod = config.prod();
-  server.api_token = config.text("MACHINA_API_TOKEN");
+  fill_gate(config, &server);
   server.kinds_allowed = config.list("MACHINA_KINDS_ALLOWED");
   server.kinds = kind_facts(config, root.path);
+  server.repo_roots = repo_roots(config, root.path);
   fill_limits(config, &server);
   fill_shard(config, root.path, &server.shard);
   server.workers = static_cast<int>(config.number("MACHINA_WORKERS"));
   server.pool_argv = {self_exe(), "pool", "--root", root.path};
   server.pool_env = pool_environment(config);
   server.not_promised = not_promised(config);
+  server.access = access_of(config);
+  server.reopen_on_hangup = !config.text("MACHINA_LOG_FILE").empty();
   return server;
 }
 
@@ -130,7 +173,90 @@ Result<void> check_patterns(const Config& config) {
   return {};
 }
 
+Result<void> listening_fault(Result<void> tried) {
+  if (tried || tried.error().code != Code::conflict) return tried;
+  return Error{Code::conflict,
+               "MACHINA_PORT: " + tried.error().what +
+                   "; another program has it (ss -ltnp shows which): end that "
+                   "one, or choose another port"};
+}
+
+// A new root is not made for a server that cannot listen.
+Result<void> probe_port(const Config& config) {
+  std::error_code error;
+  if (std::filesystem::exists(config.text("MACHINA_ROOT") + "/queue", error)) {
+    return {};
+  }
+  return listening_fault(
+      can_listen(config.text("MACHINA_HOST"),
+                 static_cast<int>(config.number("MACHINA_PORT"))));
+}
+
+// What stops a server as late as the log file does, an operator wants to know
+// by its whole name, and what to write instead.
+int bad_log_file(const std::string& what) {
+  return fail(kUsage,
+              "MACHINA_LOG_FILE: " + what +
+                  "; name a file below a directory that this user may write, "
+                  "such as <root>/logs/server.log");
+}
+
+// The address is another's: not of the server that is to be replaced.
+Result<void> check_port(const Config& config, const Detected* running) {
+  const std::string& host = config.text("MACHINA_HOST");
+  const int port = static_cast<int>(config.number("MACHINA_PORT"));
+  if (running != nullptr && running->serve_file->host == host &&
+      running->serve_file->port == port) {
+    return {};
+  }
+  return listening_fault(can_listen(host, port));
+}
+
+// Workers are not tried out here: what those that run have proven is known.
+Result<void> check_level(const ServeOptions& options, const Config& config,
+                         const Detected& running) {
+  const auto least =
+      static_cast<int>(config.number("MACHINA_SANDBOX_MIN_LEVEL"));
+  OpsOptions asking;
+  asking.settings = options.settings;
+  const int has =
+      look_at_workers(asking, root_socket(running.root), kAskMs).level;
+  if (!config.prod() || has < 0 || has >= least) return {};
+  const auto word = [](int level) { return "L" + std::to_string(level); };
+  return Error{Code::invalid, "MACHINA_SANDBOX_MIN_LEVEL: " + word(least) +
+                                  " is asked for, and the workers that run "
+                                  "here have proven " +
+                                  word(has)};
+}
+
+// Whether a server would start here just now, or take over from the one that
+// runs. Changes nothing.
+int check(const ServeOptions& options, const Config& config) {
+  const std::string& path = config.text("MACHINA_ROOT");
+  if (auto ok = examine_root(path, config.prod(), options.unsafe_fs); !ok) {
+    return fail(kUsage, ok.error().what);
+  }
+  const std::string& log = config.text("MACHINA_LOG_FILE");
+  if (!log.empty()) {
+    if (auto ok = LineFile::examine(log); !ok) {
+      return bad_log_file(ok.error().what);
+    }
+  }
+  auto found = detect(path);
+  const Detected* running = found && found->serve ? &*found : nullptr;
+  if (auto ok = check_port(config, running); !ok) {
+    return fail(kUsage, ok.error().what);
+  }
+  if (running != nullptr) {
+    if (auto ok = check_level(options, config, *running); !ok) {
+      return fail(kUsage, ok.error().what);
+    }
+  }
+  return kOk;
+}
+
 int serve(const ServeOptions& options) {
+  ServiceEnvironment manager = take_service_environment();
   auto config = load(*options.settings);
   if (!config) return kUsage;
   if (options.print_config) {
@@ -146,16 +272,37 @@ int serve(const ServeOptions& options) {
   for (const auto& line : config->open_secrets()) {
     std::cerr << "warning: " << line << "\n";
   }
+  if (options.check) return check(options, *config);
+  if (manager.sockets.empty()) {
+    if (auto ok = probe_port(*config); !ok) {
+      return fail(kUsage, ok.error().what);
+    }
+  }
   auto root = prepare_root(config->text("MACHINA_ROOT"), config->prod(),
                            options.unsafe_fs);
   if (!root) return fail(kUsage, root.error().what);
   for (const auto& line : root->warnings)
     std::cerr << "warning: " << line << "\n";
+  ServeStart start = remember_start(std::move(manager));
+  start.root = root->path;
   scrub_secrets_from_environment();
   close_ranks(config->prod());
+  auto lines = log_file(*config);
+  if (!lines) {
+    return bad_log_file(lines.error().what);
+  }
+  say_as(say_options(*config, "server"));
+  say_in_background(std::move(*lines));
   ServerOptions server = server_options(*config, *root);
   server.port_file = options.port_file;
-  return run_server(server);
+  if (options.no_pool) server.pool_argv.clear();
+  for (const auto& each : start.manager.sockets) {
+    server.inherited.push_back({each.fd, each.name});
+  }
+  server.events = serve_events(*config, std::move(start));
+  int code = run_server(server);
+  say_no_more(kLastWordsMs);
+  return code;
 }
 
 }  // namespace
@@ -173,6 +320,12 @@ void add_serve(CLI::App& app, int* exit) {
   add_common(*verb, settings);
   verb->add_flag("--print-config", options->print_config,
                  "show each value and its origin, and exit");
+  verb->add_flag("--check", options->check,
+                 "say whether a server would start with these settings, and "
+                 "exit");
+  verb->add_flag("--no-pool", options->no_pool,
+                 "start no pool: one is, or will be, started beside this "
+                 "server (machina pool)");
   verb->add_flag("--unsafe-fs", options->unsafe_fs,
                  "accept NFS, overlay or tmpfs in the prod profile");
   verb->add_option("--port-file", options->port_file,

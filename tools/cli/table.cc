@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <ctime>
+#include <iterator>
 
 #include "tools/cli/cli.h"
 
@@ -77,27 +78,118 @@ std::string readable_time(const std::string& rfc3339) {
                                         : " (in " + readable_ms(-age) + ")");
 }
 
-std::string harmless(std::string text) {
-  for (char& c : text) {
-    auto byte = static_cast<unsigned char>(c);
-    if ((byte < 0x20 && c != '\n' && c != '\t') || byte == 0x7f) c = '?';
+namespace {
+
+// One character at the front of `text`: its bytes, and its code point, or -1
+// where these bytes are no UTF-8.
+std::size_t decode(std::string_view text, std::int32_t* code) {
+  const auto byte = [&](std::size_t i) {
+    return static_cast<unsigned char>(text[i]);
+  };
+  *code = -1;
+  const unsigned first = byte(0);
+  if (first < 0x80) {
+    *code = static_cast<std::int32_t>(first);
+    return 1;
   }
-  // C1 controls, which some terminals obey, are C2 80..9f in UTF-8.
-  for (std::size_t at = 0; at + 1 < text.size(); ++at) {
-    auto next = static_cast<unsigned char>(text[at + 1]);
-    if (text[at] == '\xc2' && next >= 0x80 && next <= 0x9f) {
-      text.replace(at, 2, "?");
+  const std::size_t size = first >= 0xF0 ? 4 : first >= 0xE0 ? 3 : 2;
+  if (first < 0xC2 || first > 0xF4 || text.size() < size) return 1;
+  std::int32_t value = static_cast<std::int32_t>(first & (0xFF >> (size + 1)));
+  for (std::size_t i = 1; i < size; ++i) {
+    if ((byte(i) & 0xC0) != 0x80) return 1;
+    value = value << 6 | static_cast<std::int32_t>(byte(i) & 0x3F);
+  }
+  const bool shortest =
+      size == 2 || (size == 3 && value >= 0x800) || value >= 0x10000;
+  if (!shortest || value > 0x10FFFF || (value >= 0xD800 && value < 0xE000)) {
+    return 1;
+  }
+  *code = value;
+  return size;
+}
+
+// What a terminal would obey, or not show: controls, marks of direction,
+// characters of no width, other ends of lines.
+bool harmful(std::int32_t c) {
+  static constexpr std::int32_t kRanges[][2] = {
+      {0x00, 0x08},     {0x0B, 0x1F},     {0x7F, 0x9F},     {0xAD, 0xAD},
+      {0x61C, 0x61C},   {0x180E, 0x180E}, {0x200B, 0x200F}, {0x2028, 0x202E},
+      {0x2060, 0x206F}, {0xFEFF, 0xFEFF}, {0xFFF9, 0xFFFB}, {0xE0000, 0xE007F},
+  };
+  return std::any_of(std::begin(kRanges), std::end(kRanges),
+                     [&](const auto& r) { return c >= r[0] && c <= r[1]; });
+}
+
+// `wide` writes a harmful character that has more than 16 bits.
+template <typename Wide>
+std::string escaped(std::string_view text, Wide wide) {
+  std::string out;
+  out.reserve(text.size());
+  while (!text.empty()) {
+    std::int32_t code = 0;
+    const std::size_t size = decode(text, &code);
+    char escape[16];
+    if (code < 0) {
+      std::snprintf(escape, sizeof escape, "\\x%02x",
+                    static_cast<unsigned>(static_cast<unsigned char>(text[0])));
+      out += escape;
+    } else if (harmful(code)) {
+      const auto value = static_cast<unsigned>(code);
+      if (value > 0xFFFF) {
+        wide(escape, sizeof escape, value);
+      } else {
+        std::snprintf(escape, sizeof escape, "\\u%04x", value);
+      }
+      out += escape;
+    } else {
+      out += text.substr(0, size);
     }
+    text.remove_prefix(size);
   }
-  return text;
+  return out;
+}
+
+}  // namespace
+
+std::string harmless(std::string_view text) {
+  return escaped(text, [](char* to, std::size_t size, unsigned code) {
+    std::snprintf(to, size, "\\U%08x", code);
+  });
+}
+
+std::string harmless_json(std::string_view json) {
+  return escaped(json, [](char* to, std::size_t size, unsigned code) {
+    code -= 0x10000;
+    std::snprintf(to, size, "\\u%04x\\u%04x", 0xD800 + (code >> 10),
+                  0xDC00 + (code & 0x3FF));
+  });
+}
+
+std::string first_line(std::string_view text, std::size_t max) {
+  text = text.substr(0, text.find('\n'));
+  if (text.size() > max) text = text.substr(0, max);
+  return std::string(text.substr(0, whole_characters(text)));
+}
+
+std::size_t whole_characters(std::string_view text) {
+  // The last character may still be on its way: at most three bytes of it.
+  for (std::size_t back = 1; back <= 3 && back <= text.size(); ++back) {
+    const auto byte = static_cast<unsigned char>(text[text.size() - back]);
+    if (byte < 0x80) break;
+    if (byte < 0xC0) continue;
+    const std::size_t size = byte >= 0xF0 ? 4 : byte >= 0xE0 ? 3 : 2;
+    return size > back ? text.size() - back : text.size();
+  }
+  return text.size();
 }
 
 Table::Table(std::vector<std::string> head) { add(std::move(head)); }
 
 void Table::add(std::vector<std::string> row) {
   for (auto& cell : row) {
-    cell = harmless(std::move(cell));
+    cell = harmless(cell);
     std::replace(cell.begin(), cell.end(), '\n', ' ');
+    std::replace(cell.begin(), cell.end(), '\t', ' ');
     if (cell.empty()) cell = "-";
   }
   rows_.push_back(std::move(row));

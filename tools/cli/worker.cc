@@ -74,6 +74,9 @@ int worker(const Given& given) {
       static_cast<std::uint64_t>(config->number("MACHINA_SHELL_STDOUT_MAX"));
   options.shell_stderr_max =
       static_cast<std::uint64_t>(config->number("MACHINA_SHELL_STDERR_MAX"));
+  SayOptions say = say_options(*config, "worker");
+  say.who = options.name;
+  say_as(say);
   return run_worker(options);
 }
 

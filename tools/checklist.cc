@@ -1,0 +1,546 @@
+#include "tools/checklist.h"
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+
+#include "tools/promises.h"
+
+namespace machina {
+namespace {
+
+constexpr std::size_t kSecretBytesMin = 16;
+constexpr std::uint64_t kDiskFailBytes = 1ull << 30;
+
+class List {
+ public:
+  List(const Config& config, const ProductionFacts& facts)
+      : config_(config), facts_(facts) {}
+
+  std::vector<Check> take() {
+    user();
+    profile();
+    root();
+    shell();
+    kinds();
+    repo_roots();
+    http_hosts();
+    policies();
+    isolation();
+    seccomp();
+    bwrap();
+    log_export();
+    access_log();
+    leases();
+    plugins();
+    metrics();
+    authentication();
+    secrets();
+    address();
+    rate_limits();
+    durability();
+    disk();
+    verify();
+    backup();
+    return std::move(checks_);
+  }
+
+ private:
+  void pass(const char* name, const std::string& what) {
+    checks_.push_back({name, Verdict::pass, what, ""});
+  }
+  void warn(const char* name, const std::string& what,
+            const std::string& remedy) {
+    checks_.push_back({name, Verdict::warn, what, remedy});
+  }
+  void fail(const char* name, const std::string& what,
+            const std::string& remedy) {
+    checks_.push_back({name, Verdict::fail, what, remedy});
+  }
+  const std::string& text(const char* name) const { return config_.text(name); }
+  std::string path() const { return text("MACHINA_ROOT"); }
+  // By profile or built in: nobody chose it.
+  bool is_default(const char* name) const {
+    return config_.values().find(name)->second.is_default();
+  }
+
+  void user() {
+    if (facts_.uid != 0) return pass("user", "not root");
+    // Not a failure: without a delegated control group only root reaches L3,
+    // and what runs foreign code has given root up.
+    warn("user",
+         std::string(facts_.server_runs ? "the server runs" : "it would run") +
+             " as root: pool, workers and jobs give that up for uids from "
+             "MACHINA_SLOT_UID_BASE on, the server and the spawner keep it",
+         "run as a user of its own: ops/install.sh makes one, with units that "
+         "delegate it a control group");
+  }
+
+  void profile() {
+    if (facts_.configured_profile == "prod") return pass("profile", "prod");
+    fail("profile", "a server would start as " + facts_.configured_profile,
+         "set MACHINA_PROFILE=prod in the configuration file");
+  }
+
+  void root() {
+    if (!facts_.root_there) {
+      fail("root", path() + " is not there",
+           "install -d -m 700 -o machina " + path());
+    } else if (facts_.root_owner != facts_.uid) {
+      fail("root",
+           path() + " belongs to uid " + std::to_string(facts_.root_owner) +
+               ", this is uid " + std::to_string(facts_.uid),
+           "run doctor as the user that serves, or chown the root");
+    } else if ((facts_.root_mode & 077) != 0) {
+      char mode[8];
+      std::snprintf(mode, sizeof mode, "%04o", facts_.root_mode & 07777);
+      fail("root", path() + " is open to others (mode " + mode + ")",
+           "chmod 700 " + path());
+    } else {
+      pass("root", path() + ", ours alone");
+    }
+    if (!facts_.file_system_trusted) {
+      fail("root_file_system", "the root lies on " + facts_.file_system,
+           "put it on a local disk (ext4, xfs): what forgets or is another "
+           "machine's keeps no promise");
+    } else {
+      pass("root_file_system", facts_.file_system);
+    }
+    if (!facts_.mounts_below.empty()) {
+      fail(
+          "root_mount",
+          facts_.mounts_below.front() + " is mounted below the root" +
+              (facts_.mounts_below.size() > 1
+                   ? ", and " + std::to_string(facts_.mounts_below.size() - 1) +
+                         " more are"
+                   : ""),
+          "umount it, or mount it elsewhere: the root is Machina's alone");
+    } else if (facts_.root_is_mount) {
+      pass("root_mount", "a file system of its own");
+    } else {
+      warn("root_mount", "the root shares its file system with others",
+           "mount a volume of its own at " + path() +
+               ": a full /var then stops neither");
+    }
+  }
+
+  void shell() {
+    static constexpr std::array kAnything = {"sh",  "bash", "dash", "zsh",
+                                             "ksh", "env",  "sudo", "busybox"};
+    for (const auto& exe : config_.list("MACHINA_SHELL_ALLOWED_EXE")) {
+      std::string base = exe.substr(exe.rfind('/') + 1);
+      if (std::find(kAnything.begin(), kAnything.end(), base) !=
+          kAnything.end()) {
+        return fail(
+            "shell_allow_list",
+            "MACHINA_SHELL_ALLOWED_EXE holds " + exe + ", which runs anything",
+            "name the programs that jobs need, and no shell");
+      }
+    }
+    pass("shell_allow_list", text("MACHINA_SHELL_ALLOWED_EXE").empty()
+                                 ? "the prod profile's own short list"
+                                 : text("MACHINA_SHELL_ALLOWED_EXE"));
+  }
+
+  void kinds() {
+    auto list = config_.list("MACHINA_KINDS_ALLOWED");
+    if (list.empty()) {
+      return warn("kinds_allow_list", "every kind is accepted",
+                  "set MACHINA_KINDS_ALLOWED to those that are used, such as "
+                  "test.*,patch.*");
+    }
+    if (std::find(list.begin(), list.end(), "*") != list.end()) {
+      return fail("kinds_allow_list",
+                  "MACHINA_KINDS_ALLOWED holds *, which allows every kind",
+                  "name those that are used, such as test.*,patch.*");
+    }
+    pass("kinds_allow_list", text("MACHINA_KINDS_ALLOWED"));
+  }
+
+  void repo_roots() {
+    for (const auto& dir : config_.list("MACHINA_REPO_ROOTS")) {
+      bool home = dir == "/home" || dir == "/root";
+      bool top = std::count(dir.begin(), dir.end(), '/') < 2;
+      if (top || home) {
+        return fail("repo_roots", "MACHINA_REPO_ROOTS opens " + dir,
+                    "name the directories that hold the repositories");
+      }
+    }
+    pass("repo_roots",
+         "<root>/repos" + (text("MACHINA_REPO_ROOTS").empty()
+                               ? ""
+                               : ", " + text("MACHINA_REPO_ROOTS")));
+  }
+
+  void http_hosts() {
+    for (const auto& host : config_.list("MACHINA_HTTP_ALLOWED_HOSTS")) {
+      if (host == "*") {
+        return fail("http_allow_list", "MACHINA_HTTP_ALLOWED_HOSTS allows *",
+                    "name hosts, or *.example.com");
+      }
+    }
+    if (!config_.flag("MACHINA_HTTP_DEFAULT_DENY")) {
+      return fail("http_allow_list", "MACHINA_HTTP_DEFAULT_DENY=0",
+                  "set it to 1 and name hosts in MACHINA_HTTP_ALLOWED_HOSTS");
+    }
+    pass("http_allow_list",
+         "deny by default; jobs have no network in this version");
+  }
+
+  void policies() {
+    if (!text("MACHINA_POLICY_CMD").empty()) {
+      return fail("policies_pinned",
+                  "MACHINA_POLICY_CMD is set; this version runs no policies "
+                  "and checks no hash of one",
+                  "unset MACHINA_POLICY_CMD");
+    }
+    pass("policies_pinned", "not present in this version: none is run");
+  }
+
+  void isolation() {
+    auto wanted = config_.number("MACHINA_SANDBOX_MIN_LEVEL");
+    std::string level = "L" + std::to_string(facts_.level);
+    if (facts_.level < 0) {
+      return fail("isolation", "no sandbox could be made: " + facts_.level_why,
+                  "the table above names what to change");
+    }
+    if (facts_.level < wanted) {
+      return fail("isolation",
+                  "this host gives " + level + ", jobs wait for " +
+                      text("MACHINA_SANDBOX_MIN_LEVEL"),
+                  "the table above names what to change");
+    }
+    if (facts_.level < 3 || wanted < 3) {
+      return warn("isolation",
+                  level + " here, " + text("MACHINA_SANDBOX_MIN_LEVEL") +
+                      " is enough for a job",
+                  "reach L3 (the table above), and unset "
+                  "MACHINA_SANDBOX_MIN_LEVEL");
+    }
+    pass("isolation", level + ", and no job runs with less than " +
+                          text("MACHINA_SANDBOX_MIN_LEVEL"));
+  }
+
+  void seccomp() {
+    if (!config_.flag("MACHINA_SECCOMP_ENABLE")) {
+      return fail("seccomp", "MACHINA_SECCOMP_ENABLE=0: no allow-list",
+                  "set it to 1");
+    }
+    if (config_.flag("MACHINA_SECCOMP_ALLOW_NET") ||
+        text("MACHINA_SECCOMP_PROFILE") == "net") {
+      return warn("seccomp", "jobs may make sockets",
+                  "unset MACHINA_SECCOMP_ALLOW_NET and MACHINA_SECCOMP_PROFILE "
+                  "unless a kind needs them");
+    }
+    pass("seccomp", "an allow-list, without sockets");
+  }
+
+  void bwrap() {
+    if (config_.flag("MACHINA_BWRAP_REQUIRED")) {
+      return fail("sandbox_required",
+                  "MACHINA_BWRAP_REQUIRED=1: this version has its own "
+                  "launcher, not bubblewrap, and does not start",
+                  "unset it");
+    }
+    pass("sandbox_required",
+         "always: the built-in launcher fails closed, a job without its level "
+         "does not run");
+  }
+
+  void log_export() {
+    const std::string& file = text("MACHINA_LOG_FILE");
+    const bool lost = facts_.log_goes_to == "/dev/null" ||
+                      facts_.log_goes_to.starts_with("/dev/pts/") ||
+                      facts_.log_goes_to.starts_with("/dev/tty");
+    if (file.empty() && lost) {
+      fail("log_export",
+           "the server's lines go to " + facts_.log_goes_to +
+               ", where nobody keeps them",
+           "set MACHINA_LOG_FILE, or start it by systemd or machina ops start");
+    } else if (text("MACHINA_LOG_LEVEL") == "error" &&
+               !is_default("MACHINA_LOG_LEVEL")) {
+      fail(
+          "log_export",
+          "MACHINA_LOG_LEVEL=error: what was done, and by whom, leaves no line",
+          "set it to info");
+    } else if (text("MACHINA_LOG_FORMAT") != "json") {
+      warn("log_export", "the log is text",
+           "set MACHINA_LOG_FORMAT=json, and collect it");
+    } else if (file.empty() && !facts_.supervised) {
+      warn("log_export",
+           "the server's lines go to " + (facts_.log_goes_to.empty()
+                                              ? "standard error"
+                                              : facts_.log_goes_to),
+           "set MACHINA_LOG_FILE, or run it under systemd");
+    } else {
+      pass("log_export",
+           file.empty() ? "JSON, kept by systemd" : "JSON, " + file);
+    }
+    log_rotation(file);
+  }
+
+  void log_rotation(const std::string& file) {
+    std::uint64_t most =
+        static_cast<std::uint64_t>(config_.number("MACHINA_LOG_MAX_BYTES"));
+    std::uint64_t total =
+        static_cast<std::uint64_t>(config_.number("MACHINA_LOG_TOTAL_BYTES"));
+    if (total > facts_.disk_bytes / 4) {
+      return fail(
+          "log_rotation",
+          "MACHINA_LOG_TOTAL_BYTES is more than a quarter of the disk",
+          "lower it to at most " + std::to_string(facts_.disk_bytes / 4));
+    }
+    if (file.empty()) {
+      if (facts_.supervised) {
+        return pass("log_rotation", "by systemd's journal");
+      }
+      // machina ops start has the server keep this one within its bounds.
+      if (facts_.log_goes_to.ends_with("/ops/serve.log")) {
+        return pass("log_rotation", "by the server: " + facts_.log_goes_to);
+      }
+      return warn("log_rotation",
+                  "the server's lines go to standard error: who keeps them "
+                  "must rotate them",
+                  "set MACHINA_LOG_FILE, or run it under systemd");
+    }
+    if (!facts_.log_problem.empty()) {
+      return fail("log_rotation", facts_.log_problem,
+                  "make its directory with: install -d -m 750 -o " +
+                      std::to_string(facts_.uid) + " " +
+                      file.substr(0, file.rfind('/')));
+    }
+    // The file that is written may be over by a line, and a server that starts
+    // trims what was there.
+    if (facts_.log_bytes > total + most) {
+      return fail("log_rotation",
+                  file + " and its older files have " +
+                      std::to_string(facts_.log_bytes) + " bytes, more than " +
+                      std::to_string(total) +
+                      ": something else writes them, or nothing rotates them",
+                  "find who holds them (fuser -v " + file +
+                      "*), remove the oldest, and restart the server");
+    }
+    pass("log_rotation", "at " + text("MACHINA_LOG_MAX_BYTES") +
+                             " bytes a file, " +
+                             text("MACHINA_LOG_TOTAL_BYTES") + " in all");
+  }
+
+  void access_log() {
+    if (text("MACHINA_LOG_ACCESS") == "off") {
+      return fail("request_id", "requests leave no line with their id",
+                  "set MACHINA_LOG_ACCESS=sampled, and have clients send "
+                  "X-Request-Id");
+    }
+    if (facts_.request_id_echoed == 0) {
+      return fail("request_id",
+                  "the server that runs did not answer a request with the id "
+                  "that was sent",
+                  "machina ops restart: it may be of an earlier version");
+    }
+    if (facts_.request_id_logged == 0) {
+      return fail("request_id",
+                  "a request was answered, and no line with its id came to " +
+                      text("MACHINA_LOG_FILE"),
+                  "machina ops restart: the server that runs may log elsewhere "
+                  "(MACHINA_LOG_FILE, MACHINA_LOG_LEVEL, MACHINA_LOG_ACCESS)");
+    }
+    if (facts_.request_id_echoed < 0 && facts_.server_runs) {
+      return fail("request_id", "the server that runs did not answer",
+                  "machina ops healthcheck says what it does");
+    }
+    if (facts_.request_id_echoed < 0) {
+      return warn("request_id", "no server runs here: not looked at",
+                  "start it and ask again");
+    }
+    pass("request_id",
+         facts_.request_id_logged > 0
+             ? "one was sent: the answer has it, and so has the log"
+             : "one was sent, and the answer has it; the log is no file that "
+               "could be looked at");
+  }
+
+  void leases() {
+    if (!config_.flag("MACHINA_LEASE_ENFORCE") &&
+        !is_default("MACHINA_LEASE_ENFORCE")) {
+      return fail("leases_enforced", "MACHINA_LEASE_ENFORCE=0",
+                  "set MACHINA_LEASE_ENFORCE=1: leases of tools are asked for "
+                  "as soon as a version has them");
+    }
+    if (!config_.flag("MACHINA_LEASE_ENFORCE")) {
+      return warn("leases_enforced",
+                  "workers' leases are always enforced; leases of tools are "
+                  "not present in this version, and are asked for by nobody",
+                  "set MACHINA_LEASE_ENFORCE=1, for when they are");
+    }
+    pass("leases_enforced",
+         "workers' always; those of tools are not present in this version");
+  }
+
+  void plugins() {
+    if (config_.flag("MACHINA_GENESIS_ENABLE") ||
+        !config_.flag("MACHINA_GENESIS_GUARD") ||
+        !config_.flag("MACHINA_GENESIS_PROD_MODE")) {
+      fail(
+          "plugins_pinned",
+          "MACHINA_GENESIS_* allow code that was made here to be loaded, once "
+          "a version does",
+          "unset MACHINA_GENESIS_ENABLE, _GUARD and _PROD_MODE: prod is right");
+    } else {
+      pass("plugins_pinned", "not present in this version: none is loaded");
+    }
+    if (!config_.flag("MACHINA_TOOLHOST_ISOLATE")) {
+      return fail("plugin_capabilities", "MACHINA_TOOLHOST_ISOLATE=0",
+                  "set it to 1, for when there are plugins");
+    }
+    pass("plugin_capabilities", "not present in this version: none has any");
+  }
+
+  void metrics() {
+    if (!facts_.server_runs) {
+      warn("metrics", "no server runs here: not looked at",
+           "start it and ask again");
+    } else if (!facts_.metrics_answer) {
+      fail("metrics", "GET /metrics does not answer",
+           "machina ops healthcheck says what is wrong");
+    } else if (facts_.scraped_ago_s < 0) {
+      warn("metrics", "GET /metrics answers; whether anybody asks is not known",
+           "scrape it (ops/prometheus), and load the alerts");
+    } else {
+      pass("metrics",
+           "scraped " + std::to_string(facts_.scraped_ago_s) + " s ago");
+    }
+  }
+
+  void authentication() {
+    bool token = !text("MACHINA_API_TOKEN").empty();
+    bool hmac = !text("MACHINA_API_HMAC_SECRET").empty();
+    if (!token && !hmac) {
+      return fail("authentication", "no token and no signature secret is set",
+                  "openssl rand -hex 32 > FILE; chmod 600 FILE; "
+                  "MACHINA_API_TOKEN_FILE=FILE");
+    }
+    for (const char* name : {"MACHINA_API_TOKEN", "MACHINA_API_HMAC_SECRET"}) {
+      std::size_t bytes = text(name).size();
+      if (bytes > 0 && bytes < kSecretBytesMin) {
+        return fail("authentication",
+                    std::string(name) + " has " + std::to_string(bytes) +
+                        " bytes, less than " + std::to_string(kSecretBytesMin),
+                    "openssl rand -hex 32 makes a good one");
+      }
+    }
+    pass("authentication", token && hmac ? "token and signatures"
+                           : token       ? "token"
+                                         : "signatures");
+  }
+
+  void secrets() {
+    if (!config_.open_secrets().empty()) {
+      return fail("secrets", config_.open_secrets().front(),
+                  "chmod 600 the file");
+    }
+    for (const char* name : {"MACHINA_API_TOKEN", "MACHINA_API_HMAC_SECRET"}) {
+      const auto& value = config_.values().find(name)->second;
+      if (!value.text.empty() && !value.origin.ends_with("_FILE")) {
+        return warn(
+            "secrets",
+            std::string(name) + " comes from the " + value.origin + " itself",
+            "put it into a file of mode 0600 and set " + std::string(name) +
+                "_FILE");
+      }
+    }
+    pass("secrets", "in files of their owner's");
+  }
+
+  void address() {
+    if (!names_loopback(text("MACHINA_HOST"))) {
+      return warn("address",
+                  text("MACHINA_HOST") + " is reached from outside, in clear",
+                  "bind 127.0.0.1 and put a proxy with TLS in front");
+    }
+    pass("address", text("MACHINA_HOST"));
+  }
+
+  void rate_limits() {
+    if (config_.number("MACHINA_API_RPM") == 0 &&
+        config_.number("MACHINA_API_ENQUEUE_RPM") == 0) {
+      return warn("rate_limits", "none: one client may take all",
+                  "set MACHINA_API_RPM, MACHINA_API_ENQUEUE_RPM");
+    }
+    pass("rate_limits", text("MACHINA_API_RPM") + " a minute, enqueue " +
+                            text("MACHINA_API_ENQUEUE_RPM"));
+  }
+
+  void durability() {
+    if (!config_.flag("MACHINA_WAL_ENABLE") ||
+        !config_.flag("MACHINA_WAL_FSYNC")) {
+      return fail("durability", "what was acknowledged may be forgotten",
+                  "set MACHINA_WAL_ENABLE=1 and MACHINA_WAL_FSYNC=1");
+    }
+    pass("durability", "a 201 survives a power cut");
+  }
+
+  void disk() {
+    std::string free = std::to_string(facts_.disk_free_bytes >> 20) +
+                       " MiB of " + std::to_string(facts_.disk_bytes >> 20) +
+                       " are free";
+    if (facts_.disk_free_bytes < kDiskFailBytes ||
+        facts_.disk_free_bytes < facts_.disk_bytes / 20) {
+      return fail("disk", free, "make room, or a larger disk");
+    }
+    if (facts_.disk_free_bytes < facts_.disk_bytes / 10) {
+      return warn("disk", free, "make room soon");
+    }
+    pass("disk", free);
+  }
+
+  void verify() {
+    aged("log_verified", facts_.verified_ago_s, kVerifyEveryS,
+         "the log was checked",
+         "weekly: machina wal verify --root BACKUP, then touch " + path() +
+             "/ops/wal.verified");
+  }
+  void backup() {
+    aged("backup", facts_.backup_ago_s, kBackupEveryS, "a backup was taken",
+         "docs/operating.md has one that works; after it, touch " + path() +
+             "/ops/backup.taken");
+  }
+  void aged(const char* name, std::int64_t ago_s, std::int64_t most_s,
+            const std::string& what, const std::string& remedy) {
+    if (ago_s < 0) return warn(name, "no record that " + what, remedy);
+    std::string when = what + " " + std::to_string(ago_s / 3600) + " h ago";
+    if (ago_s > kTooOld * most_s) return fail(name, when, remedy);
+    if (ago_s > most_s) return warn(name, when, remedy);
+    pass(name, when);
+  }
+
+  const Config& config_;
+  const ProductionFacts& facts_;
+  std::vector<Check> checks_;
+};
+
+}  // namespace
+
+std::vector<Check> production_checklist(const Config& config,
+                                        const ProductionFacts& facts) {
+  return List(config, facts).take();
+}
+
+bool any_failed(const std::vector<Check>& checks) {
+  return std::any_of(checks.begin(), checks.end(), [](const Check& check) {
+    return check.verdict == Verdict::fail;
+  });
+}
+
+const char* name(Verdict verdict) {
+  switch (verdict) {
+    case Verdict::pass:
+      return "PASS";
+    case Verdict::warn:
+      return "WARN";
+    case Verdict::fail:
+      return "FAIL";
+  }
+  return "?";
+}
+
+}  // namespace machina

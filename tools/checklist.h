@@ -1,0 +1,75 @@
+// tools/checklist.h
+//
+// The production checklist: what to have right before others depend on a
+// server, one line per item. `machina doctor --profile prod` prints it.
+//
+//   K1  Every item is in every list, whatever the settings: an item that this
+//       version has no part for says so.
+//   K2  Each item can be made to say WARN or FAIL by one setting or one fact,
+//       and each that production must have, FAIL;
+//       tests/tools/checklist_test.cc does exactly that, for each.
+//   K3  What is not PASS names what to change.
+
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "tools/config.h"
+
+namespace machina {
+
+enum class Verdict : std::uint8_t { pass, warn, fail };
+
+struct Check {
+  std::string name;  // stable: scripts may look for it
+  Verdict verdict = Verdict::pass;
+  std::string what;    // what was found
+  std::string remedy;  // K3; empty with PASS
+};
+
+// What is looked at beside the settings.
+struct ProductionFacts {
+  // The profile that a server gets by itself: doctor is told another one.
+  std::string configured_profile;
+  std::int64_t uid = 0;  // of the server that runs, else of whoever asks
+  bool root_there = false;
+  std::int64_t root_owner = 0;
+  int root_mode = 0;           // permission bits
+  bool root_is_mount = false;  // a file system of its own
+  // Other file systems that are mounted below it.
+  std::vector<std::string> mounts_below;
+  std::string file_system;
+  bool file_system_trusted = true;
+  std::uint64_t disk_free_bytes = 0, disk_bytes = 0;
+  int level = -1;  // what a sandbox reached here; -1: none could be made
+  std::string level_why;
+  bool server_runs = false;
+  bool supervised = false;  // by systemd
+  // Of the server that runs: what its standard error is ("/dev/null",
+  // "/dev/pts/0", a file, "pipe:[..]"), or empty.
+  std::string log_goes_to;
+  // Of MACHINA_LOG_FILE: why it cannot be written or rotated, or empty; and the
+  // bytes of it and those it was renamed to.
+  std::string log_problem;
+  std::uint64_t log_bytes = 0;
+  // A request with an id of ours: whether the answer had it, and the log (where
+  // that is a file). -1: not looked at.
+  int request_id_echoed = -1, request_id_logged = -1;
+  bool metrics_answer = false;      // of the server that runs
+  std::int64_t scraped_ago_s = -1;  // -1: not known, or never
+  std::int64_t verified_ago_s = -1, backup_ago_s = -1;  // -1: never
+};
+
+constexpr std::int64_t kVerifyEveryS = 8 * 86'400;  // weekly, and a day's grace
+constexpr std::int64_t kBackupEveryS = 2 * 86'400;
+constexpr int kTooOld = 4;  // times as long ago: no longer done at all
+
+std::vector<Check> production_checklist(const Config& config,
+                                        const ProductionFacts& facts);
+// Whether one of them is FAIL.
+bool any_failed(const std::vector<Check>& checks);
+const char* name(Verdict verdict);  // PASS, WARN, FAIL
+
+}  // namespace machina
