@@ -9,6 +9,8 @@ Only Debian's python3 and its standard library.
 """
 
 import calendar
+import difflib
+import hashlib
 import http.client
 import json
 import os
@@ -416,10 +418,61 @@ def make_repository(root):
     return good, revision(repo)
 
 
+SHORTEST = "networkx/algorithms/shortest_paths/unweighted.py"
+SHORTEST_TESTS = "networkx/algorithms/shortest_paths/tests/test_unweighted.py"
+
+# What a coding agent might hand in: a function with its test.
+FARTHEST = '''
+
+def farthest_nodes(G, source):
+    """Nodes at the greatest distance from `source` that it can reach."""
+    lengths = single_source_shortest_path_length(G, source)
+    farthest = max(lengths.values())
+    return {node for node, length in lengths.items() if length == farthest}
+'''
+
+FARTHEST_TEST = '''
+
+def test_farthest_nodes():
+    from networkx.algorithms.shortest_paths.unweighted import farthest_nodes
+
+    assert farthest_nodes(nx.path_graph(5), 0) == {4}
+    assert farthest_nodes(nx.star_graph(3), 0) == {1, 2, 3}
+'''
+
+ESCAPE = """\
+--- /dev/null
++++ b/../../../../etc/cron.d/machina
+@@ -0,0 +1 @@
++* * * * * root id > /tmp/escaped
+"""
+
+
+def difference(path, before, after):
+    """What git would call the change of one file."""
+    return "".join(difflib.unified_diff(
+        before.splitlines(keepends=True), after.splitlines(keepends=True),
+        "a/" + path, "b/" + path))
+
+
+def digest_of_tree(directory):
+    """Every name, mode and byte below a directory but git's own."""
+    digest = hashlib.sha256()
+    for where, directories, files in os.walk(directory):
+        directories[:] = sorted(d for d in directories if (where, d) != (directory, ".git"))
+        for name in sorted(files):
+            path = os.path.join(where, name)
+            digest.update(f"{path}\0{os.lstat(path).st_mode}\0".encode())
+            with open(path, "rb") as f:
+                digest.update(f.read())
+    return digest.hexdigest()
+
+
 def examine_host(binary, environment):
     found = subprocess.run([binary, "doctor", "--json", "--profile", "prod"],
                            env=environment, stdout=subprocess.PIPE, timeout=60)
-    if found.returncode != 0:
+    # 1: the production checklist, which is not what is asked here, found a FAIL.
+    if found.returncode not in (0, 1):
         die("machina doctor failed")
     facts = json.loads(found.stdout)
     return facts["level"], facts["host"]
@@ -516,6 +569,7 @@ class Demo:
         self.api.port = self.server.port
         self.server.wait_ready(self.api)
         first = self.submit_tests(good, broken)
+        self.submit_patches(good)
         self.submit_noops()
         self.submit_hostile()
         self.kill_the_server(first)
@@ -523,6 +577,7 @@ class Demo:
         self.refuse_the_late()
         self.collect()
         self.look_at_artifacts(first)
+        self.look_at_patches()
         self.stop()
         return self.report()
 
@@ -550,6 +605,75 @@ class Demo:
         self.submit("the same, shortest paths broken", "failed/verdict", "test.run",
                     {**payload, "base_rev": broken}, named)
         return first
+
+    def submit_patches(self, good):
+        """Three answers to "is this agent's patch good?"."""
+        repo = self.server.root + "/repos/networkx"
+        self.checkout = digest_of_tree(repo)
+
+        def at(path):
+            return subprocess.run(["git", "-C", repo, "show", f"{good}:{path}"], check=True,
+                                  stdout=subprocess.PIPE, text=True).stdout
+
+        def outcome(wanted, more=lambda result: None):
+            def check(view):
+                result = view.get("result") or {}
+                if result.get("outcome") != wanted:
+                    return f"outcome {result.get('outcome')}: {result.get('reason')}"
+                return more(result)
+            return check
+
+        def told(view):
+            result = view.get("result") or {}
+            text = result.get("outcome", "?")
+            if result.get("commit") and text == "applied":
+                return f"{text}: {result['commit'][:10]}"
+            failing = (result.get("tests") or {}).get("newly_failing") or result.get("newly_failing")
+            if not failing:
+                return text
+            more = f" and {len(failing) - 1} more" if len(failing) > 1 else ""
+            return f"{text}: {str(failing[0]).rsplit('.', 1)[-1]}{more}"
+
+        def names_paths(result):
+            failing = result["tests"]["newly_failing"]
+            fine = any("shortest_paths" in str(case) for case in failing)
+            return None if fine else f"named: {failing[:5]}"
+
+        source, tests = at(SHORTEST), at(SHORTEST_TESTS)
+        good_diff = (difference(SHORTEST, source, source.rstrip("\n") + "\n" + FARTHEST)
+                     + difference(SHORTEST_TESTS, tests, tests.rstrip("\n") + "\n" + FARTHEST_TEST))
+        broken = re.sub(r"level \+= 1|level = level \+ 1", "level += 2", source)
+        suite = {"runner": "pytest", "select": ["networkx/algorithms/shortest_paths"]}
+        common = {"repo": "networkx", "base_rev": good, "test": suite}
+        self.patch = self.submit(
+            "a good patch", "succeeded", "patch.apply",
+            {**common, "diff": good_diff, "description": "farthest_nodes", "push": True},
+            outcome("applied"), told)
+        self.submit("a patch that breaks shortest paths", "failed/verdict", "patch.apply",
+                    {**common, "diff": difference(SHORTEST, source, broken)},
+                    outcome("tests_failed", names_paths), told)
+        self.submit("a patch that escapes", "failed/verdict", "patch.apply",
+                    {**common, "diff": ESCAPE}, outcome("rejected"), told)
+
+    def look_at_patches(self):
+        repo = self.server.root + "/repos/networkx"
+        branches = subprocess.run(
+            ["git", "-C", repo, "for-each-ref", "--format=%(refname:short) %(objectname)"],
+            check=True, stdout=subprocess.PIPE, text=True).stdout.split("\n")
+        view = self.get(self.patch)
+        commit = (view.get("result") or {}).get("commit")
+        mine = f"review/{self.patch['id']} {commit}"
+        others = [line for line in branches if line and line != mine
+                  and not line.startswith("main ")]
+        self.expect("the good patch is a commit on its branch, and no other branch is there",
+                    None if mine in branches and not others else str(branches))
+        self.expect("the checkout is byte for byte what it was",
+                    None if digest_of_tree(repo) == self.checkout else "it changed")
+        status, page = self.api.call("GET", "/v1/patches")
+        outcomes = sorted(p["outcome"] for p in page["patches"]) if status == 200 else page
+        self.expect("provenance has all three patches",
+                    None if outcomes == ["applied", "rejected", "tests_failed"] else str(outcomes))
+        self.commit = commit
 
     def submit_noops(self):
         once = {"kind": "noop", "payload": {"echo": {"order": 7}}, "dedup_key": "order-7"}
@@ -729,6 +853,9 @@ class Demo:
     def where_to_look(self):
         binary = os.path.relpath(self.binary)
         print(f"\nTo look further:\n"
+              f"  git -C {self.server.root}/repos/networkx show {getattr(self, 'commit', None)}\n"
+              f"      the commit of the good patch"
+              f"\n"
               f"  {self.home}/jobs.json    every job as the API showed it\n"
               f"  {self.home}/server.log   what the server said; its pool: {self.server.root}/pool.log\n"
               f"  MACHINA_API_TOKEN_FILE={self.home}/token {binary} serve --profile prod "

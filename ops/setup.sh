@@ -7,8 +7,10 @@ build=(g++ cmake ninja-build pkg-config ccache
   libuv1-dev node-llhttp libsqlite3-dev libxxhash-dev nlohmann-json3-dev
   libseccomp-dev libcurl4-openssl-dev libssl-dev libexpat1-dev libyaml-cpp-dev
   libcli11-dev)
-tests=(libgtest-dev libgmock-dev)
-run=(git python3 python3-pytest python3-networkx ca-certificates)
+# systemd: for systemd-analyze, which checks ops/systemd/; prometheus: for
+# promtool, which tests ops/prometheus/; curl: for docs/operating.md
+tests=(libgtest-dev libgmock-dev systemd prometheus curl)
+run=(git python3 python3-pytest python3-networkx python3-toolz ca-certificates)
 
 installed() {
   [ "$(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null)" = installed ]

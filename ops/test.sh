@@ -4,7 +4,7 @@
 #   asan     address and undefined-behaviour sanitizers: what parses outside
 #            bytes and what keeps them (queue, sim, server, tools)
 #   tsan     the thread sanitizer: the queue's log and store threads (its seeded
-#            stories use one thread and are left out)
+#            stories and wal verify use one thread and are left out)
 #   release  everything, with the real binary; its summary comes last
 #
 # The sandbox's own tests run in release only: a sanitizer's runtime needs
@@ -49,7 +49,7 @@ sanitized() {
 
 if [ "$quick" = no ]; then
   sanitized asan '^$' queue sim server tools
-  sanitized tsan '^(LogUnderChance|CoreRandom)' queue
+  sanitized tsan '^(LogUnderChance|CoreRandom|Verify)' queue
 fi
 
 say "release: building everything"
