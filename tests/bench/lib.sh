@@ -133,14 +133,16 @@ start_redis() {  # sets redis_port; AOF, synced at every write
   wait_port "$redis_port" redis-server
 }
 
-# start_machina WORKERS: prod profile, a token, fsync on, an empty root. Sets
-# machina_port, machina_pid, token.
+# start_machina WORKERS: prod profile, a token, fsync on, rate limits on (and so
+# high that they refuse nothing), an empty root. Sets machina_port, machina_pid,
+# token.
 start_machina() {
   local i
   free_port; machina_port=$port
   token=bench-$(od -An -N12 -tx1 /dev/urandom | tr -d " \n")
   mkdir -m 700 "$dir/root"
-  MACHINA_API_TOKEN=$token "$machina" serve --profile prod \
+  MACHINA_API_TOKEN=$token MACHINA_API_RPM=1000000000 \
+    MACHINA_API_ENQUEUE_RPM=1000000000 "$machina" serve --profile prod \
     --root "$dir/root" --host 127.0.0.1 --port "$machina_port" \
     --workers "$1" >"$dir/machina.log" 2>&1 &
   machina_pid=$!

@@ -1,12 +1,12 @@
 #!/bin/bash
 # tests/bench/t1.sh: T1, durable enqueue, one job a request.
 #
-# machina (prod profile, token, 201 after the sync) beside nginx's empty POST
+# machina (prod profile, token, rate limits on, 201 after the sync) beside nginx's empty POST
 # and Redis LPUSH with its AOF synced always; 64 and 256 connections; the sides
 # take turns, ROUNDS rounds of SECONDS each, medians.
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-rounds=${ROUNDS:-3}
-seconds=${SECONDS_EACH:-4}
+rounds=${ROUNDS:-5}
+seconds=${SECONDS_EACH:-3}
 need wrk wrk
 need redis-benchmark redis-tools
 check_build sync_rate
@@ -51,4 +51,5 @@ for connections in 64 256; do
     "$rr" "$(ratio "$mm" "$nn")" "$(ratio "$mm" "$rr")" \
     "$(median "${p50[@]:--}")" "$(median "${p99[@]:--}")"
 done
+echo "latencies: closed loop, of a saturated server, by wrk"
 echo "target: at 64 connections 0.60 x nginx, at 256 0.75 x nginx; 1.2 x LPUSH; p99 < 5000 us"

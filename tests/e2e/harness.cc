@@ -408,16 +408,29 @@ std::vector<pid_t> Product::worker_pids() {
 }
 
 // A spawner's groups are named machina.<its pid>.
-std::vector<std::string> Product::control_groups() const {
-  std::vector<std::string> found;
+std::map<std::string, ino_t> Product::all_control_groups() {
+  std::map<std::string, ino_t> found;
   std::error_code error;
   fs::recursive_directory_iterator at(
       "/sys/fs/cgroup", fs::directory_options::skip_permission_denied, error);
   for (; !error && at != fs::end(at); at.increment(error)) {
-    std::string name = at->path().filename();
-    if (name.rfind("machina.", 0) == 0 &&
-        seen_.count(std::atoi(name.c_str() + 8)) > 0) {
-      found.push_back(at->path());
+    struct stat st {};
+    if (at->path().filename().string().rfind("machina.", 0) == 0 &&
+        stat(at->path().c_str(), &st) == 0) {
+      found[at->path()] = st.st_ino;
+    }
+  }
+  return found;
+}
+
+std::vector<std::string> Product::control_groups() const {
+  std::vector<std::string> found;
+  for (const auto& [path, inode] : all_control_groups()) {
+    const std::string name = fs::path(path).filename();
+    const auto before = groups_before_.find(path);
+    if (seen_.count(std::atoi(name.c_str() + 8)) > 0 &&
+        (before == groups_before_.end() || before->second != inode)) {
+      found.push_back(path);
     }
   }
   return found;

@@ -84,6 +84,10 @@ class Product {
   // Workers as the server reports them: their pids.
   std::vector<pid_t> worker_pids();
   std::vector<std::string> leftovers(int within_ms = 5000) const;
+  // Of spawners that processes() ever found.
+  std::vector<std::string> control_groups() const;
+  // Of any spawner of this host, by path; with them, which directory it is.
+  static std::map<std::string, ino_t> all_control_groups();
 
   // --- HTTP, one connection a request ---
   Answer call(const std::string& method, const std::string& path,
@@ -123,11 +127,11 @@ class Product {
   bool owns(pid_t pid) const;
   int reap(pid_t pid, int timeout_ms);  // exit code, or -1 in time
 
-  std::vector<std::string> control_groups() const;  // of processes seen
-
   Who who_;
   std::set<pid_t> children_;      // started here and not yet reaped
   mutable std::set<pid_t> seen_;  // all that processes() ever found
+  // What others had left before: a number in a name may be given again.
+  const std::map<std::string, ino_t> groups_before_ = all_control_groups();
   std::string dir_, root_, binary_;
   uid_t uid_ = 0;
   unsigned slot_uid_base_ = 0;
