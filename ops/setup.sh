@@ -4,7 +4,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 build=(g++ cmake ninja-build pkg-config ccache
-  libuv1-dev node-llhttp libsqlite3-dev libxxhash-dev nlohmann-json3-dev
+  libuv1-dev liburing-dev node-llhttp libsqlite3-dev libxxhash-dev nlohmann-json3-dev
   libseccomp-dev libcurl4-openssl-dev libssl-dev libexpat1-dev libyaml-cpp-dev
   libcli11-dev)
 # systemd: for systemd-analyze, which checks ops/systemd/; prometheus: for

@@ -90,6 +90,7 @@ class LoopImpl final : public Loop {
   void on_signal(int number, std::function<void()> run) override;
   Result<pid_t> start(const Child& child,
                       std::function<void(int)> exited) override;
+  bool together() const override { return sockets_->together(); }
   void run() override {
     stopped_ = false;
     while (!stopped_) iterate(-1);
@@ -277,10 +278,10 @@ void LoopImpl::close_everything() {
 
 }  // namespace
 
-Result<std::unique_ptr<Loop>> Loop::make() {
+Result<std::unique_ptr<Loop>> Loop::make(bool together) {
   // A peer that went away is an error code, never a signal.
   std::signal(SIGPIPE, SIG_IGN);
-  auto sockets = Sockets::make();
+  auto sockets = Sockets::make(together);
   if (!sockets) return sockets.error();
   auto loop = std::make_unique<LoopImpl>(std::move(*sockets));
   if (auto begun = loop->begin(); !begun) return begun.error();

@@ -4,10 +4,10 @@
 // timer, signals, child processes, and messages from other threads. loop.cc is
 // the only includer of uv.h; it moves bytes and decides nothing.
 //
-// One iteration: wait for I/O, hand each socket's bytes to its SocketEvents, run
-// the timers that are due and what other threads posted, then call `on_turn`
-// once, then write what the turn put out: many requests share one turn, and a
-// socket one write.
+// One iteration: wait for I/O, hand each socket's bytes to its SocketEvents,
+// run the timers that are due and what other threads posted, then call
+// `on_turn` once, then write what the turn put out: many requests share one
+// turn, and a socket one write.
 //
 //   L1  on_turn runs after every iteration that called anything of ours.
 //   L2  SocketEvents::on_gone is called exactly once, and is the last call.
@@ -67,7 +67,8 @@ class Socket {
 
 class Loop {
  public:
-  static Result<std::unique_ptr<Loop>> make();
+  // `together`: see Sockets::make.
+  static Result<std::unique_ptr<Loop>> make(bool together = true);
   virtual ~Loop() = default;
 
   // Called for each new connection; returns its events, or nullptr to refuse.
@@ -108,7 +109,8 @@ class Loop {
   virtual Result<pid_t> start(const Child& child,
                               std::function<void(int)> exited) = 0;
 
-  virtual void run() = 0;  // until stop()
+  virtual bool together() const = 0;  // see make()
+  virtual void run() = 0;             // until stop()
   virtual void stop() = 0;
   // Writes what sockets still hold, for at most `limit`, then closes all.
   virtual void finish(Millis limit) = 0;

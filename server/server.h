@@ -89,6 +89,7 @@ struct ServerOptions {
   std::uint64_t max_body_bytes = 2u << 20;
   int connections_max = 4096;
   int connections_per_address = 1024;
+  bool io_uring = true;  // where the kernel has it and lets us
 
   std::vector<std::string> kinds_allowed;  // patterns; empty: all
   std::map<std::string, KindFacts> kinds;  // the built-in ones

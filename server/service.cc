@@ -92,7 +92,7 @@ int Service::open() {
                "MACHINA_API_HMAC_SECRET only loopback is served");
     return kExitConfiguration;
   }
-  auto loop = Loop::make();
+  auto loop = Loop::make(options_.io_uring);
   if (!loop) {
     Saying(Severity::error, "start_failed", loop.error().what);
     return kExitPoisoned;
@@ -199,8 +199,8 @@ int Service::listen() {
   Saying(Severity::info, "listening",
          "listening on http://" + options_.host + ":" + std::to_string(port_) +
              ", profile " + (options_.prod ? "prod" : "dev") + ", durability " +
-             (options_.shard.log.fsync ? "fsync" : "os") + ", root " +
-             options_.root);
+             (options_.shard.log.fsync ? "fsync" : "os") + ", io_uring " +
+             (loop_->together() ? "on" : "off") + ", root " + options_.root);
   if (!options_.not_promised.empty()) {
     Saying(Severity::warn, "not_promised",
            "not promised: " + options_.not_promised);

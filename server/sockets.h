@@ -5,8 +5,9 @@
 //
 // Each client's socket is registered once, edge-triggered: while it is read to
 // its end and written without resistance it costs one recv and one send for
-// each turn and nothing else. What an edge told of and was not read (the owner
-// paused, or others must have their turn) is remembered.
+// each turn and nothing else, and those of a turn are made together
+// (socket_calls.h). What an edge told of and was not read (the owner paused, or
+// others must have their turn) is remembered.
 //
 //   X1  SocketEvents::on_gone comes once, from reap(), and is the last call.
 //   X2  serve() reads at most kReadsMax x kReadBytes of a socket.
@@ -23,6 +24,7 @@
 #include <sys/epoll.h>
 #include <sys/socket.h>
 
+#include <array>
 #include <memory>
 #include <string>
 #include <unordered_set>
@@ -30,6 +32,7 @@
 
 #include "queue/result.h"
 #include "server/loop.h"
+#include "server/socket_calls.h"
 
 namespace machina {
 
@@ -37,7 +40,8 @@ class SocketImpl;
 
 class Sockets {
  public:
-  static Result<std::unique_ptr<Sockets>> make();
+  // `together`: with io_uring, where there is one.
+  static Result<std::unique_ptr<Sockets>> make(bool together);
   ~Sockets();
   Sockets(const Sockets&) = delete;
 
@@ -46,6 +50,7 @@ class Sockets {
 
   // Until serve() has something to do, for at most `ms` (< 0: for ever).
   void wait(int ms);
+  bool together() const { return calls_.together(); }
   // Accepts, reads, and writes where the kernel has room again, as of the last
   // wait(). Whether the descriptor of watch() has something to read.
   bool serve();
@@ -69,10 +74,11 @@ class Sockets {
   struct Watched;
   struct Listener;
 
-  Sockets(int epoll, int spare);
+  Sockets(int epoll, int spare, bool together);
   Result<void> begin_listening(int fd, bool local, const std::string& path,
                                const std::string& name,
                                const std::string& where);
+  void read();
   void accept(Listener& listener);
   void watch(Listener& listener, bool on);
   void admit(int fd, const Listener& listener);
@@ -83,9 +89,13 @@ class Sockets {
   std::vector<std::unique_ptr<Listener>> listeners_, stopped_;
   std::unordered_set<SocketImpl*> sockets_;
   std::vector<SocketImpl*> dirty_, again_, closed_;
+  std::vector<SocketImpl*> reads_;  // of this serve()
   std::vector<epoll_event> events_;
   int events_ready_ = 0;
-  std::vector<char> buffer_;
+  SocketCalls calls_;
+  std::array<SocketCalls::Call, SocketCalls::kMax> call_;
+  std::array<SocketImpl*, SocketCalls::kMax> called_{};
+  std::vector<char> buffer_, first_buffers_;
 };
 
 }  // namespace machina

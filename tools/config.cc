@@ -38,6 +38,8 @@ constexpr Variable kTable[] = {
     // Empty: one per processor.
     {"MACHINA_WORKERS", Type::number, "", nullptr, nullptr, 0, 64},
     {"MACHINA_SERVER", Type::text, ""},
+    // Many sockets in one system call, where the kernel has io_uring.
+    {"MACHINA_IO_URING", Type::flag, "1"},
 
     // What the processes say of themselves (queue/say.h). Empty: the server's
     // lines go to standard error; the pool's go to <root>/pool.log always.

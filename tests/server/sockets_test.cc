@@ -42,10 +42,11 @@ class Recorder final : public SocketEvents {
   std::function<void()> hook;
 };
 
-class SocketsTest : public testing::Test {
+// With a ring, and without.
+class SocketsTest : public testing::TestWithParam<bool> {
  protected:
   void SetUp() override {
-    auto made = Sockets::make();
+    auto made = Sockets::make(GetParam());
     ASSERT_TRUE(made);
     sockets_ = std::move(*made);
     sockets_->on_accept([this](Socket& socket, bool) -> SocketEvents* {
@@ -127,7 +128,7 @@ class SocketsTest : public testing::Test {
   std::vector<int> fds_;
 };
 
-TEST_F(SocketsTest, BytesAndTheEndInOneEdge) {
+TEST_P(SocketsTest, BytesAndTheEndInOneEdge) {
   int fd = connect();
   Recorder& peer = accepted();
   send(fd, "last words");
@@ -144,7 +145,7 @@ TEST_F(SocketsTest, BytesAndTheEndInOneEdge) {
   EXPECT_EQ(receive(fd), "answer");
 }
 
-TEST_F(SocketsTest, WhatCameDuringAPauseComesAfterIt) {
+TEST_P(SocketsTest, WhatCameDuringAPauseComesAfterIt) {
   int fd = connect();
   Recorder& peer = accepted();
   peer.socket->pause(true);
@@ -164,7 +165,7 @@ TEST_F(SocketsTest, WhatCameDuringAPauseComesAfterIt) {
   EXPECT_EQ(peer.ends, 1);
 }
 
-TEST_F(SocketsTest, APauseWithinACallHoldsTheRestBack) {
+TEST_P(SocketsTest, APauseWithinACallHoldsTheRestBack) {
   int fd = connect();
   Recorder& peer = accepted();
   peer.hook = [&] { peer.socket->pause(true); };
@@ -184,7 +185,7 @@ TEST_F(SocketsTest, APauseWithinACallHoldsTheRestBack) {
   EXPECT_EQ(peer.bytes, text);
 }
 
-TEST_F(SocketsTest, OneThatSendsMuchLeavesTheOthersTheirTurn) {
+TEST_P(SocketsTest, OneThatSendsMuchLeavesTheOthersTheirTurn) {
   int loud = connect();
   Recorder& first = accepted(1);
   int quiet = connect();
@@ -207,7 +208,7 @@ TEST_F(SocketsTest, OneThatSendsMuchLeavesTheOthersTheirTurn) {
   }
 }
 
-TEST_F(SocketsTest, WhatTheKernelDoesNotTakeFollowsInOrder) {
+TEST_P(SocketsTest, WhatTheKernelDoesNotTakeFollowsInOrder) {
   int fd = connect();
   Recorder& peer = accepted();
   std::string all;
@@ -235,7 +236,7 @@ TEST_F(SocketsTest, WhatTheKernelDoesNotTakeFollowsInOrder) {
   EXPECT_EQ(peer.socket->sent(), got.size());
 }
 
-TEST_F(SocketsTest, OneThatIsClosedHearsNothingMore) {
+TEST_P(SocketsTest, OneThatIsClosedHearsNothingMore) {
   int fd = connect();
   Recorder& peer = accepted();
   peer.hook = [&] {
@@ -251,7 +252,7 @@ TEST_F(SocketsTest, OneThatIsClosedHearsNothingMore) {
   EXPECT_EQ(receive(fd), "");
 }
 
-TEST_F(SocketsTest, OneThatWentAwayIsClosed) {
+TEST_P(SocketsTest, OneThatWentAwayIsClosed) {
   int fd = connect();
   Recorder& peer = accepted();
   linger now{1, 0};
@@ -261,7 +262,7 @@ TEST_F(SocketsTest, OneThatWentAwayIsClosed) {
   EXPECT_EQ(peer.ends, 0);
 }
 
-TEST_F(SocketsTest, ARefusalHasALastWord) {
+TEST_P(SocketsTest, ARefusalHasALastWord) {
   refuse_ = true;
   int fd = connect();
   bool end = false;
@@ -274,7 +275,7 @@ TEST_F(SocketsTest, ARefusalHasALastWord) {
 }
 
 // X4
-TEST_F(SocketsTest, OutOfDescriptorsWhoConnectsIsClosed) {
+TEST_P(SocketsTest, OutOfDescriptorsWhoConnectsIsClosed) {
 #ifdef __SANITIZE_ADDRESS__
   GTEST_SKIP() << "the sanitizer looks at memory through descriptors, too";
 #endif
@@ -300,7 +301,7 @@ TEST_F(SocketsTest, OutOfDescriptorsWhoConnectsIsClosed) {
   accepted(2);
 }
 
-TEST_F(SocketsTest, AListenerMayStopWhileItIsServed) {
+TEST_P(SocketsTest, AListenerMayStopWhileItIsServed) {
   connect();
   Recorder& peer = accepted();
   send(fds_[0], "x");
@@ -311,7 +312,7 @@ TEST_F(SocketsTest, AListenerMayStopWhileItIsServed) {
   EXPECT_TRUE(sockets_->listening().empty());
 }
 
-TEST_F(SocketsTest, SaysWhichAddressIsTaken) {
+TEST_P(SocketsTest, SaysWhichAddressIsTaken) {
   auto again = sockets_->listen_tcp("127.0.0.1", port_, {});
   ASSERT_FALSE(again);
   EXPECT_EQ(again.error().code, Code::conflict);
@@ -320,6 +321,10 @@ TEST_F(SocketsTest, SaysWhichAddressIsTaken) {
   ASSERT_FALSE(none);
   EXPECT_EQ(none.error().code, Code::invalid);
 }
+
+INSTANTIATE_TEST_SUITE_P(, SocketsTest, testing::Bool(), [](const auto& way) {
+  return way.param ? "Together" : "OneByOne";
+});
 
 }  // namespace
 }  // namespace machina

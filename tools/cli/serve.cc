@@ -103,6 +103,7 @@ void fill_gate(const Config& config, ServerOptions* server) {
       static_cast<int>(config.number("MACHINA_API_CONNECTIONS"));
   server->connections_per_address =
       static_cast<int>(config.number("MACHINA_API_CONNECTIONS_PER_ADDRESS"));
+  server->io_uring = config.flag("MACHINA_IO_URING");
 }
 
 void fill_shard(const Config& config, const std::string& root,
