@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <csignal>
 #include <cstring>
+#include <future>
 
 #include "queue/check.h"
 
@@ -114,6 +115,16 @@ int Service::recover() {
   if (!recovery_.empty())
     Saying(Severity::info, "recovery", "recovery: " + recovery_);
 
+  auto store = Store::open(options_.root);
+  if (!store) {
+    Saying(Severity::error, "start_failed", store.error().what);
+    return exit_code_of(store.error());
+  }
+  store_ = std::move(*store);
+  // SQLite has a dozen syncs to make for a new file; what follows has others.
+  auto opened_patches = std::async(std::launch::async, [this] {
+    return Patches::open(options_.root + "/patches", store_.get());
+  });
   auto tokens = Tokens::open(options_.root + "/queue/token.key");
   if (!tokens) {
     Saying(Severity::error, "start_failed", tokens.error().what);
@@ -132,13 +143,7 @@ int Service::recover() {
     return exit_code_of(opened.error());
   }
   gate_ = std::move(*opened);
-  auto store = Store::open(options_.root);
-  if (!store) {
-    Saying(Severity::error, "start_failed", store.error().what);
-    return exit_code_of(store.error());
-  }
-  store_ = std::move(*store);
-  auto patches = Patches::open(options_.root + "/patches", store_.get());
+  auto patches = opened_patches.get();
   if (!patches) {
     Saying(Severity::error, "start_failed", patches.error().what);
     return exit_code_of(patches.error());

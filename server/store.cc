@@ -122,10 +122,17 @@ Result<std::unique_ptr<Store>> Store::open(const std::string& root) {
     OwnedFd* fd;
   } const below[] = {
       {"objects", &dirs.objects}, {"index", &dirs.index}, {"tmp", &dirs.tmp}};
+  bool made_one = false;
   for (const auto& [name, fd] : below) {
-    auto dir = enter(artifacts->get(), name);
-    if (!dir) return dir.error();
-    *fd = std::move(*dir);
+    *fd = open_dir(artifacts->get(), name);
+    if (*fd) continue;
+    if (auto r = make_dir(artifacts->get(), name); !r) return r.error();
+    *fd = open_dir(artifacts->get(), name);
+    if (!*fd) return failure(std::string("open artifacts/") + name);
+    made_one = true;
+  }
+  if (made_one && fsync(artifacts->get()) != 0) {
+    return failure("sync artifacts");
   }
   // What an upload left behind when the server died.
   for (const std::string& name : names_in(dirs.tmp.get())) {
