@@ -31,6 +31,7 @@ constexpr const char* kVictims[] = {"server", "pool",    "worker",
 struct Phase {
   const char* kind;
   const char* script;
+  bool tested = false;  // a rollback of a patch that came with a suite
 };
 constexpr Phase kApplyPhases[] = {{"patch.apply", "prepare"},
                                   {"patch.apply", "apply"},
@@ -41,6 +42,9 @@ constexpr Phase kRollbackPhases[] = {{"patch.rollback", "prepare"},
                                      {"patch.rollback", "look"},
                                      {"patch.rollback", "commit"},
                                      {"patch.rollback", "land"}};
+// At the branch's tip the suite is the patch's, after the rollback the old one.
+constexpr Phase kTipSuite = {"patch.rollback", "suite-after", true};
+constexpr Phase kBackSuite = {"patch.rollback", "suite-before", true};
 
 std::vector<pid_t> children(pid_t pid) {
   const std::string at = std::to_string(pid);
@@ -80,7 +84,8 @@ class Kills : public EndToEnd {
         p().shell(
             "set -e; git init -q -b main " + repo_ + "; cd " + repo_ +
             "; echo \"exec sh -c 'cat suite && cat b.txt && :' suite-before\" "
-            ">suite; echo keep >b.txt; git add -A; " +
+            ">suite; printf '# %s\\n' 1 2 3 4 5 6 >>suite; echo keep >b.txt; "
+            "git add -A; " +
             kGit +
             " commit -q -m base; echo mine >>b.txt; "
             "git add b.txt; echo more >>b.txt; echo x >new"),
@@ -94,13 +99,13 @@ class Kills : public EndToEnd {
   // --- what is asked for ---
 
   std::string submit_patch(bool test, int attempts = 20) {
-    Json payload = {
-        {"repo", "r"},
-        {"push", true},
-        {"diff",
-         "--- a/suite\n+++ b/suite\n@@ -1 +1 @@\n"
-         "-exec sh -c 'cat suite && cat b.txt && :' suite-before\n"
-         "+exec sh -c 'cat suite && cat b.txt && :' suite-after\n"}};
+    Json payload = {{"repo", "r"},
+                    {"push", true},
+                    {"diff",
+                     "--- a/suite\n+++ b/suite\n@@ -1,4 +1,4 @@\n"
+                     "-exec sh -c 'cat suite && cat b.txt && :' suite-before\n"
+                     "+exec sh -c 'cat suite && cat b.txt && :' suite-after\n"
+                     " # 1\n # 2\n # 3\n"}};
     if (test) {
       payload["test"] = {{"runner", "command"},
                          {"command", {"/bin/sh", "suite"}}};
@@ -109,10 +114,28 @@ class Kills : public EndToEnd {
                        {"max_attempts", attempts},
                        {"payload", payload}});
   }
-  std::string submit_rollback(const std::string& patch) {
-    return p().submit({{"kind", "patch.rollback"},
-                       {"max_attempts", 20},
-                       {"payload", {{"patch_id", patch}}}});
+  std::string submit_rollback(const std::string& patch,
+                              const char* on_conflict = "fail") {
+    return p().submit(
+        {{"kind", "patch.rollback"},
+         {"max_attempts", 20},
+         {"payload", {{"patch_id", patch}, {"on_conflict", on_conflict}}}});
+  }
+  // A commit on the patch's branch that touches its file elsewhere, and leaves
+  // no other trace.
+  void change_since(const std::string& patch) {
+    const std::string branch = "review/" + patch;
+    ASSERT_EQ(
+        p().shell("set -e; cd " + repo_ + "; export GIT_INDEX_FILE=" +
+                  p().dir() + "/index; git read-tree " + branch +
+                  "; blob=$({ git show " + branch +
+                  ":suite; echo '# since'; } | git hash-object -w --stdin); "
+                  "git update-index --cacheinfo 100644,$blob,suite; " +
+                  kGit + " -c core.logAllRefUpdates=false update-ref " +
+                  "refs/heads/" + branch + " $(" + kGit +
+                  " commit-tree $(git write-tree) -p " + branch +
+                  " -m since); rm " + p().dir() + "/index"),
+        0);
   }
 
   // --- the moment ---
@@ -355,7 +378,8 @@ class Kills : public EndToEnd {
   void expect_end(const Json& job, const Phase& phase, Victim victim) {
     const std::string script = phase.script;
     const bool suite = script.starts_with("suite");
-    if (script == "suite-after" && victim == Victim::shell) {
+    const std::string last = phase.tested ? "suite-before" : "suite-after";
+    if (script == last && victim == Victim::shell) {
       EXPECT_EQ(job["state"], "failed") << job.dump(1).substr(0, 4000);
       EXPECT_EQ(job["result"]["outcome"], "tests_failed");
       EXPECT_NE(job["result"].value("reason", "").find("signal 9"),
@@ -363,7 +387,7 @@ class Kills : public EndToEnd {
           << job["result"]["reason"];
       return;
     }
-    if (script == "suite-after" && victim == Victim::program) {
+    if (script == last && victim == Victim::program) {
       // It failed once, and passed when it ran again.
       EXPECT_EQ(job["result"]["tests"]["after"]["flaky"], 1)
           << job.dump(1).substr(0, 4000);
@@ -395,7 +419,7 @@ class Kills : public EndToEnd {
           [&] { return pool() != 0 && !p().worker_pids().empty(); }, 20000));
       std::string id;
       if (rollback) {
-        const Json patch = p().wait_end(submit_patch(false));
+        const Json patch = p().wait_end(submit_patch(phase.tested));
         expect_honest(patch);
         expect_applied(patch);
         id = submit_rollback(patch["id"]);
@@ -553,6 +577,73 @@ TEST_P(Kills, OfRollback) {
                    : Victims{Victim::pool, Victim::worker}) {
       one(phase, victim);
       if (HasFatalFailure()) return;
+    }
+  }
+}
+
+// A suite that dies at the tip has said nothing of it; after the rollback it is
+// no yes, and nothing moves.
+TEST_P(Kills, OfARollbacksTests) {
+  for (const Phase& phase : {kTipSuite, kBackSuite}) {
+    for (const Victim victim :
+         as_root() ? Victims{Victim::server, Victim::pool, Victim::shell,
+                             Victim::program, Victim::init}
+                   : Victims{Victim::worker, Victim::shell}) {
+      one(phase, victim);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+// The merge is made before somebody is asked, and again with the yes.
+TEST_P(Kills, OfAMerge) {
+  constexpr Phase kMerge = {"patch.rollback", "merge"};
+  for (const bool approved : {false, true}) {
+    for (const Victim victim :
+         as_root() ? Victims{Victim::server, Victim::worker, Victim::program}
+                   : Victims{Victim::pool, Victim::init}) {
+      SCOPED_TRACE(std::string(kVictims[static_cast<int>(victim)]) +
+                   " killed in a merge, " + (approved ? "after" : "before") +
+                   " the yes");
+      bool struck = false;
+      for (int round = 0; round < 20 && !struck; ++round) {
+        ASSERT_TRUE(eventually(
+            [&] { return pool() != 0 && !p().worker_pids().empty(); }, 20000));
+        const Json patch = p().wait_end(submit_patch(false));
+        expect_honest(patch);
+        change_since(patch["id"]);
+        if (HasFatalFailure()) return;
+        const std::string id = submit_rollback(patch["id"], "block");
+        const auto hit = [&] {
+          const Held held = hold(id, kMerge);
+          struck = held.shell != 0 && strike(victim, held);
+          if (!struck && held.shell != 0) kill(held.shell, SIGCONT);
+        };
+        if (!approved) hit();
+        Json job = p().wait_state(id, "blocked", 60000);
+        ASSERT_EQ(job["state"], "blocked") << job.dump(1);
+        const Json data = job["blocked"]["data"];
+        ASSERT_TRUE(data["digest"].is_string()) << data.dump(1);
+        ASSERT_EQ(p().post("/v1/jobs/" + id + "/unblock",
+                           {{"token", job["blocked"]["token"]},
+                            {"input",
+                             {{"approve", true}, {"digest", data["digest"]}}}})
+                      .status,
+                  200);
+        if (approved) hit();
+        job = p().wait_end(id, 60000);
+        expect_honest(job);
+        ASSERT_EQ(job["state"], "succeeded") << job.dump(1).substr(0, 4000);
+        EXPECT_EQ(job["result"]["outcome"], "rolled_back") << job.dump(1);
+        const std::string branch = job["result"]["branch"];
+        EXPECT_EQ(out("cd " + repo_ + "; git show " + branch + ":suite"),
+                  out("cd " + repo_ + "; git show main:suite; echo '# since'"));
+        EXPECT_EQ(out("cd " + repo_ + "; git rev-list --count main.." + branch),
+                  "3\n");
+        expect_clean();
+      }
+      EXPECT_TRUE(struck) << "the moment never came";
+      if (HasFailure()) return;
     }
   }
 }

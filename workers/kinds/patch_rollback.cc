@@ -881,8 +881,9 @@ class RollbackRun {
     if (after_.out_of_time) {
       return tests_failed(no_verdict() + kNoTime);
     }
-    // What the patch had mended fails again, as it should.
-    if (!as_before_ && is_commit_name(known_.base_commit)) {
+    // What the patch had mended fails again, as it should. Of the same files a
+    // verdict holds for both; that there was none has to be seen.
+    if ((!as_before_ || !after_.valid) && is_commit_name(known_.base_commit)) {
       if (auto end = run_phase(
               at_base_, known_.base_commit, "", "the tests before the patch",
               85, left() - std::min(kLandReserveMs, left() / 10))) {
@@ -898,8 +899,8 @@ class RollbackRun {
         });
     failing_again_.assign(still, gate_.newly_failing.end());
     gate_.newly_failing.erase(still, gate_.newly_failing.end());
-    const bool dead_before = as_before_ || (at_base_.ran && !at_base_.valid &&
-                                            !at_base_.out_of_time);
+    const bool dead_before =
+        at_base_.ran && !at_base_.valid && !at_base_.out_of_time;
     // Cases that are only missing because no run came to an end say nothing.
     if (!after_.valid && dead_before) gate_.newly_failing.clear();
     if ((after_.valid || dead_before) && gate_.newly_failing.empty()) {
