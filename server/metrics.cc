@@ -206,6 +206,9 @@ std::string Metrics::text(const ShardStats& stats, const WorkerNumbers& workers,
   for (const auto& size : sizes) {
     std::string metric = std::string("machina_queue_") + size.name + "_size";
     lines.head(metric, "gauge", "Jobs in this state.");
+    // Zeroes are shown, also before the first job.
+    if (stats.queues.empty())
+      lines.value(metric, "queue=\"default\"", std::uint64_t{0});
     for (const QueueCounts& queue : stats.queues) {
       lines.value(metric, "queue=" + label_value(queue.queue),
                   queue.by_state[static_cast<int>(size.state)]);

@@ -442,7 +442,12 @@ PatchRecord read_patch(const EndedJob& job, std::string* reverse_diff) {
     patch.diff_digest.insert(0, "sha256:");
   }
   if (text_in(payload, "approval", 16) == "required") {
-    patch.approval.state = "required";
+    // Nothing is applied before the yes. Who gave it is told by the job's
+    // unblock, where that is at hand (read_approval).
+    const bool given = applied || patch.outcome == "tests_failed" ||
+                       patch.outcome == "conflict" ||
+                       patch.outcome == "no_change";
+    patch.approval.state = given ? "approved" : "required";
   }
   if (patch.outcome == "approval_denied") patch.approval.state = "denied";
 

@@ -20,6 +20,7 @@ class List {
   std::vector<Check> take() {
     user();
     profile();
+    running_settings();
     root();
     shell();
     kinds();
@@ -76,7 +77,40 @@ class List {
          "delegate it a control group");
   }
 
+  // The other lines are about the settings of the server that runs, if any.
+  void running_settings() {
+    if (!facts_.server_runs) {
+      return pass("running_settings",
+                  "no server runs; these are of one that would be started");
+    }
+    if (facts_.running_differs.empty()) {
+      return pass("running_settings",
+                  "the server runs with this configuration");
+    }
+    constexpr std::size_t kNamed = 3;
+    std::string what = "the server runs with other settings than configured: ";
+    for (std::size_t i = 0; i < facts_.running_differs.size(); ++i) {
+      if (i == kNamed) {
+        what += "; and " + std::to_string(facts_.running_differs.size() - i) +
+                " more";
+        break;
+      }
+      what += (i == 0 ? "" : "; ") + facts_.running_differs[i];
+    }
+    fail("running_settings", what,
+         "machina ops restart (or systemctl reload machina) takes what is "
+         "configured; what was given at its start belongs into the "
+         "configuration");
+  }
+
   void profile() {
+    if (facts_.server_runs && facts_.running_profile != "prod") {
+      return fail("profile", "the server runs as " + facts_.running_profile,
+                  facts_.configured_profile == "prod"
+                      ? "the configuration says prod: machina ops restart"
+                      : "set MACHINA_PROFILE=prod in the configuration file, "
+                        "then machina ops restart");
+    }
     if (facts_.configured_profile == "prod") return pass("profile", "prod");
     fail("profile", "a server would start as " + facts_.configured_profile,
          "set MACHINA_PROFILE=prod in the configuration file");
@@ -414,6 +448,10 @@ class List {
   void authentication() {
     bool token = !text("MACHINA_API_TOKEN").empty();
     bool hmac = !text("MACHINA_API_HMAC_SECRET").empty();
+    if (facts_.running_is_open) {
+      return fail("authentication", "the server that runs asks for none",
+                  "set MACHINA_API_TOKEN_FILE, then machina ops restart");
+    }
     if (!token && !hmac) {
       return fail("authentication", "no token and no signature secret is set",
                   "openssl rand -hex 32 > FILE; chmod 600 FILE; "

@@ -31,8 +31,13 @@ struct Check {
 
 // What is looked at beside the settings.
 struct ProductionFacts {
-  // The profile that a server gets by itself: doctor is told another one.
-  std::string configured_profile;
+  // The profile that a server gets by itself: doctor is told another one; and
+  // that of the server that runs, or empty.
+  std::string configured_profile, running_profile;
+  // Of the server that runs, which the settings of the list are then: what it
+  // has otherwise than the configuration, "NAME=value (configured: other)".
+  std::vector<std::string> running_differs;
+  bool running_is_open = false;  // it asks for no credential
   std::int64_t uid = 0;  // of the server that runs, else of whoever asks
   bool root_there = false;
   std::int64_t root_owner = 0;

@@ -260,6 +260,7 @@ Result<void> write_pid_file(const std::string& root, const PidFile& file) {
     json["environment"] = file.environment;
     json["secrets"] = file.secrets;
     json["supervisor"] = file.supervisor;
+    json["settings"] = file.settings;
   }
   // A path may hold bytes that are no UTF-8.
   return write_whole(
@@ -299,6 +300,8 @@ Result<PidFile> read_pid_file(const std::string& root,
     file.environment = json.value("environment", std::vector<std::string>());
     file.secrets = json.value("secrets", std::vector<std::string>());
     file.supervisor = json.value("supervisor", "");
+    file.settings =
+        json.value("settings", std::map<std::string, std::string>());
   } catch (const Json::exception&) {
     return Error{Code::corrupt, role + ".pid is no pid file of this program"};
   }
@@ -370,7 +373,10 @@ Result<Detected> detect(const std::string& root) {
   char* real = ::realpath(root.c_str(), nullptr);
   Detected found;
   found.root = root;
-  if (real == nullptr && (errno == ENOENT || errno == ENOTDIR)) return found;
+  if (real == nullptr && (errno == ENOENT || errno == ENOTDIR)) {
+    found.missing = true;
+    return found;
+  }
   if (real == nullptr) return system_error("MACHINA_ROOT: \"" + root + "\"");
   found.root = real;
   std::free(real);
@@ -378,6 +384,13 @@ Result<Detected> detect(const std::string& root) {
   if (::stat(found.root.c_str(), &status) != 0 || !S_ISDIR(status.st_mode)) {
     return Error{Code::invalid,
                  "MACHINA_ROOT: \"" + root + "\" is not a directory"};
+  }
+  // "Nothing runs" would be a guess.
+  if (::access((found.root + "/ops/.").c_str(), X_OK) != 0 && errno == EACCES) {
+    return Error{Code::io, "MACHINA_ROOT: " + found.root +
+                               " is closed to us; it belongs to uid " +
+                               std::to_string(status.st_uid) +
+                               ": ask as that user, or as root"};
   }
   look_for(found.root, "serve", status, &found, &found.serve_file,
            &found.serve);
@@ -591,7 +604,10 @@ std::string to_text(const Detected& found) {
     text += each.file + " is stale and ignored (" + std::to_string(each.pid) +
             "): " + each.why + "\n";
   }
-  if (!found.running()) text += "nothing of " + found.root + " is running\n";
+  if (!found.running()) {
+    text += found.missing ? "there is no directory " + found.root + "\n"
+                          : "nothing of " + found.root + " is running\n";
+  }
   return text;
 }
 
@@ -763,7 +779,7 @@ Json to_json(const Killed& killed) {
 }
 
 std::string to_text(const Killed& killed, const std::string& root) {
-  std::string text = rfc3339_now() + " ending what runs on " + root + "\n";
+  std::string text = rfc3339_now() + " ended what ran on " + root + "\n";
   for (const auto& target : killed.targets) {
     text += "target " + std::to_string(target.id.pid) + ": " + target.command +
             "\n";

@@ -61,6 +61,8 @@ struct PidFile {
   std::vector<std::string> environment;  // MACHINA_*, no secret's value
   std::vector<std::string> secrets;      // names of those it held itself
   std::string supervisor;                // "systemd", or empty
+  // What holds: each variable's value; of a secret "set", or empty.
+  std::map<std::string, std::string> settings;
 };
 
 std::string ops_dir(const std::string& root);
@@ -100,6 +102,7 @@ struct OurProcess {
 
 struct Detected {
   std::string root;
+  bool missing = false;  // there is no such directory
   std::optional<PidFile> serve_file, pool_file;
   std::optional<OurProcess> serve, pool;
   std::vector<OurProcess> children;  // spawner, workers, sandboxes

@@ -316,7 +316,63 @@ TEST_P(Ops, AStartThatFailsSaysWhy) {
   EXPECT_EQ(p().run({"ops", "start", "--root", "/"}, env()).code, 2);
   EXPECT_EQ(p().run({"ops", "kill", "--term-seconds", "-1"}, env()).code, 2);
   EXPECT_EQ(p().run({"ops"}, env()).code, 2);
-  EXPECT_EQ(p().run({"ops", "explode"}, env()).code, 2);
+  e = p().run({"ops", "explode"}, env());
+  EXPECT_EQ(e.code, 2);
+  EXPECT_NE(e.err.find("there is no verb \"explode\"; machina ops --help"),
+            std::string::npos)
+      << e.err;
+  e = p().run({"list", "--label", "odd", "--server", p().url()}, env());
+  EXPECT_EQ(e.code, 2);
+  EXPECT_NE(e.err.find("--label: \"odd\" must be K=V"), std::string::npos);
+}
+
+// "Nothing runs" is said by who could know it.
+TEST_P(Ops, WhatIsClosedOrNotThereIsSaid) {
+  Ended none =
+      p().run({"ops", "detect", "--root", p().dir() + "/nowhere", "--text"});
+  EXPECT_EQ(none.code, 3);
+  EXPECT_NE(none.out.find("there is no directory"), std::string::npos)
+      << none.out;
+  if (!as_root()) return;  // only root may become another user
+  start_in_background();
+  for (const std::string verb : {"detect", "kill", "healthcheck"}) {
+    const std::string file = p().dir() + "/said";
+    ASSERT_EQ(
+        p().shell("setpriv --reuid 64999 --regid 64999 --clear-groups " +
+                  p().dir() + "/machina ops " + verb + " --root " + p().root() +
+                  " >" + file + " 2>&1; echo \"code $?\" >>" + file),
+        0);
+    const std::string said = read_file(file);
+    EXPECT_NE(said.find("code 2"), std::string::npos) << verb << said;
+    EXPECT_NE(said.find("is closed to us"), std::string::npos) << verb << said;
+  }
+}
+
+TEST_P(Ops, ADryStartTriesTheSettingsAndLeavesNothing) {
+  start_in_background();
+  const std::string other = p().dir() + "/other";
+  const std::string port = std::to_string(p().port());
+  Ended taken = p().run({"ops", "start", "--dry-run", "--root", other, "--port",
+                         port, "--workers", "0"},
+                        env());
+  EXPECT_EQ(taken.code, 2) << taken.out << taken.err;
+  EXPECT_NE(taken.err.find("cannot listen"), std::string::npos) << taken.err;
+  EXPECT_FALSE(fs::exists(other));
+  Ended fine = p().run({"ops", "start", "--dry-run", "--root", other, "--port",
+                        "0", "--workers", "0"},
+                       env());
+  EXPECT_EQ(fine.code, 0) << fine.out << fine.err;
+  EXPECT_FALSE(fs::exists(other));
+}
+
+TEST_P(Ops, ARestartKeepsWhatWasScaledTo) {
+  start_in_background();
+  ASSERT_EQ(p().run({"scale", "1", "--server", p().url()}).code, 0);
+  Json done = report(ops({"restart"}), 0);
+  EXPECT_EQ(done["workers_kept"], 1);
+  EXPECT_EQ(p().get("/stats").json()["workers"]["configured"], 1);
+  done = report(ops({"restart", "--workers", "2"}), 0);
+  EXPECT_EQ(p().get("/stats").json()["workers"]["configured"], 2);
 }
 
 TEST_P(Ops, RestartHandsOver) {
@@ -355,6 +411,7 @@ TEST_P(Ops, RestartWithOtherSettings) {
   Ended refused = ops({"restart", "--host", "0.0.0.0"});
   EXPECT_EQ(refused.code, 2) << refused.err;
   EXPECT_NE(refused.err.find("MACHINA_API_TOKEN"), std::string::npos);
+  EXPECT_EQ(kept("restart.report.json")["ok"], false);
   EXPECT_EQ(report(ops({"detect"}), 0)["processes"][0]["pid"],
             before["processes"][0]["pid"]);
 }
@@ -901,6 +958,15 @@ TEST_P(Ops, DoctorHasTheProductionChecklist) {
   ASSERT_EQ(p().shell("chmod 750 " + p().root()), 0);
   EXPECT_EQ(failed(doctor(good)), only("root"));
   ASSERT_EQ(p().shell("chmod 700 " + p().root()), 0);
+  // A server that runs is judged by what it has, not by what is configured.
+  bad = good;
+  bad["MACHINA_SANDBOX_MIN_LEVEL"] = "L0";
+  start_in_background({}, bad);
+  EXPECT_EQ(failed(doctor(good)), only("running_settings"));
+  report(ops({"restart"}, good), 0);  // it keeps its own environment
+  EXPECT_EQ(failed(doctor(good)), only("running_settings"));
+  EXPECT_EQ(failed(doctor(bad)), std::vector<std::string>());
+  report(ops({"kill"}), 0);
   // Without the profile: as it was.
   Ended plain = p().run({"doctor"}, env(), 60000);
   EXPECT_EQ(plain.code, 0);

@@ -100,6 +100,9 @@ TEST_P(Signing, TheVerbsSignByThemselves) {
   e = p().run({"list"}, {{"MACHINA_SERVER", p().url()},
                          {"MACHINA_API_HMAC_SECRET", "another-secret"}});
   EXPECT_EQ(e.code, 4);
+  e = p().run({"sign", "FROB", "/v1/jobs"}, env);
+  EXPECT_EQ(e.code, 2) << e.out;
+  EXPECT_NE(e.err.find("METHOD: \"FROB\""), std::string::npos) << e.err;
   e = p().run({"sign", "GET", "/v1/jobs"});
   EXPECT_EQ(e.code, 2);
   EXPECT_NE(e.err.find("MACHINA_API_HMAC_SECRET"), std::string::npos);

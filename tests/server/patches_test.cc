@@ -353,6 +353,10 @@ TEST_F(PatchesTest, WhoApprovedIsKeptAcrossAReopenUntilTheEnd) {
   std::string never = put(asked, nullptr, State::dead);
   EXPECT_EQ(find(never)->approval.state, "required");
   EXPECT_EQ(find(never)->approval.actor, "");
+  // An applied one was approved, also where nobody knows any more by whom.
+  std::string forgotten = put(asked, applied());
+  EXPECT_EQ(find(forgotten)->approval.state, "approved");
+  EXPECT_EQ(find(forgotten)->approval.actor, "");
 }
 
 // --- rollbacks ---

@@ -8,8 +8,11 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <deque>
 #include <functional>
+#include <string>
+#include <utility>
 
 #include "queue/clock.h"
 
@@ -299,6 +302,42 @@ TEST_P(SocketsTest, OutOfDescriptorsWhoConnectsIsClosed) {
   ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &old), 0);
   connect();
   accepted(2);
+}
+
+TEST_P(SocketsTest, OfManyInOneTurnEachHasItsOwnBytesOnce) {
+  constexpr std::size_t kMany = 150;  // more than go into one call
+  for (std::size_t i = 0; i < kMany; ++i) connect();
+  accepted(kMany);
+  for (int round = 0; round < 2; ++round) {
+    for (std::size_t i = 0; i < kMany; ++i) {
+      send(fds_[i], "ask " + std::to_string(i));
+    }
+    ASSERT_TRUE(until([&] {
+      return std::all_of(recorders_.begin(), recorders_.end(),
+                         [](const Recorder& r) { return !r.bytes.empty(); });
+    }));
+    for (Recorder& peer : recorders_) {
+      // Some write more than the others; one nothing.
+      const std::string word = "answer to " + std::exchange(peer.bytes, {});
+      if (word != "answer to ask 7") peer.socket->out() = word;
+      if (word == "answer to ask 9") peer.socket->out() += word;
+      peer.socket->touch();
+    }
+    turn();
+    for (std::size_t i = 0; i < kMany; ++i) {
+      std::string word = "answer to ask " + std::to_string(i);
+      if (i == 7) word.clear();
+      if (i == 9) word += word;
+      char buffer[256];
+      ssize_t n = recv(fds_[i], buffer, sizeof buffer, MSG_DONTWAIT);
+      EXPECT_EQ(std::string(buffer,
+                            static_cast<std::size_t>(std::max<ssize_t>(n, 0))),
+                word);
+    }
+    for (const Recorder& peer : recorders_) {
+      EXPECT_EQ(peer.socket->unsent(), 0u);
+    }
+  }
 }
 
 TEST_P(SocketsTest, AListenerMayStopWhileItIsServed) {

@@ -35,7 +35,7 @@ class ChecklistTest : public testing::Test {
                  {"MACHINA_LOG_FORMAT", "json"},
                  {"MACHINA_LOG_FILE", "/var/log/machina.log"},
                  {"MACHINA_LEASE_ENFORCE", "1"}};
-    facts_.configured_profile = "prod";
+    facts_.configured_profile = facts_.running_profile = "prod";
     facts_.uid = facts_.root_owner = 990;
     facts_.root_there = facts_.root_is_mount = true;
     facts_.root_mode = 0700;
@@ -108,6 +108,11 @@ TEST_F(ChecklistTest, EachItemCanBeMadeToComplain) {  // K2
   const std::vector<Spoil> kSpoils = {
       {"user", kWarn, [](S, F f) { f.uid = f.root_owner = 0; }},
       {"profile", kFail, [](S, F f) { f.configured_profile = "dev"; }},
+      {"profile", kFail, [](S, F f) { f.running_profile = "dev"; }},
+      {"running_settings", kFail,
+       [](S, F f) {
+         f.running_differs = {"MACHINA_SANDBOX_MIN_LEVEL=L1 (configured: L3)"};
+       }},
       {"root", kFail, [](S, F f) { f.root_there = false; }},
       {"root", kFail, [](S, F f) { f.root_owner = 1; }},
       {"root", kFail, [](S, F f) { f.root_mode = 0750; }},
@@ -156,6 +161,7 @@ TEST_F(ChecklistTest, EachItemCanBeMadeToComplain) {  // K2
       {"metrics", kWarn, [](S, F f) { f.server_runs = false; }},
       {"metrics", kFail, [](S, F f) { f.metrics_answer = false; }},
       {"metrics", kWarn, [](S, F f) { f.scraped_ago_s = -1; }},
+      {"authentication", kFail, [](S, F f) { f.running_is_open = true; }},
       {"authentication", kFail,
        [](S s, F) { s.erase("MACHINA_API_TOKEN_FILE"); }},
       {"authentication", kFail,

@@ -422,6 +422,7 @@ TEST_F(OpsTest, PidFilesComeBackAsTheyWere) {
   file.argv = {"serve", "--root", root_};
   file.environment = {"MACHINA_WORKERS=3"};
   file.secrets = {"MACHINA_API_TOKEN"};
+  file.settings = {{"MACHINA_API_TOKEN", "set"}, {"MACHINA_HOST", "::1"}};
   record(file);
   auto read = read_pid_file(root_, "serve");
   ASSERT_TRUE(read) << read.error().what;
@@ -431,6 +432,7 @@ TEST_F(OpsTest, PidFilesComeBackAsTheyWere) {
   EXPECT_EQ(read->argv, file.argv);
   EXPECT_EQ(read->environment, file.environment);
   EXPECT_EQ(read->secrets, file.secrets);
+  EXPECT_EQ(read->settings, file.settings);
   struct stat status {};
   ASSERT_EQ(::stat((root_ + "/ops/serve.pid").c_str(), &status), 0);
   EXPECT_EQ(status.st_mode & 07777, 0600u);  // O5

@@ -24,6 +24,7 @@
 #include <fstream>
 #include <iostream>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <sstream>
 #include <thread>
 
@@ -513,7 +514,7 @@ void look_at_server(const Settings& settings, const Config& config,
   if (!found || !found->serve) return;
   facts->server_runs = true;
   facts->supervised = found->serve_file->supervisor == "systemd";
-  facts->configured_profile = found->serve_file->profile;
+  facts->running_profile = found->serve_file->profile;
   facts->uid = found->serve->process.id.uid;
   std::error_code error;
   facts->log_goes_to =
@@ -533,6 +534,42 @@ void look_at_server(const Settings& settings, const Config& config,
   follow_request_id(settings, config, socket, facts);
 }
 
+// `config` with what the server that runs has otherwise. Its port and workers
+// are nobody's concern here, and its profile is told of by itself.
+Config as_running(const Settings& settings, const Config& config,
+                  ProductionFacts* facts) {
+  auto found = detect(config.text("MACHINA_ROOT"));
+  if (!found || !found->serve) return config;
+  static const std::set<std::string> kOthers = {
+      "MACHINA_PROFILE", "MACHINA_ROOT", "MACHINA_PORT", "MACHINA_WORKERS",
+      "MACHINA_SERVER"};
+  const auto& running = found->serve_file->settings;
+  Settings there = settings;
+  bool asks = running.empty();
+  for (const auto& row : config_table()) {
+    const auto has = running.find(row.name);
+    if (has == running.end() || kOthers.count(row.name) > 0) continue;
+    if (row.type == Variable::Type::secret) {
+      asks = asks || !has->second.empty();
+      continue;
+    }
+    const std::string& configured = config.text(row.name);
+    if (has->second == configured) continue;
+    // What `ops start` gives a server whose log has no other place.
+    if (std::string(row.name) == "MACHINA_LOG_FILE" &&
+        has->second == ops_dir(found->root) + "/serve.log") {
+      continue;
+    }
+    there.overrides[row.name] = has->second;
+    facts->running_differs.push_back(
+        std::string(row.name) + "=" + has->second +
+        " (configured: " + (configured.empty() ? "nothing" : configured) + ")");
+  }
+  facts->running_is_open = !asks;
+  auto judged = Config::load(environment(), there.overrides, there.file);
+  return judged ? *judged : config;
+}
+
 std::vector<Check> checklist(const Settings& settings, const Config& config,
                              const Json& isolation) {
   ProductionFacts facts;
@@ -549,8 +586,9 @@ std::vector<Check> checklist(const Settings& settings, const Config& config,
   }
   look_at_root(config.text("MACHINA_ROOT"), &facts);
   look_at_server(settings, config, config.text("MACHINA_ROOT"), &facts);
-  look_at_log(config, &facts);
-  return production_checklist(config, facts);
+  look_at_log(config, &facts);  // where the next server would write
+  const Config judged = as_running(settings, config, &facts);
+  return production_checklist(judged, facts);
 }
 
 Json checks_json(const std::vector<Check>& checks) {

@@ -271,6 +271,16 @@ int enqueue(const EnqueueOptions& options) {
   }
   if (!show_answer(*options.settings, last, &job)) return kRefused;
   if (!options.wait) return kOk;
+  if (!is_final(text_of(job, "state"))) {
+    return fail(kNotSucceeded,
+                "it has not ended within " +
+                    std::to_string(options.wait_seconds) + " s and is " +
+                    text_of(job, "state") + " still; machina get " +
+                    text_of(job, "id") + " shows it later" +
+                    (text_of(job, "state") == "ready"
+                         ? "; does a worker serve this kind? (machina stats)"
+                         : ""));
+  }
   return text_of(job, "state") == "succeeded" ? kOk : kNotSucceeded;
 }
 
@@ -542,8 +552,30 @@ std::string list_path(const ListOptions& options) {
   return path;
 }
 
+// The options that say which jobs, as they were given.
+std::string list_options(const ListOptions& options) {
+  std::string again;
+  auto add = [&](const char* name, const std::string& value) {
+    if (!value.empty()) again += std::string(" --") + name + " " + value;
+  };
+  add("state", options.state);
+  add("kind", options.kind);
+  add("queue", options.queue);
+  add("since", options.since);
+  add("until", options.until);
+  for (const auto& label : options.labels) add("label", label);
+  if (options.limit != 50) add("limit", std::to_string(options.limit));
+  return again;
+}
+
 int list(const ListOptions& options) {
   int exit = kOk;
+  for (const auto& label : options.labels) {
+    const std::size_t equals = label.find('=');
+    if (equals == std::string::npos || equals == 0) {
+      return fail(kUsage, "--label: \"" + harmless(label) + "\" must be K=V");
+    }
+  }
   Client::Request request;
   request.path = list_path(options);
   Asked asked = ask(*options.settings, request, &exit);
@@ -566,8 +598,9 @@ int list(const ListOptions& options) {
   std::cout << table.text();
   std::string cursor = text_of(page, "cursor");
   if (!cursor.empty()) {
-    std::cout << "there is more: machina list --cursor " << harmless(cursor)
-              << "\n";
+    std::cout << "there is more: machina list"
+              << harmless(list_options(options)) << " --cursor "
+              << harmless(cursor) << "\n";
   }
   return kOk;
 }

@@ -3,7 +3,9 @@
 #include <CLI/App.hpp>
 #include <CLI/Config.hpp>
 #include <CLI/Formatter.hpp>
+#include <algorithm>
 #include <iostream>
+#include <string>
 
 #include "tools/cli/cli.h"
 
@@ -29,19 +31,28 @@ int main(int argc, char** argv) {
   add_version(app, &exit);
 
   // Said here, because the parser would only say that a verb is missing.
-  if (argc > 1 && argv[1][0] != '-' &&
-      app.get_subcommands(
-             [&](CLI::App* verb) { return verb->get_name() == argv[1]; })
-          .empty()) {
-    return fail(kUsage, "there is no verb \"" + harmless(argv[1]) +
-                            "\"; machina --help lists them");
+  CLI::App* at = &app;
+  std::string path = "machina";
+  for (int i = 1; i < argc && argv[i][0] != '-'; ++i) {
+    auto verbs = at->get_subcommands([](CLI::App*) { return true; });
+    if (verbs.empty()) break;
+    auto named = std::find_if(
+        verbs.begin(), verbs.end(),
+        [&](const CLI::App* verb) { return verb->get_name() == argv[i]; });
+    if (named == verbs.end()) {
+      return fail(kUsage, "there is no verb \"" + harmless(argv[i]) + "\"; " +
+                              path + " --help lists them");
+    }
+    at = *named;
+    path += " " + at->get_name();
   }
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& asked_for_help) {
     return app.exit(asked_for_help);
   } catch (const CLI::ParseError& error) {
-    return fail(kUsage, std::string(error.what()) + " (see machina --help)");
+    return fail(kUsage,
+                std::string(error.what()) + " (see " + path + " --help)");
   }
   return exit;
 }

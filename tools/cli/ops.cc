@@ -110,8 +110,17 @@ int ops_kill(const OpsOptions& options) {
     }
     json["skipped"] = skipped;
   }
-  std::string text = options.dry_run ? "would end:\n" : "";
-  text += found->running() ? to_text(killed, found->root) : to_text(*found);
+  std::string text;
+  if (!found->running()) {
+    text = to_text(*found);
+  } else if (!options.dry_run) {
+    text = to_text(killed, found->root);
+  } else {
+    text = "would end, on " + found->root + ":\n";
+    for (const auto& target : killed.targets) {
+      text += std::to_string(target.id.pid) + ": " + target.command + "\n";
+    }
+  }
   if (!options.dry_run) {
     // What is left of them names nobody any more.
     for (const char* role : {"serve", "pool"}) {
@@ -400,6 +409,9 @@ int ops_start(const OpsOptions& options) {
     std::error_code error;
     launch.root =
         std::filesystem::weakly_canonical(config->text("MACHINA_ROOT"), error);
+    if (running && running->serve && !options.force) {
+      return already_running(options, *running);
+    }
   } else {
     auto root = prepare_root(config->text("MACHINA_ROOT"), config->prod(),
                              options.unsafe_fs);
@@ -419,6 +431,14 @@ int ops_start(const OpsOptions& options) {
   json["argv"] = launch.argv;
   json["ended"] = ended;
   if (options.dry_run) {
+    if (auto ok = try_launch(launch); !ok) {
+      const std::string why =
+          "a server would not start with these settings. It said:\n" +
+          ok.error().what;
+      json["error"] = why;
+      if (!options.text) fail(kOpsUsage, why);
+      return give_report(options, "", "", json, why + "\n", kOpsUsage);
+    }
     std::string text;
     if (options.force && running && running->running()) {
       text += "would end first:\n" + to_text(*running);

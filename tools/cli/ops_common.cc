@@ -1,6 +1,7 @@
 #include "tools/cli/ops_common.h"
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/wait.h>
@@ -198,18 +199,42 @@ Result<Launched> Launched::start(const Launch& asked) {
   return launched;
 }
 
+// What it prints is kept in memory: a trial leaves nothing on the root.
 Result<void> try_launch(Launch trial) {
   trial.argv.emplace_back("--check");
-  auto tried = Launched::start(trial);
-  if (!tried) return tried.error();
-  const std::int64_t until = steady_ms() + kTrialMs;
-  while (tried->ended() == -1 && steady_ms() < until) ::usleep(5'000);
-  if (tried->ended() == kOk) return {};
-  if (tried->ended() == -1) {
-    ::kill(tried->pid(), SIGKILL);
-    return Error{Code::unavailable, "serve --check did not end"};
+  std::erase(trial.environment,
+             "MACHINA_LOG_FILE=" + ops_dir(trial.root) + "/serve.log");
+  const int said = ::memfd_create("serve-check", MFD_CLOEXEC);
+  const int unread = ::open("/dev/null", O_WRONLY | O_CLOEXEC);
+  if (said < 0 || unread < 0) {
+    return Error{Code::io,
+                 std::string("serve --check: ") + std::strerror(errno)};
   }
-  return Error{Code::invalid, tried->log_tail()};
+  const pid_t pid = ::fork();
+  if (pid == 0) become(trial, said, unread);
+  int status = 0;
+  const std::int64_t until = steady_ms() + kTrialMs;
+  bool ended = pid < 0;
+  while (!ended && steady_ms() < until) {
+    ended = ::waitpid(pid, &status, WNOHANG) == pid;
+    if (!ended) ::usleep(5'000);
+  }
+  if (!ended) {
+    ::kill(pid, SIGKILL);
+    ::waitpid(pid, &status, 0);
+  }
+  std::string text(kTailBytes, '\0');
+  const off_t size = ::lseek(said, 0, SEEK_END);
+  const auto tail = static_cast<off_t>(kTailBytes);
+  const ssize_t n =
+      ::pread(said, text.data(), text.size(), std::max<off_t>(0, size - tail));
+  text.resize(static_cast<std::size_t>(std::max<ssize_t>(n, 0)));
+  ::close(said);
+  ::close(unread);
+  if (!ended) return Error{Code::unavailable, "serve --check did not end"};
+  if (pid > 0 && WIFEXITED(status) && WEXITSTATUS(status) == kOk) return {};
+  return Error{Code::invalid,
+               text.empty() ? "cannot start " + trial.argv[0] : harmless(text)};
 }
 
 int Launched::ended() {

@@ -184,25 +184,41 @@ class Restart {
     if (!options_.settings->file.empty()) {
       set_flag(&rest, "--config", absolute_path(options_.settings->file));
     }
+    keep_scale(&rest);
     launch_.argv.insert(launch_.argv.end(), rest.begin(), rest.end());
     if (int exit = plan_environment(); exit != kOpsOk) return exit;
     return try_out();
+  }
+
+  // What `machina scale` has asked for since the start is asked for on.
+  void keep_scale(std::vector<std::string>* argv) {
+    if (!file_.supervisor.empty() ||
+        options_.settings->overrides.count("MACHINA_WORKERS") > 0) {
+      return;
+    }
+    Probe stats = probe(*options_.settings, root_socket(found_.root), "/stats");
+    auto numbers = nlohmann::json::parse(stats.body, nullptr, false);
+    if (!numbers.is_object() || !numbers["workers"].is_object()) return;
+    const int now = numbers["workers"].value("configured", file_.workers);
+    if (now == file_.workers) return;
+    set_flag(argv, "--workers", std::to_string(now));
+    json_["workers_kept"] = now;
   }
 
   // It starts the next server itself, as its unit says, and the pool.
   int refuse_what_systemd_does() {
     for (const auto& [name, flag] : flags()) {
       if (options_.settings->overrides.count(name) == 0) continue;
-      return fail(kOpsUsage,
-                  flag +
-                      ": systemd starts the next server with the unit's "
-                      "settings: write " +
-                      name + " into the configuration file instead");
+      return failed(flag +
+                        ": systemd starts the next server with the unit's "
+                        "settings: write " +
+                        name + " into the configuration file instead",
+                    kOpsUsage);
     }
     if (options_.replace_pool) {
-      return fail(kOpsUsage,
-                  "--pool: systemd runs the pool: systemctl restart "
-                  "machina-pool");
+      return failed(
+          "--pool: systemd runs the pool: systemctl restart machina-pool",
+          kOpsUsage);
     }
     return kOpsOk;
   }
@@ -236,11 +252,11 @@ class Restart {
       std::string entry = given(secret);
       if (entry.empty()) entry = given(secret + "_FILE");
       if (entry.empty()) {
-        return fail(kOpsUsage,
-                    "the running server was given " + secret +
-                        " in its environment, which nothing keeps: set it "
-                        "here too, or start it with " +
-                        secret + "_FILE");
+        return failed("the running server was given " + secret +
+                          " in its environment, which nothing keeps: set it "
+                          "here too, or start it with " +
+                          secret + "_FILE",
+                      kOpsUsage);
       }
       launch_.environment.push_back(entry);
     }
@@ -249,10 +265,11 @@ class Restart {
 
   int try_out() {
     if (auto ok = try_launch(launch_); !ok) {
-      return fail(kOpsUsage,
-                  "a server would not start with these settings; the running "
-                  "one was not touched. It said:\n" +
-                      ok.error().what);
+      return failed(
+          "a server would not start with these settings; the running one was "
+          "not touched. It said:\n" +
+              ok.error().what,
+          kOpsUsage);
     }
     return kOpsOk;
   }

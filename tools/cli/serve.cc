@@ -253,6 +253,13 @@ int check(const ServeOptions& options, const Config& config) {
       return fail(kUsage, ok.error().what);
     }
   }
+  if (::isatty(STDOUT_FILENO) == 0) return kOk;  // a script has the exit code
+  std::cout << (running != nullptr
+                    ? "a server with these settings would take over from "
+                      "process " +
+                          std::to_string(running->serve->process.id.pid)
+                    : std::string("a server with these settings would start"))
+            << "\n";
   return kOk;
 }
 

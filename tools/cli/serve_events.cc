@@ -44,6 +44,10 @@ PidFile pid_file_of(const Config& config, const ServeStart& start) {
   file.environment = start.environment;
   file.secrets = start.secrets;
   if (start.manager.supervised) file.supervisor = "systemd";
+  for (const auto& [name, value] : config.values()) {
+    const bool hidden = is_secret(name) && !value.text.empty();
+    file.settings[name] = hidden ? "set" : value.text;
+  }
   return file;
 }
 

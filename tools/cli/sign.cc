@@ -53,10 +53,10 @@ int sign(const Given& given) {
                    return c >= 'a' && c <= 'z' ? static_cast<char>(c - 32)
                                                : static_cast<char>(c);
                  });
-  bool letters = !method.empty() &&
-                 std::all_of(method.begin(), method.end(),
-                             [](char c) { return c >= 'A' && c <= 'Z'; });
-  if (!letters || method.size() > 16) {
+  static constexpr std::string_view kMethods[] = {"GET", "POST", "PUT",
+                                                  "DELETE", "HEAD"};
+  if (std::find(std::begin(kMethods), std::end(kMethods), method) ==
+      std::end(kMethods)) {
     return fail(kUsage, "METHOD: \"" + harmless(given.method) +
                             "\" is none; GET, POST, PUT, DELETE or HEAD");
   }
