@@ -196,8 +196,13 @@ class PosixStorage : public Storage {
     int flags = O_RDONLY;
     if (mode == OpenMode::write) flags = O_RDWR;
     if (mode == OpenMode::create) flags = O_RDWR | O_CREAT | O_EXCL;
-    Fd fd = open_at(dir_.get(), name, flags);
+    // Without waiting: somebody may have put a FIFO there.
+    Fd fd = open_at(dir_.get(), name, flags | O_NONBLOCK);
     if (!fd) return system_error("cannot open", full(name));
+    struct stat status {};
+    if (::fstat(fd.get(), &status) != 0 || !S_ISREG(status.st_mode)) {
+      return Error{Code::io, full(name) + " is no regular file"};
+    }
     // Only clean pages can be dropped, and all are after a sync. No page is
     // then left of those that an earlier, failed sync marked clean.
     bool settled = mode == OpenMode::settled;

@@ -58,6 +58,11 @@ std::optional<HttpError> check_lines(std::string_view bytes) {
         return HttpError{400, "bad-request",
                          "the request line is not METHOD TARGET VERSION"};
       }
+      // llhttp knows protocols that are not ours.
+      if (line.compare(last + 1, 5, "HTTP/") != 0) {
+        return HttpError{400, "bad-request",
+                         "the request line's version is not HTTP's"};
+      }
     } else if (!line.empty()) {
       if (line[0] == ' ' || line[0] == '\t') {
         return HttpError{400, "bad-request", "a header line is folded"};

@@ -110,6 +110,30 @@ TEST_P(OddPatch, AHundredMegabytesOfContext) {
   expect_nothing_was_queued();
 }
 
+// git would wait for them until the time is over, and again at each attempt.
+TEST_P(OddPatch, ARepositoryWithAFifoIsRefused) {
+  start();
+  int number = 0;
+  for (const std::string where :
+       {"refs/heads/zz", "packed-refs", "shallow", "objects/info/alternates"}) {
+    const std::string name = "r" + std::to_string(++number);
+    make_repository(name);
+    ASSERT_EQ(
+        p().shell("mkfifo " + p().root() + "/repos/" + name + "/.git/" + where),
+        0);
+    const Json job = p().wait_end(p().submit(request(name, diff(20))), 20000);
+    EXPECT_EQ(job["state"], "failed") << where << job.dump(1);
+    EXPECT_EQ(job["error"]["code"], "invalid_payload") << job.dump(1);
+    EXPECT_NE(job["error"].value("message", "").find(where), std::string::npos)
+        << job["error"].dump();
+  }
+  Json odd = request("r1", diff(20));
+  odd["payload"]["base_rev"] = "^main";
+  const Answer answer = p().post("/v1/jobs", odd);
+  EXPECT_EQ(answer.status, 400) << answer.body;
+  EXPECT_EQ(answer.json().value("field", ""), "payload.base_rev");
+}
+
 TEST_P(OddPatch, ADiffJustBelowTheLimitIsApplied) {
   start();
   // As many lines as fit; one more would be ten bytes too many at most.

@@ -1,6 +1,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -63,6 +64,17 @@ TEST_F(PosixStorageTest, NamesDoNotLeaveTheDirectory) {
   }
   std::filesystem::create_symlink("/etc/hostname", path_ + "/link");
   EXPECT_FALSE(storage_->open("link", OpenMode::read));
+}
+
+TEST_F(PosixStorageTest, WhatIsNoFileIsNotWaitedFor) {
+  ASSERT_TRUE(storage_->make_dir("wal"));
+  ASSERT_EQ(mkfifo((path_ + "/wal/fifo").c_str(), 0600), 0);
+  for (OpenMode mode : {OpenMode::read, OpenMode::settled, OpenMode::write}) {
+    auto opened = storage_->open("wal/fifo", mode);
+    ASSERT_FALSE(opened);
+    EXPECT_EQ(opened.error().code, Code::io);
+    EXPECT_NE(opened.error().what.find("no regular file"), std::string::npos);
+  }
 }
 
 TEST_F(PosixStorageTest, DurableWritesFromAnyMemoryAndOddReads) {

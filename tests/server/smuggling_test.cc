@@ -245,6 +245,8 @@ TEST_F(Smuggling, Lines) {
         "GET /health HTTP/1\r\nHost: localhost\r\n\r\n"s,
         "GET /health HTTPS/1.1\r\nHost: localhost\r\n\r\n"s,
         "GET /health ICE/1.0\r\nHost: localhost\r\n\r\n"s,
+        "GET /health RTSP/1.0\r\nHost: localhost\r\n\r\n"s,
+        "GET /health RTSP/1.1\r\nHost: localhost\r\n\r\n"s,
         "\r\n\r\n\r\n\r\n\r\n"s + kGet + "\r\n",
         "\n" + kGet + "\r\n",
         "\x16\x03\x01\x02\r\n\r\n"s}) {
@@ -296,8 +298,9 @@ TEST_F(Smuggling, PathsAreDecodedOnce) {
   }
   for (const char* path :
        {"/v1/jobs%2f0", "/v1/jobs/%2e%2e%2fhealth", "/v1/jobs/%00",
-        "/v1/jobs/%5c", "/v1/jobs/%0d%0aX:y", "/v1/jobs/..", "/v1/jobs/%2e%2e", "/v1/../health", "/v1/%2E%2e/health",
-        "/./health", "/health/", "//health", "/v1/jobs/%2541", "/v1/jobs/.."}) {
+        "/v1/jobs/%5c", "/v1/jobs/%0d%0aX:y", "/v1/jobs/..", "/v1/jobs/%2e%2e",
+        "/v1/../health", "/v1/%2E%2e/health", "/./health", "/health/",
+        "//health", "/v1/jobs/%2541", "/v1/jobs/.."}) {
     EXPECT_EQ(c.get(path).status, 404) << path;
   }
 }

@@ -504,10 +504,10 @@ void add_wal(CLI::App& app, int* exit) {
               "the server's root; it may run");
   verb->add_option("--from", filter.from, "the first lsn")
       ->type_name("LSN")
-      ->check(CLI::PositiveNumber);
+      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 62));
   verb->add_option("--to", filter.to, "the last lsn")
       ->type_name("LSN")
-      ->check(CLI::PositiveNumber);
+      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 62));
   verb->add_option("--job", options->job, "records of this job")
       ->type_name("ID");
   verb->add_option("--kind", filter.kind, "records of jobs of this kind");
@@ -518,7 +518,7 @@ void add_wal(CLI::App& app, int* exit) {
           CLI::IsMember({"enqueue", "grant", "end", "retry", "release", "block",
                          "unblock", "cancel", "promote", "forget"}));
   verb->add_option("--limit", filter.limit, "so many records")
-      ->check(CLI::PositiveNumber);
+      ->check(CLI::Range(1, 1'000'000'000));
   verb->add_flag("--payload", filter.payload,
                  "with payloads, results and other data of jobs");
   add_common(*verb, options->settings);

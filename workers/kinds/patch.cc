@@ -116,6 +116,8 @@ class PatchRun {
         return std::nullopt;
       }
       if (host_.cancelled()) return failed(EndCode::cancelled, "cancelled");
+      // No time is left for another look.
+      if (ignored && ignored->code == EndCode::timeout) return ignored;
     }
     if (auto end = try_base(approved_base_.empty() ? payload_.base_rev
                                                    : approved_base_)) {

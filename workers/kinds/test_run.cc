@@ -49,7 +49,7 @@ TestPayload::Runner runner_of(Fields& fields) {
 
 std::string read_base_rev(Fields& fields) {
   std::string rev = fields.text("base_rev", 256, "HEAD");
-  const bool good = !rev.empty() && rev[0] != '-' &&
+  const bool good = !rev.empty() && rev[0] != '-' && rev[0] != '^' &&
                     std::none_of(rev.begin(), rev.end(), [](unsigned char c) {
                       return c <= ' ' || c == 0x7F;
                     });
@@ -57,7 +57,7 @@ std::string read_base_rev(Fields& fields) {
     fields.fail("base_rev",
                 "\"" + printable(rev) +
                     "\" is no revision: a branch, a tag or a commit, without "
-                    "spaces and control characters, not beginning with -");
+                    "spaces and control characters, not beginning with - or ^");
   }
   return rev;
 }

@@ -34,7 +34,8 @@ std::string plain_path(const std::string& path) {
 // upload-pack, which runs nothing that a repository's own file names. A fetch
 // that failed is looked at and tried once more: the repository may have been
 // repacked meanwhile. Exit 3: no such commit; 4: the repository cannot be read;
-// 5: it has no commit; 6: its objects are not named by SHA-1.
+// 5: it has no commit; 6: its objects are not named by SHA-1; 7: it holds what
+// is neither file, directory nor link, which git would wait for.
 constexpr char kPrepareScript[] = R"(
 umask 022
 exec 9>/mirror/machina.lock
@@ -67,6 +68,8 @@ resolve() { alive git rev-parse -q --verify --end-of-options "$1^{commit}"; }
 full='^[0-9a-f]{40}$'
 from=/repo
 [ ! -d /repo/.git ] || from=/repo/.git
+odd=$(find $from ! -type f ! -type d ! -type l -print -quit 2>/dev/null)
+[ -z "$odd" ] || { printf '%s\n' "$odd" >&2; exit 7; }
 if [ -f $from/config ] && [ ! -L $from/config ]; then
   format=$(alive git config -f $from/config --no-includes \
     extensions.objectformat || :)
@@ -361,6 +364,13 @@ Prepared prepare_repo(const std::string& repo, const std::string& base_rev,
             "\" cannot be read as a git repository (all of it must lie inside "
             "its directory: no .git file or link and no alternates that lead "
             "elsewhere); git says: " +
+            git_said(ran.err, repo));
+  } else if (ran.exit_code == 7) {
+    out.end = failed(
+        EndCode::invalid_payload,
+        "repo: \"" + repo +
+            "\" holds something that is neither a file, a directory nor a "
+            "link, and git would wait for it: " +
             git_said(ran.err, repo));
   } else if (ran.exit_code == 6) {
     out.end = failed(EndCode::invalid_payload,
