@@ -54,6 +54,31 @@ Result<PatchPayload> parse_patch(const std::string& payload,
 // Empty, or why git would not have it as a branch's name.
 std::string branch_problem(const std::string& name);
 
+// Goes before a script that works on commits of the mirror: a repository of its
+// own in /work/git that borrows the mirror's objects, with an index and no
+// checkout, in which no attribute, filter or hook has a say.
+inline constexpr char kBorrowingGit[] = R"sh(
+umask 022
+export GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null LC_ALL=C
+git -c init.defaultBranch=main init -q --bare --template= /work/git
+export GIT_DIR=/work/git GIT_WORK_TREE=/work/tree GIT_INDEX_FILE=/work/index
+mkdir -p /work/out /work/tree $GIT_DIR/objects/info $GIT_DIR/info
+echo /mirror/objects >$GIT_DIR/objects/info/alternates
+[ ! -f /mirror/shallow ] || cp /mirror/shallow $GIT_DIR/shallow
+echo '* -text -filter -ident -working-tree-encoding !diff' \
+  >$GIT_DIR/info/attributes
+cat >>$GIT_DIR/config <<END
+[core]
+	bare = false
+	hooksPath = /dev/null
+	symlinks = false
+	protectHFS = true
+	protectNTFS = true
+[pack]
+	threads = 1
+END
+)sh";
+
 // --- apply ---
 
 struct ChangedFile {

@@ -19,26 +19,7 @@ constexpr std::size_t kLinksMax = 64;
 // Exit 10: does not apply (git's words on standard error); 11: is there
 // already; 12: changes nothing; 13: the base cannot be read.
 constexpr char kApplyScript[] = R"sh(
-umask 022
-export GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null LC_ALL=C
-git -c init.defaultBranch=main init -q --bare --template= /work/git
-export GIT_DIR=/work/git GIT_WORK_TREE=/work/tree GIT_INDEX_FILE=/work/index
-mkdir -p /work/out /work/tree /work/before /work/after \
-  $GIT_DIR/objects/info $GIT_DIR/info
-echo /mirror/objects >$GIT_DIR/objects/info/alternates
-[ ! -f /mirror/shallow ] || cp /mirror/shallow $GIT_DIR/shallow
-echo '* -text -filter -ident -working-tree-encoding !diff' \
-  >$GIT_DIR/info/attributes
-cat >>$GIT_DIR/config <<END
-[core]
-	bare = false
-	hooksPath = /dev/null
-	symlinks = false
-	protectHFS = true
-	protectNTFS = true
-[pack]
-	threads = 1
-END
+mkdir -p /work/before /work/after
 alive git read-tree "$1" || exit 13
 cp /work/index /work/index0
 apply() { alive git apply --cached --whitespace=nowarn "-p$strip" "$@"; }
@@ -373,9 +354,13 @@ Applied apply_diff(const std::string& text, const Diff& diff,
         "apply: " + put.error().what);
   }
   sandbox::Step step;
-  step.argv = {
-      "/bin/sh",   "-c",         std::string(kAlive) + kApplyScript, "apply",
-      base.commit, words.branch, std::to_string(diff.strip)};
+  step.argv = {"/bin/sh",
+               "-c",
+               std::string(kAlive) + kBorrowingGit + kApplyScript,
+               "apply",
+               base.commit,
+               words.branch,
+               std::to_string(diff.strip)};
   const std::string date = "@" + std::to_string(words.seconds) + " +0000";
   step.env = {"GIT_AUTHOR_NAME=" + words.author_name,
               "GIT_AUTHOR_EMAIL=" + words.author_email,

@@ -36,25 +36,7 @@ constexpr char kNothing[] = "0000000000000000000000000000000000000000";
 // rollback's commit or "-", $4 this job. Exit 11: the commit is gone and no
 // reverse diff is there; 12: that does not apply; 13: the tip cannot be read.
 constexpr char kLookScript[] = R"sh(
-umask 022
-export GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null LC_ALL=C
-git -c init.defaultBranch=main init -q --bare --template= /work/git
-export GIT_DIR=/work/git GIT_WORK_TREE=/work/tree GIT_INDEX_FILE=/work/index
-mkdir -p /work/out /work/tree /work/now $GIT_DIR/objects/info $GIT_DIR/info
-echo /mirror/objects >$GIT_DIR/objects/info/alternates
-[ ! -f /mirror/shallow ] || cp /mirror/shallow $GIT_DIR/shallow
-echo '* -text -filter -ident -working-tree-encoding !diff' \
-  >$GIT_DIR/info/attributes
-cat >>$GIT_DIR/config <<END
-[core]
-	bare = false
-	hooksPath = /dev/null
-	symlinks = false
-	protectHFS = true
-	protectNTFS = true
-[pack]
-	threads = 1
-END
+mkdir -p /work/now
 [ ! -f /work/patch.pack ] || git unpack-objects -q --strict </work/patch.pack
 alive git read-tree "$1" || exit 13
 there() { alive git cat-file -e "$1" 2>/dev/null; }
@@ -471,7 +453,8 @@ class RollbackRun {
     const std::string ours =
         is_commit_name(known_.last_rollback) ? known_.last_rollback : "-";
     sandbox::Step step;
-    const std::string script = std::string(kAlive) + kLookScript;
+    const std::string script =
+        std::string(kAlive) + kBorrowingGit + kLookScript;
     step.argv = {"/bin/sh", "-c",          script, "look",
                  tip_,      known_.commit, ours,   attempt_.job_id};
     sandbox::StepResult ran;
