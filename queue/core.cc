@@ -233,6 +233,13 @@ std::optional<Core::Look> Core::look(const JobId& id) const {
   return impl_->look(slot);
 }
 
+Core::Standing Core::standing(const JobId& id) const {
+  std::uint32_t slot = impl_->find(id);
+  CHECK(slot != kNone);
+  const JobEntry& e = impl_->jobs[slot];
+  return {impl_->lines[e.line].kind, e.time};
+}
+
 Core::Look Core::Impl::look(std::uint32_t slot) const {
   const JobEntry& e = jobs[slot];
   const Line& line = lines[e.line];

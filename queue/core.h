@@ -241,6 +241,13 @@ class Core {
     std::uint32_t note_bytes = 0;
   };
   std::optional<Look> look(const JobId&) const;
+  // The kind of a live job, and the logged time since which it has been in its
+  // state if that is ready or running. The kind is valid until the next apply.
+  struct Standing {
+    std::string_view kind;
+    Millis since_ms = 0;
+  };
+  Standing standing(const JobId&) const;  // CHECK: the job is live
   // Live jobs in slab order from `cursor`; examines at most `examine` entries;
   // stops when `visit` returns false. Returns the next cursor, 0 at the end.
   std::uint64_t scan(std::uint64_t cursor, std::size_t examine,

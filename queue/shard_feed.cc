@@ -342,19 +342,21 @@ bool ShardImpl::refuse_if_low(const CallPtr& call, const DiskBound& bound) {
   return true;
 }
 
-void ShardImpl::sample_wait(const JobView& view) {
-  // When a job became ready again after a retry is not kept.
-  if (view.attempt != 1 || wait_seconds_.size() >= kSamplesMax) return;
-  Millis ready = std::max(view.created_ms, view.run_at_ms);
-  double waited = static_cast<double>(now() - ready) / 1000.0;
-  wait_seconds_.emplace_back(view.kind, std::max(0.0, waited));
-}
-
-void ShardImpl::sample_run(const std::string& kind, Millis started,
-                           Millis ended) {
-  if (run_seconds_.size() >= kSamplesMax) return;
-  run_seconds_.emplace_back(kind,
-                            static_cast<double>(ended - started) / 1000.0);
+// What the histograms of waiting and running get from a record that is about
+// to be applied. The core knows since when a job is ready or runs, over
+// restarts too; the body cache and the views do not know it of a recovered job.
+void ShardImpl::sample_times(const Record& record) {
+  auto sample = [&](Samples* samples, const JobId& id) {
+    if (samples->size() >= kSamplesMax) return;
+    const Core::Standing job = core_.standing(id);
+    const auto ms = static_cast<double>(record.time_ms - job.since_ms);
+    samples->emplace_back(job.kind, std::max(0.0, ms / 1000.0));
+  };
+  if (const auto* grant = std::get_if<GrantRecord>(&record.body)) {
+    sample(&wait_seconds_, grant->id);
+  } else if (const auto* end = std::get_if<EndRecord>(&record.body)) {
+    if (end->fence != 0) sample(&run_seconds_, end->id);
+  }
 }
 
 }  // namespace machina

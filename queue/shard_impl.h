@@ -273,8 +273,7 @@ class ShardImpl final : public Shard {
   bool disk_low(const DiskBound& bound) const;
   bool refuse_if_low(const CallPtr& call, const DiskBound& bound);
   std::string disk_words(const DiskBound& bound) const;
-  void sample_wait(const JobView& view);
-  void sample_run(const std::string& kind, Millis started, Millis ended);
+  void sample_times(const Record& record);
 
   Storage& storage_;
   Clock& clock_;
@@ -347,7 +346,8 @@ class ShardImpl final : public Shard {
   Millis disk_at_mono_ = 0;
   bool disk_busy_ = false;
 
-  std::vector<std::pair<std::string, double>> wait_seconds_, run_seconds_;
+  using Samples = std::vector<std::pair<std::string, double>>;
+  Samples wait_seconds_, run_seconds_;
 
   // Last: their threads use what stands above.
   std::unique_ptr<StoreThreads> store_;

@@ -535,6 +535,7 @@ bool ShardImpl::commit(Decision* decision) {
       // The core no longer needs the body's place; history still does.
       log_->need(end->body_place, +1);
     }
+    sample_times(record);
     core_.apply(record);
     applied(&record);
   }
@@ -592,9 +593,6 @@ void ShardImpl::ended(Record* record) {
   made->end_bytes = record->bytes;
   wake_beats(end.fence);
   Body body = cache_.take(end.id);
-  if (body != nullptr && end.started_ms > 0) {
-    sample_run(body->job.kind, end.started_ms, record->time_ms);
-  }
   std::size_t memory =
       memory_of(end) + (body != nullptr ? memory_of(*body) : 0);
   if (ended_memory_ + memory <= kEndedMemoryMax) {
@@ -645,7 +643,6 @@ void ShardImpl::give(const CallPtr& call,
     lease.expires_at_ms = clock_.wall_ms() + options_.core.lease_ms;
     lease.job = std::move(look->view);
     fill_live(*look, call.get(), call->response.leases.size() - 1, true);
-    sample_wait(call->response.leases.back().job);
   }
   enlist(call);
   release_grants(std::move(excess.fences));
