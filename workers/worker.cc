@@ -600,7 +600,7 @@ class Worker::Impl : public kinds::Host {
 
   End attempt(const Lease& lease) {
     const auto kind = kinds_.find(lease.kind);
-    if (kind == kinds_.end()) {
+    if (kind == kinds_.end() || kind->second.run == nullptr) {
       return kinds::failed(EndCode::sandbox,
                            "kind " + lease.kind + " is not served here");
     }
@@ -634,12 +634,7 @@ class Worker::Impl : public kinds::Host {
                                kinds::level_name(report_.level));
     }
     log_.begin(lease.token, 2 * attempt.limits.output_bytes);
-    if (lease.kind == "test.run") return kinds::run_tests(attempt, *this);
-    if (lease.kind == "patch.apply") return kinds::run_patch(attempt, *this);
-    if (lease.kind == "patch.rollback") {
-      return kinds::run_rollback(attempt, *this);
-    }
-    return kinds::run_shell(attempt, *this);
+    return kind->second.run(attempt, *this);
   }
 
   const WorkerOptions options_;

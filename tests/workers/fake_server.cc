@@ -335,7 +335,7 @@ json FakeServer::grant(const json& request,
           request["kinds"].begin(), request["kinds"].end(), [&](const json& k) {
             return kind_matches(k.get<std::string>(), job.kind);
           });
-      if (!wanted) {
+      if (!wanted && !gives_any_kind) {
         ++at;
         continue;
       }

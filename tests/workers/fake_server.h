@@ -73,6 +73,7 @@ class FakeServer {
   std::atomic<int> heartbeats{0}, lease_calls{0};
   std::atomic<long> lease_ms{30'000};
   std::atomic<int> answer_500{0};  // the next so many calls
+  std::atomic<bool> gives_any_kind{false};  // whatever kinds were asked for
 
  private:
   struct Reply {

@@ -9,6 +9,7 @@
 
 #include <filesystem>
 #include <fstream>
+#include <set>
 
 #include "workers/kinds/fields.h"
 #include "workers/kinds/run.h"
@@ -151,6 +152,18 @@ TEST_F(KindsTest, DefaultsAreThoseOfTheTable) {
   EXPECT_EQ(kinds.at("test.run").timeout_ms, 300'000);
   EXPECT_EQ(kinds.at("test.run").limits.pids, 256);
   EXPECT_EQ(kinds.at("test.run").limits.output_bytes, 8u << 20);
+}
+
+TEST_F(KindsTest, F31_EachKindIsWarmedOrHasARunOfItsOwn) {
+  std::set<const void*> runs;
+  int sandboxed = 0;
+  for (const auto& [name, kind] : built_in_kinds(settings_)) {
+    EXPECT_EQ(kind.warmed, kind.run == nullptr) << name;
+    if (kind.run == nullptr) continue;
+    ++sandboxed;
+    runs.insert(reinterpret_cast<const void*>(kind.run));
+  }
+  EXPECT_EQ(static_cast<int>(runs.size()), sandboxed);
 }
 
 TEST_F(KindsTest, NoopNamesFieldValueAndBound) {

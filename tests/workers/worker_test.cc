@@ -272,6 +272,21 @@ TEST_F(WorkerTest, JobAboveTheWorkersLevelIsNotRun) {
   EXPECT_EQ(runs, 0);
 }
 
+TEST_F(WorkerTest, F31_AKindThatItDoesNotKnowIsNotRunAsAShell) {
+  std::atomic<int> runs{0};
+  box_.program = [&](const sandbox::Step&, const sandbox::Watch&) {
+    ++runs;
+    return FakeSandbox::exited(0);
+  };
+  server_->gives_any_kind = true;
+  server_->add("a", "tool.unknown", kTrue);
+  start();
+  ASSERT_TRUE(server_->wait_state("a", "dead"));
+  EXPECT_THAT(server_->job("a").end["message"].get<std::string>(),
+              HasSubstr("tool.unknown"));
+  EXPECT_EQ(runs, 0);
+}
+
 TEST_F(WorkerTest, StopFinishesTheJobAndTakesNoOther) {
   std::atomic<bool> go{false};
   box_.program = [&](const sandbox::Step&, const sandbox::Watch&) {

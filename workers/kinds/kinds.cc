@@ -4,6 +4,7 @@
 #include "workers/kinds/noop.h"
 #include "workers/kinds/patch.h"
 #include "workers/kinds/patch_rollback.h"
+#include "workers/kinds/run.h"
 #include "workers/kinds/shell.h"
 #include "workers/kinds/test_run.h"
 
@@ -23,6 +24,7 @@ Kind noop() {
 
 Kind shell(const KindSettings& settings) {
   Kind kind;
+  kind.run = kinds::run_shell;
   kind.timeout_ms = settings.shell_timeout_ms;
   kind.limits = {512, 256, 64, 0, 1 << 20};
   kind.check = [settings](const std::string& payload) -> Result<Kind::Kept> {
@@ -36,6 +38,7 @@ Kind shell(const KindSettings& settings) {
 
 Kind test_run(const KindSettings& settings) {
   Kind kind;
+  kind.run = kinds::run_tests;
   kind.timeout_ms = 300'000;
   kind.limits = {1024, 1024, 256, 0, 8 << 20};
   kind.check = [settings](const std::string& payload) -> Result<Kind::Kept> {
@@ -51,6 +54,7 @@ Kind test_run(const KindSettings& settings) {
 
 Kind patch_apply(const KindSettings& settings) {
   Kind kind;
+  kind.run = kinds::run_patch;
   kind.timeout_ms = 300'000;
   kind.limits = {1024, 1024, 256, 0, 8 << 20};
   kind.check = [settings](const std::string& payload) -> Result<Kind::Kept> {
@@ -68,6 +72,7 @@ Kind patch_apply(const KindSettings& settings) {
 // branch moves from its expected old value or not at all.
 Kind patch_rollback() {
   Kind kind;
+  kind.run = kinds::run_rollback;
   kind.timeout_ms = 300'000;
   kind.limits = {1024, 1024, 256, 0, 8 << 20};
   kind.check = [](const std::string& payload) -> Result<Kind::Kept> {

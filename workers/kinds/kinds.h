@@ -17,7 +17,11 @@
 
 namespace machina {
 
-struct WorkerOptions;
+namespace kinds {
+struct Attempt;
+struct End;
+class Host;
+}  // namespace kinds
 
 struct Kind {
   // What a job keeps of a payload that was accepted.
@@ -34,6 +38,10 @@ struct Kind {
   Millis timeout_ms = 120'000;
   sandbox::Limits limits;
   bool warmed = false;  // served by a resident, confined handler
+  // Runs one attempt in a session of its own (workers/kinds/run.h). Null where
+  // the kind is warmed: an attempt of such a kind cannot be run this way, and
+  // fails.
+  kinds::End (*run)(const kinds::Attempt&, kinds::Host&) = nullptr;
 };
 
 // Settings that checks depend on.
