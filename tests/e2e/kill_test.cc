@@ -61,21 +61,6 @@ std::vector<std::string> words_of(pid_t pid) {
   return words;
 }
 
-// Stops it and waits until it stands still: what stands has not ended, and a
-// kill is then the end of it. False: it was ending already.
-bool stand_still(pid_t pid) {
-  if (kill(pid, SIGSTOP) != 0) return false;
-  for (;;) {
-    const std::string stat =
-        read_file("/proc/" + std::to_string(pid) + "/stat");
-    const std::size_t at = stat.rfind(") ");  // behind the name: the state
-    if (at == std::string::npos || stat[at + 2] == 'Z' || stat[at + 2] == 'X') {
-      return false;
-    }
-    if (stat[at + 2] == 'T') return true;
-  }
-}
-
 // Follows `root`, which stands still by SIGSTOP, and all that it starts, until
 // they have ended; kills the first of them that becomes a program which
 // `is_it` knows. ptrace stops each process inside its execve(), before the new
