@@ -15,7 +15,8 @@ std::size_t memory_of(const EnqueueRecord& body) {
   std::size_t bytes = sizeof(EnqueueRecord) + 128;  // control block, index
   for (const std::string* text :
        {&job.kind, &job.queue, &job.tenant, &job.payload, &job.dedup_key,
-        &job.sandbox, &job.traceparent, &job.request_id}) {
+        &job.sandbox, &job.traceparent, &job.request_id,
+        &job.concurrency_key}) {
     if (text->capacity() > 15) bytes += text->capacity() + 1;
   }
   bytes += (job.depends_on.capacity() + body.unmet.capacity()) * sizeof(JobId);

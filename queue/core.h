@@ -105,6 +105,8 @@ struct RetryCommand {  // an explicit retry of a finished job
   std::optional<EnqueueRecord> body;
   State state = State::dead;
   int attempt = 0;
+  bool ignore_dependencies = false;  // run it whatever became of them
+  std::vector<Fact> facts;           // about depends_on ids that are not live
 };
 struct UnblockCommand {
   JobId id;
@@ -134,9 +136,11 @@ enum class Answer : std::uint8_t {
   dedup_full,          // 429
   unknown_dependency,  // 400; `detail` is the id
   bad_token,           // unblock: not the blocked token
-  need_facts,  // a dependency (`detail`) is not live and has no fact. enqueue:
-               // nothing was decided, come again with it. complete: this item
-               // was refused because of a child's; its job still runs.
+  dependency,          // retry: 409; `detail` says what became of which
+  need_facts,  // a dependency (`detail`) is not live and has no fact. enqueue,
+               // retry: nothing was decided, come again with it. complete:
+               // this item was refused because of a child's; its job still
+               // runs.
 };
 
 struct ItemAnswer {

@@ -112,6 +112,8 @@ class Draft {
   Answer admit(NewJob&&, const std::vector<Fact>&, EnqueueRecord*, ItemAnswer*);
   Answer check_dependencies(const NewJob&, const std::vector<Fact>&,
                             EnqueueRecord*, ItemAnswer*) const;
+  Answer check_dependencies(const RetryCommand&, EnqueueRecord*,
+                            ItemAnswer*) const;
   void admit_children(const CompleteCommand::Item&, const std::vector<Fact>&,
                       EndRecord* parent, ItemAnswer*);
   bool dedup_hit(const NewJob&, ItemAnswer*);
@@ -462,15 +464,53 @@ void Draft::decide(const RetryCommand& c) {
     return;
   }
   EnqueueRecord r = *c.body;
+  r.unmet.clear();
+  if (!c.ignore_dependencies) {
+    item.answer = check_dependencies(c, &r, &item);
+    if (item.answer != Answer::ok) return;
+  }
   if (!has_room(r.job, false, &item)) return;
   r.id = c.id;
-  r.state = State::ready;
-  r.unmet.clear();
+  r.state = r.unmet.empty() ? State::ready : State::waiting;
   r.revived = u8(c.state);
   r.attempt = static_cast<std::uint16_t>(std::clamp(c.attempt, 0, 60'000));
-  item.state = State::ready;
+  item.state = r.state;
   admitted(r);
   record(std::move(r));
+}
+
+// It waits for what lives, and is refused for what ended otherwise than well.
+// Of a dependency that nobody knows any more it is asked whether the job was
+// ever past waiting for it: it had succeeded then.
+Answer Draft::check_dependencies(const RetryCommand& c, EnqueueRecord* r,
+                                 ItemAnswer* item) const {
+  const std::vector<JobId>& waited = c.body->unmet;
+  for (const JobId& id : c.body->job.depends_on) {
+    if (s_.find(id) != kNone) {
+      if (std::find(r->unmet.begin(), r->unmet.end(), id) == r->unmet.end()) {
+        r->unmet.push_back(id);
+      }
+      continue;
+    }
+    auto fact = std::find_if(c.facts.begin(), c.facts.end(),
+                             [&id](const Fact& f) { return f.id == id; });
+    item->detail = to_string(id);
+    if (fact == c.facts.end()) return Answer::need_facts;
+    if (fact->known && fact->state != State::succeeded) {
+      item->detail += " ended " + std::string(name(fact->state));
+      return Answer::dependency;
+    }
+    const bool passed =
+        c.attempt > c.body->attempt ||
+        std::find(waited.begin(), waited.end(), id) == waited.end();
+    if (!fact->known && !passed) {
+      item->detail +=
+          " is past its retention, and had not succeeded when it was last seen";
+      return Answer::dependency;
+    }
+    item->detail.clear();
+  }
+  return Answer::ok;
 }
 
 // --- ends ---
@@ -628,8 +668,8 @@ void Draft::end_attempt(std::uint32_t slot, const Outcome& outcome,
   r.message = outcome.message;
   bool first_death = code == EndCode::worker_died && !(e.flags & kDiedOnce);
   if (outcome.retry_after_ms >= 0) {
-    r.run_at_ms =
-        outcome.retry_after_ms > 0 ? now_ + outcome.retry_after_ms : 0;
+    const Millis wait = std::min<Millis>(outcome.retry_after_ms, e.retry_max);
+    r.run_at_ms = wait > 0 ? now_ + wait : 0;
   } else if (!first_death) {
     r.run_at_ms = now_ + backoff_ms(e);
     if (r.run_at_ms <= now_) r.run_at_ms = 0;
@@ -645,8 +685,8 @@ Millis Draft::backoff_ms(const JobEntry& e) {
   int retry = std::max(e.attempt - e.base, 1);
   std::uint64_t wait = e.retry_min;
   for (int i = 1; i < retry && wait < e.retry_max; ++i) wait *= 2;
-  wait = std::min<std::uint64_t>(wait, e.retry_max);
-  return static_cast<Millis>(wait + chance_.next() % 251);
+  wait += chance_.next() % 251;
+  return static_cast<Millis>(std::min<std::uint64_t>(wait, e.retry_max));
 }
 
 void Draft::decide(const BlockCommand& c) {

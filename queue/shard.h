@@ -17,6 +17,7 @@
 
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -70,6 +71,9 @@ struct Request {
                              // enqueue of one job: until it ends, or so long
   bool with_payload = true;  // put the payload into the views of the response
 };
+
+// What a lease call is answered with, as HTTP: docs/http-api.md.
+constexpr std::size_t kLeaseReplyBytesMax = 4u << 20;
 
 struct LeaseView {
   Fence fence = 0;

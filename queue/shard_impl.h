@@ -28,6 +28,7 @@
 #include <mutex>
 #include <optional>
 #include <set>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -45,9 +46,8 @@
 namespace machina {
 
 constexpr std::size_t kCallsMax = 65'536;  // parked or with unsent grants
-// "A reply is at most 4 MiB": bodies and what surrounds each, with room for
-// the frame.
-constexpr std::size_t kLeaseReplyBytesMax = (4u << 20) - (64u << 10);
+// Bodies and what surrounds each, in one lease reply; the rest is its frame.
+constexpr std::size_t kLeaseBodiesBytesMax = kLeaseReplyBytesMax - (64u << 10);
 constexpr std::uint64_t kStagedBytesMax = 64u << 20;  // then enqueue waits
 constexpr std::size_t kLeaseOverheadBytes = 2048;
 constexpr std::uint64_t kLiveExamineMax = 2000;  // of a list, on the loop
@@ -187,7 +187,7 @@ class ShardImpl final : public Shard {
   void run_command(const CallPtr& call, Command command, Millis wait_ms);
   void enqueue(const CallPtr& call, EnqueueCommand command, Millis wait_ms,
                int round);
-  std::vector<JobId> gather_facts(const std::vector<NewJob>& jobs,
+  std::vector<JobId> gather_facts(std::span<const NewJob> jobs,
                                   std::vector<Fact>* facts) const;
   void fetch_facts(const CallPtr& call, std::vector<JobId> missing, int round,
                    std::function<void(const std::vector<Fact>&)> then);
@@ -197,6 +197,8 @@ class ShardImpl final : public Shard {
                 int round);
   void change(const CallPtr& call, const Command& command, Purpose purpose);
   void retry(const CallPtr& call, RetryCommand command);
+  void retry_with(const CallPtr& call, RetryCommand command, Lsn fetched,
+                  int round);
   void get(const CallPtr& call, const GetQuery& query);
   void list(const CallPtr& call, ListQuery query);
   void list_live(const CallPtr& call, std::uint64_t cursor);
@@ -230,7 +232,8 @@ class ShardImpl final : public Shard {
   void send(const CallPtr& call);
   void fail_all_poisoned();
   void release_grants(std::vector<Fence> fences);
-  bool enlist(const CallPtr& call);  // into calls_; false: kCallsMax
+  bool calls_full() const { return calls_.size() >= kCallsMax; }
+  void enlist(const CallPtr& call);  // into calls_; callers ask calls_full()
   void unlist(const CallPtr& call);
 
   // shard_wait.cc

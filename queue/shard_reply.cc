@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "queue/check.h"
 #include "queue/say.h"
 #include "queue/shard_impl.h"
 
@@ -372,12 +373,12 @@ void ShardImpl::abandon(std::uint32_t io, std::uint64_t connection) {
   release_grants(std::move(unsent));
 }
 
-bool ShardImpl::enlist(const CallPtr& call) {
+void ShardImpl::enlist(const CallPtr& call) {
   if (call->number == 0) call->number = next_call_++;
-  if (!calls_.emplace(call->number, call).second) return true;
+  if (!calls_.emplace(call->number, call).second) return;
+  CHECK(calls_.size() <= kCallsMax);
   by_connection_[{call->from.io, call->from.connection}].push_back(
       call->number);
-  return true;
 }
 
 void ShardImpl::unlist(const CallPtr& call) {

@@ -141,7 +141,7 @@ void ShardImpl::enqueue(const CallPtr& call, EnqueueCommand command,
 
 // Adds what the shard knows at once about dependencies that are not live;
 // returns those that history must be asked about.
-std::vector<JobId> ShardImpl::gather_facts(const std::vector<NewJob>& jobs,
+std::vector<JobId> ShardImpl::gather_facts(std::span<const NewJob> jobs,
                                            std::vector<Fact>* facts) const {
   std::vector<JobId> missing;
   for (const NewJob& job : jobs) {
@@ -207,6 +207,12 @@ void ShardImpl::lease(const CallPtr& call, LeaseCommand command,
     return refuse(call, Response::Status::draining, "the server is draining");
   }
   if (refuse_if_low(call, disk_hard_)) return;
+  if (calls_full()) {
+    return refuse(call, Response::Status::lagging,
+                  std::to_string(kCallsMax) +
+                      " calls wait or have leases that are not sent yet, "
+                      "which is the most");
+  }
   level_seen_mono_[std::min(command.level, kLevelMax)] =
       std::max<Millis>(mono(), 1);
   call->number = next_call_++;
@@ -271,7 +277,9 @@ void ShardImpl::complete(const CallPtr& call, CompleteCommand command,
                        });
   }
   call->number = next_call_++;
-  if (draining_ || disk_low(disk_hard_)) command.lease.reset();
+  if (draining_ || disk_low(disk_hard_) || calls_full()) {
+    command.lease.reset();
+  }
   if (command.lease) {
     level_seen_mono_[std::min(command.lease->level, kLevelMax)] =
         std::max<Millis>(mono(), 1);
@@ -352,26 +360,15 @@ void ShardImpl::change(const CallPtr& call, const Command& command,
 
 void ShardImpl::retry(const CallPtr& call, RetryCommand command) {
   const JobId id = command.id;
-  auto run = [this, call](RetryCommand ready, Lsn fetched) {
-    if (log_->poisoned()) {
-      return refuse(call, Response::Status::poisoned, log_->poison_cause());
-    }
-    // It may have been retried and have ended again while we read.
-    EndedPtr newer = find_ended(ready.id);
-    if (newer && newer->lsn > fetched) {
-      ready.state = newer->state;
-      ready.attempt = newer->attempt;
-    }
-    change(call, Command(std::move(ready)), Purpose::change);
-  };
-  if (command.body || core_.live(id))
-    return run(std::move(command), UINT64_MAX);
+  if (command.body || core_.live(id)) {
+    return retry_with(call, std::move(command), UINT64_MAX, 0);
+  }
   EndedPtr ended = find_ended(id);
   if (ended && ended->body) {
     command.body = *ended->body;
     command.state = ended->state;
     command.attempt = ended->attempt;
-    return run(std::move(command), UINT64_MAX);
+    return retry_with(call, std::move(command), ended->lsn, 0);
   }
   if (ended && ended->lsn > log_->durable()) {
     return refuse(call, Response::Status::lagging,
@@ -384,12 +381,14 @@ void ShardImpl::retry(const CallPtr& call, RetryCommand command) {
   pin(fact, +1);
   auto shared = std::make_shared<Need>(std::move(fact));
   Millis at = now();
+  const bool ignore = command.ignore_dependencies;
   bool posted = store_->post([=, this] {
     fetch_need(*log_, *history_, at, shared.get());
     return [=, this] {
       pin(*shared, -1);
       RetryCommand ready;
       ready.id = id;
+      ready.ignore_dependencies = ignore;
       if (!shared->error.empty()) {
         return refuse(call, Response::Status::failed, shared->error);
       }
@@ -400,12 +399,42 @@ void ShardImpl::retry(const CallPtr& call, RetryCommand command) {
         ready.attempt = shared->finished->end.attempt;
         lsn = shared->finished->lsn;
       }
-      run(std::move(ready), lsn);
+      retry_with(call, std::move(ready), lsn, 0);
     };
   });
   if (posted) return;
   pin(*shared, -1);
   refuse(call, Response::Status::failed, "too many file reads");
+}
+
+// With what the job was, as of `fetched`.
+void ShardImpl::retry_with(const CallPtr& call, RetryCommand command,
+                           Lsn fetched, int round) {
+  if (log_->poisoned()) {
+    return refuse(call, Response::Status::poisoned, log_->poison_cause());
+  }
+  // It may have been retried and have ended again while we read.
+  EndedPtr newer = find_ended(command.id);
+  if (newer && newer->lsn > fetched) {
+    if (newer->body) command.body = *newer->body;
+    command.state = newer->state;
+    command.attempt = newer->attempt;
+    fetched = newer->lsn;
+  }
+  if (command.body && !command.ignore_dependencies && !core_.live(command.id)) {
+    auto missing = gather_facts({&command.body->job, 1}, &command.facts);
+    if (!missing.empty()) {
+      auto shared = std::make_shared<RetryCommand>(std::move(command));
+      return fetch_facts(call, std::move(missing), round,
+                         [=, this](const std::vector<Fact>& facts) {
+                           shared->facts.insert(shared->facts.end(),
+                                                facts.begin(), facts.end());
+                           retry_with(call, std::move(*shared), fetched,
+                                      round + 1);
+                         });
+    }
+  }
+  change(call, Command(std::move(command)), Purpose::change);
 }
 
 // --- queries ---
@@ -632,7 +661,7 @@ void ShardImpl::give(const CallPtr& call,
     CHECK(look);
     std::size_t bytes =
         look->body_bytes + look->note_bytes + kLeaseOverheadBytes;
-    if (!call->response.leases.empty() && total + bytes > kLeaseReplyBytesMax) {
+    if (!call->response.leases.empty() && total + bytes > kLeaseBodiesBytesMax) {
       excess.fences.push_back(grant.fence);
       continue;
     }

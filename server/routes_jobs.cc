@@ -597,11 +597,18 @@ void Service::cancel_job(const Exchange& call) {
 
 void Service::retry_job(const Exchange& call) {
   auto id = job_of(call);
-  if (!id || !no_members(call)) return;
-  call.peer.connection.pending(call.sequence)->op =
-      static_cast<std::uint8_t>(PendingOp::act);
+  JsonValue json;
+  if (!id || !parse_body(call, true, &json)) return;
   RetryCommand retry;
   retry.id = *id;
+  for (JsonValue m = json.first(); m; m = m.next()) {
+    MaybeProblem p = m.key() == "ignore_dependencies"
+                         ? read_bool(m, m.key(), &retry.ignore_dependencies)
+                         : unknown_field(m.key());
+    if (p) return refuse(call.peer, call.sequence, *p);
+  }
+  call.peer.connection.pending(call.sequence)->op =
+      static_cast<std::uint8_t>(PendingOp::act);
   Request request = request_of(call);
   request.what.emplace<Command>(std::move(retry));
   submit(std::move(request));

@@ -880,6 +880,14 @@ std::optional<Problem> Service::problem_of(const ItemAnswer& answer,
           "each "
           "time the job blocks; read the job again";
       return p;
+    case Answer::dependency:
+      p.status = 409;
+      p.code = "dependency";
+      p.field = "depends_on";
+      p.detail = "depends_on: " + answer.detail +
+                 "; retry that one first, or send "
+                 "{\"ignore_dependencies\":true} to run this job all the same";
+      return p;
     case Answer::need_facts:
       break;
   }

@@ -38,7 +38,6 @@
 
 namespace machina {
 
-constexpr std::size_t kLeaseReplyBytesMax = 4u << 20;
 constexpr int kRunSyncWaitMs = 300'000;
 // Over the Unix socket: 64 workers have three each, the pool one.
 constexpr int kLocalConnectionsMax = 256;

@@ -33,6 +33,19 @@ TEST(BodyCache, NeverHoldsMoreThanItsBound) {
   EXPECT_NE(cache.get(id_of(1000)), nullptr);
 }
 
+TEST(BodyMemory, F31_EveryTextOfABodyIsCounted) {
+  using Text = std::string NewJob::*;
+  for (Text text : {&NewJob::kind, &NewJob::queue, &NewJob::tenant,
+                    &NewJob::payload, &NewJob::dedup_key, &NewJob::sandbox,
+                    &NewJob::traceparent, &NewJob::request_id,
+                    &NewJob::concurrency_key}) {
+    EnqueueRecord record;
+    const std::size_t before = memory_of(record);
+    (record.job.*text).assign(kKindKeyBytesMax, 'k');
+    EXPECT_GE(memory_of(record), before + kKindKeyBytesMax);
+  }
+}
+
 TEST(BodyCache, BodyLargerThanTheBoundEvictsNobody) {
   BodyCache cache(10'000);
   put(cache, 1, 100);

@@ -354,6 +354,25 @@ TEST(CoreRetry, RetryAfterReplacesTheBackoff) {
   EXPECT_EQ(h.records<RetryRecord>()[0].run_at_ms, h.now + 12'345);
 }
 
+TEST(CoreRetry, F12_NoWaitIsLongerThanTheMaximum) {
+  for (Millis after : {Millis{-1}, Millis{90'000}}) {
+    CoreHarness h;
+    NewJob j = CoreHarness::job();
+    j.max_attempts = 200;
+    j.retry_min_ms = 900;
+    j.retry_max_ms = 1000;
+    JobId id = h.add(j);
+    for (int i = 0; i < 100; ++i) {
+      h.fail(h.lease_one().fence, EndCode::exit, true, after);
+      Millis wait = h.core.look(id)->view.run_at_ms - h.now;
+      EXPECT_LE(wait, 1000);
+      EXPECT_GE(wait, 900);
+      h.pass(wait);
+      h.settle();
+    }
+  }
+}
+
 TEST(CoreRetry, WithoutRetryItIsDeadAtOnce) {
   CoreHarness h;
   JobId id = h.add(CoreHarness::job());
@@ -505,6 +524,77 @@ TEST(CoreRevive, OnlyWhatEndedOtherwiseThanWell) {
   EXPECT_EQ(h.run(retry_of(h, live)).items[0].answer, Answer::wrong_state);
   JobId unknown = make_job_id(1, 2, 3);
   EXPECT_EQ(h.run(retry_of(h, unknown)).items[0].answer, Answer::not_found);
+}
+
+TEST(CoreRevive, F12_ADependencyThatDidNotSucceedIsRefused) {
+  CoreHarness h;
+  JobId root = h.add(CoreHarness::job("root"));
+  NewJob j = CoreHarness::job("after");
+  j.depends_on = {root};
+  JobId id = h.add(j);
+  h.fail(h.lease_one().fence, EndCode::verdict);
+  h.settle();
+  ASSERT_EQ(h.end_of(id)->state, State::cancelled);
+  RetryCommand c = retry_of(h, id);
+  EXPECT_EQ(h.run(c).items[0].answer, Answer::need_facts);
+  EXPECT_TRUE(h.run(c).records.empty());
+  c.facts = {{root, true, State::failed}};
+  ItemAnswer refused = h.run(c).items[0];
+  EXPECT_EQ(refused.answer, Answer::dependency);
+  EXPECT_EQ(refused.detail, to_string(root) + " ended failed");
+  // Past its retention: it had not succeeded when it was last seen.
+  c.facts = {{root, false, State::succeeded}};
+  EXPECT_EQ(h.run(c).items[0].answer, Answer::dependency);
+  EXPECT_FALSE(h.core.live(id));
+  // Where it runs again, the job waits for it.
+  EXPECT_EQ(h.run(retry_of(h, root)).items[0].answer, Answer::ok);
+  c.facts.clear();
+  ItemAnswer waits = h.run(c).items[0];
+  EXPECT_EQ(waits.answer, Answer::ok);
+  EXPECT_EQ(waits.state, State::waiting);
+  EXPECT_EQ(h.state(id), State::waiting);
+  Core again(h.options);
+  reload(h, &again);
+  EXPECT_EQ(h.image_of(again), h.image());
+  h.complete(h.lease_one().fence);
+  EXPECT_EQ(h.state(id), State::ready);
+  EXPECT_EQ(h.lease_one().id, id);
+}
+
+TEST(CoreRevive, F12_DependenciesAreIgnoredOnlyOnRequest) {
+  CoreHarness h;
+  JobId root = h.add(CoreHarness::job("root"));
+  NewJob j = CoreHarness::job("after");
+  j.depends_on = {root};
+  JobId id = h.add(j);
+  h.fail(h.lease_one().fence, EndCode::verdict);
+  h.settle();
+  RetryCommand c = retry_of(h, id);
+  c.ignore_dependencies = true;
+  EXPECT_EQ(h.run(c).items[0].answer, Answer::ok);
+  EXPECT_EQ(h.lease_one().id, id);
+}
+
+TEST(CoreRevive, F12_AJobThatRanHadItsDependencies) {
+  CoreHarness h;
+  JobId root = h.add(CoreHarness::job("root"));
+  NewJob j = CoreHarness::job("after");
+  j.depends_on = {root};
+  JobId id = h.add(j);
+  h.complete(h.lease_one().fence);
+  h.fail(h.lease_one().fence, EndCode::verdict);
+  RetryCommand c = retry_of(h, id);
+  c.facts = {{root, false, State::succeeded}};
+  EXPECT_EQ(h.run(c).items[0].answer, Answer::ok);
+  // Another one, that began when it had succeeded, and was cancelled.
+  NewJob late = CoreHarness::job("late");
+  late.depends_on = {root};
+  late.run_at_ms = h.now + 1000;
+  ItemAnswer made = h.add_item(late, {{root, true, State::succeeded}});
+  h.cancel(made.id);
+  c = retry_of(h, made.id);
+  c.facts = {{root, false, State::succeeded}};
+  EXPECT_EQ(h.run(c).items[0].answer, Answer::ok);
 }
 
 // --- cancel ---

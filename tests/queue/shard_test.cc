@@ -763,6 +763,32 @@ TEST_F(ShardTest, IdleShardSleeps) {
   EXPECT_GT(shard_->next_due_ms(), 500);
 }
 
+TEST_F(ShardTest, F31_CallsThatWaitHaveTheirBound) {
+  open();
+  constexpr std::size_t kMost = 65'536;  // kCallsMax of shard_impl.h
+  std::vector<Address> parked;
+  for (std::size_t i = 0; i < kMost; ++i) {
+    parked.push_back(submit(Command(lease_command()), 600'000, 1 + i % 100));
+  }
+  shard_->turn();
+  EXPECT_TRUE(answers_.empty());
+  Response over = call(Command(lease_command()), 600'000);
+  EXPECT_EQ(over.status, Status::lagging);
+  EXPECT_NE(over.detail.find("65536"), std::string::npos) << over.detail;
+  // Nothing was granted that nobody hears of: the job goes to the first call.
+  JobId id = enqueued(noop());
+  Response fed = await(parked.front());
+  ASSERT_EQ(fed.leases.size(), 1u);
+  EXPECT_EQ(fed.leases[0].job.id, id);
+  // A completion is taken all the same; its lease call is another matter.
+  submit(Command(lease_command()), 600'000);  // takes the place that is free
+  CompleteCommand done = completion(fed.leases[0].fence);
+  done.lease = lease_command();
+  Response completed = call(Command(done), 600'000);
+  EXPECT_EQ(completed.items.at(0).answer, Answer::ok);
+  EXPECT_TRUE(completed.leases.empty());
+}
+
 TEST_F(ShardTest, DrainAnswersTheParkedAndLeasesNoMore) {
   open();
   JobId held = enqueued(noop());

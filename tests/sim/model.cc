@@ -122,7 +122,14 @@ void Model::fold(const Record& record, const EnqueueRecord& r) {
          show(r.id) + " revived from another state");
     ended.erase(was);
     j.attempt = j.base = r.attempt;
-    j.run_at = 0;
+    // It waits for all that live, or was told to ignore them.
+    for (const JobId& id : r.job.depends_on) {
+      bool unmet = std::count(r.unmet.begin(), r.unmet.end(), id) > 0;
+      must(r.unmet.empty() || unmet == live.contains(id),
+           show(r.id) + " is retried without a live dependency");
+      if (unmet) j.unmet.insert(id);
+    }
+    if (j.unmet.empty()) j.run_at = 0;
   } else {
     must(!bodies.contains(r.id), show(r.id) + ": an id used twice");
     if (!r.job.dedup_key.empty() && r.job.dedup_ttl_ms > 0) {

@@ -691,6 +691,8 @@ Command World::next_command() {
         c.body = model_.bodies.at(id);
         c.state = ended->second;
         c.attempt = 1;
+        c.ignore_dependencies = one_in(3);
+        c.facts = facts({c.body->job});
       }
       return c;
     }
@@ -740,6 +742,15 @@ void World::judge(const Command& command, const Decision& d) {
     must((d.items.at(0).answer == Answer::not_found) ==
              !model_.live.contains(cancel->id),
          "a cancel found what is not there, or not what is");
+  } else if (auto* retry = std::get_if<RetryCommand>(&command)) {
+    bool lost = false, ended = model_.ended.contains(retry->id);
+    for (const Fact& f : retry->facts) {
+      lost = lost || (f.known && f.state != State::succeeded);
+    }
+    bool refused = ended && retry->state != State::succeeded && lost &&
+                   !retry->ignore_dependencies;
+    must(refused == (d.items.at(0).answer == Answer::dependency),
+         "a retry without its dependencies was judged wrongly");
   } else if (auto* unblock = std::get_if<UnblockCommand>(&command)) {
     auto found = model_.live.find(unblock->id);
     bool right = found != model_.live.end() &&

@@ -324,6 +324,7 @@ void add_enqueue(CLI::App& app, int* exit) {
 struct JobOptions {
   std::shared_ptr<Settings> settings = std::make_shared<Settings>();
   std::string id;
+  bool ignore_dependencies = false;  // retry
   // unblock
   std::string token, input, actor, digest, comment;
   bool approve = false, deny = false;
@@ -499,9 +500,16 @@ void add_simple_verbs(CLI::App& app, int* exit) {
         *exit = one_job(*cancel, "POST", "/cancel", "{}");
       });
   auto retry = std::make_shared<JobOptions>();
-  job_verb(app, "retry", "Run a failed, dead or cancelled job again", retry)
-      ->callback(
-          [retry, exit] { *exit = one_job(*retry, "POST", "/retry", "{}"); });
+  CLI::App* again = job_verb(
+      app, "retry", "Run a failed, dead or cancelled job again", retry);
+  again->add_flag("--ignore-dependencies", retry->ignore_dependencies,
+                  "also where a job that it depends on did not succeed");
+  again->callback([retry, exit] {
+    *exit = one_job(*retry, "POST", "/retry",
+                    retry->ignore_dependencies
+                        ? "{\"ignore_dependencies\":true}"
+                        : "{}");
+  });
   add_unblock(app, exit);
 }
 
