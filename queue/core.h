@@ -150,6 +150,11 @@ struct ItemAnswer {
   std::string detail;
   // heartbeat
   bool cancel = false;
+  // duplicate: how the job ended, while the key remembers it; 0: it lives, or
+  // ended before keys did
+  Millis finished_ms = 0;
+  EndCode code = EndCode::none;
+  int attempt = 0;
 };
 struct GrantAnswer {
   JobId id;

@@ -89,6 +89,9 @@ void Core::Impl::apply(const Record& record, const EnqueueRecord& r) {
   if (r.revived) {
     std::uint64_t& count = queues[lines[line].queue].by_state[r.revived];
     if (count > 0) --count;  // the queue's name may have been forgotten since
+    if (std::uint32_t at = dedup_by_job.find(r.id); at != kNone) {
+      dedups[at].finished = 0;
+    }
   } else {
     if (!job.dedup_key.empty() && job.dedup_ttl_ms > 0) remember(job, r.id);
     ++totals.enqueued;
@@ -119,6 +122,8 @@ void Core::Impl::remember(const NewJob& job, const JobId& id) {
   bool known = slot != kNone;
   if (known) {
     CHECK(dedups[slot].expiry <= time);
+    dedup_by_job.erase(slot);
+    dedups[slot].finished = 0;
   } else {
     slot = dedups.allocate();
     dedups[slot].key = key;
@@ -126,6 +131,7 @@ void Core::Impl::remember(const NewJob& job, const JobId& id) {
   }
   DedupEntry& entry = dedups[slot];
   entry.job = id;
+  dedup_by_job.insert(slot);
   entry.digest = dedup_digest_of(job);
   entry.expiry = time + job.dedup_ttl_ms;
   if (known) {
@@ -135,6 +141,16 @@ void Core::Impl::remember(const NewJob& job, const JobId& id) {
   }
 }
 
+void Core::Impl::remember_end(const EndRecord& r) {
+  std::uint32_t slot = dedup_by_job.find(r.id);
+  if (slot == kNone) return;
+  DedupEntry& entry = dedups[slot];
+  entry.finished = time;
+  entry.attempt = r.attempt;
+  entry.state = u8(r.state);
+  entry.code = static_cast<std::uint8_t>(r.outcome.code);
+}
+
 void Core::Impl::apply(const Record&, const ForgetRecord& r) {
   for (std::uint32_t i = 0; i < r.count; ++i) {
     CHECK(!expiries.empty());
@@ -142,6 +158,7 @@ void Core::Impl::apply(const Record&, const ForgetRecord& r) {
     CHECK(dedups[slot].expiry <= r.until_ms);
     expiries.remove(slot);
     dedup_index.erase(slot);
+    dedup_by_job.erase(slot);
     dedups.release(slot);
   }
 }
@@ -244,6 +261,7 @@ void Core::Impl::apply(const Record& record, const EndRecord& r) {
     ++totals.attempts_failed_by_code[static_cast<int>(r.outcome.code)];
   }
   use_line(e.line, -1);
+  remember_end(r);
   if (e.dependents == kNone) {
     jobs.release(slot);
   } else {

@@ -15,6 +15,14 @@ constexpr std::uint64_t kMagic = 0x31504b4348434d4dULL;  // "MMCHCKP1"
 // "MMCHCKP2": has jobs with concurrency keys. Written only where there are
 // some, so that a program before it can read the rest.
 constexpr std::uint64_t kMagicKeys = 0x32504b4348434d4dULL;
+// "MMCHCKP3": a number says what it has. Written only where it has more than
+// the other two can say.
+constexpr std::uint64_t kMagicParts = 0x33504b4348434d4dULL;
+enum Part : std::uint64_t {
+  kPartKeys = 1,      // jobs with concurrency keys
+  kPartKeysEnds = 2,  // how the jobs of dedup keys ended
+};
+constexpr std::uint64_t kParts = 3;
 constexpr std::uint8_t kKeptFlags = kCancel | kReturned | kDiedOnce;
 // The shortest a job can be: its id and one byte for each other field.
 constexpr std::size_t kJobBytesMin = 16 + 14;
@@ -26,14 +34,14 @@ class Saver {
       : s_(state), w_(out) {}
 
   void save() {
-    w_.u64(s_.keyed.used() > 0 ? kMagicKeys : kMagic);
+    parts();
     w_.number(s_.applied);
     w_.signed_number(s_.time);
     w_.number(s_.next_order);
     w_.u64(s_.last_fence);
     names();
     ready();
-    if (s_.keyed.used() > 0) ready_with_keys();
+    if (parts_ & kPartKeys) ready_with_keys();
     others();
     w_.number(length(s_.doomed));
     for (auto i = s_.doomed.head; i != kNone; i = s_.jobs[i].a) job(i);
@@ -47,6 +55,21 @@ class Saver {
   }
 
  private:
+  void parts() {
+    if (s_.keyed.used() > 0) parts_ |= kPartKeys;
+    for (std::size_t i = 0; i < s_.expiries.size(); ++i) {
+      if (s_.dedups[s_.expiries.at(i)].finished == 0) continue;
+      parts_ |= kPartKeysEnds;
+      break;
+    }
+    if (parts_ <= kPartKeys) {
+      w_.u64(parts_ == 0 ? kMagic : kMagicKeys);
+      return;
+    }
+    w_.u64(kMagicParts);
+    w_.number(parts_);
+  }
+
   void names() {
     w_.number(s_.tenants.size());
     for (const std::string& tenant : s_.tenants) w_.text(tenant);
@@ -180,6 +203,12 @@ class Saver {
       w_.id(e.job);
       w_.u64(e.digest);
       w_.signed_number(e.expiry);
+      if (!(parts_ & kPartKeysEnds)) continue;
+      w_.signed_number(e.finished);
+      if (e.finished == 0) continue;
+      w_.u8(e.state);
+      w_.u8(e.code);
+      w_.number(e.attempt);
     }
   }
 
@@ -191,6 +220,7 @@ class Saver {
 
   const Core::Impl& s_;
   Writer w_;
+  std::uint64_t parts_ = 0;
   std::vector<std::uint32_t> ordinals_;  // of lines that have jobs
 };
 
@@ -203,15 +233,25 @@ class Loader {
 
   Result<void> load() {
     std::uint64_t magic = r_.u64();
-    has_keys_ = magic == kMagicKeys;
-    if (magic != kMagic && !has_keys_) r_.fail();
+    if (magic == kMagicParts) {
+      parts_ = r_.number();
+      if (parts_ & ~kParts) {
+        return Error{Code::newer,
+                     "checkpoint image: it has parts that this program does "
+                     "not know: it was written by a later version"};
+      }
+    } else if (magic == kMagicKeys) {
+      parts_ = kPartKeys;
+    } else if (magic != kMagic) {
+      r_.fail();
+    }
     s_.applied = r_.number();
     s_.time = r_.signed_number();
     s_.next_order = r_.number();
     s_.last_fence = r_.u64();
     names();
     ready();
-    if (has_keys_) ready_with_keys();
+    if (parts_ & kPartKeys) ready_with_keys();
     others();
     doomed();
     ended();
@@ -350,7 +390,7 @@ class Loader {
     e.priority = r_.u8_below(kPriorities);
     std::uint8_t flags = r_.u8();
     bool running = state == State::running;
-    const int known = kKeptFlags | kUsed | (has_keys_ ? kKeyed : 0);
+    const int known = kKeptFlags | kUsed | (parts_ & kPartKeys ? kKeyed : 0);
     bool good = (flags & ~known) == 0 && e.line < s_.lines.size() &&
                 e.tenant < s_.tenants.size() && e.order < s_.next_order &&
                 e.base <= e.attempt && e.attempt <= e.limit &&
@@ -450,8 +490,19 @@ class Loader {
       e.job = r_.id();
       e.digest = r_.u64();
       e.expiry = r_.signed_number();
-      if (!ok(s_.dedup_index.find(e.key) == kNone, "a dedup key twice")) return;
+      if (parts_ & kPartKeysEnds) e.finished = r_.signed_number();
+      if (e.finished != 0) {
+        e.state = r_.u8_below(kStates);
+        e.code = r_.u8_below(kEndCodes);
+        e.attempt = static_cast<std::uint16_t>(r_.number_to(0xffff));
+        const bool ended = is_final(static_cast<State>(e.state));
+        if (!ok(ended && s_.find(e.job) == kNone, "a dedup key's end")) return;
+      }
+      const bool fresh = s_.dedup_index.find(e.key) == kNone &&
+                         s_.dedup_by_job.find(e.job) == kNone;
+      if (!ok(fresh, "a dedup key twice")) return;
       s_.dedup_index.insert(slot);
+      s_.dedup_by_job.insert(slot);
       s_.expiries.push(slot);
     }
   }
@@ -465,7 +516,7 @@ class Loader {
 
   Core::Impl& s_;
   Reader r_;
-  bool has_keys_ = false;
+  std::uint64_t parts_ = 0;
   const char* why_ = nullptr;
   std::vector<std::pair<std::uint32_t, JobId>> waits_;
 };

@@ -308,7 +308,15 @@ bool Draft::dedup_hit(const NewJob& job, ItemAnswer* item) {
   item->answer =
       known.second == digest ? Answer::duplicate : Answer::dedup_mismatch;
   std::uint32_t live = s_.find(known.first);
-  if (live != kNone) item->state = static_cast<State>(s_.jobs[live].state);
+  if (live != kNone) {
+    item->state = static_cast<State>(s_.jobs[live].state);
+  } else if (slot != kNone && s_.dedups[slot].finished != 0) {
+    const DedupEntry& e = s_.dedups[slot];
+    item->state = static_cast<State>(e.state);
+    item->code = static_cast<EndCode>(e.code);
+    item->attempt = e.attempt;
+    item->finished_ms = e.finished;
+  }
   return true;
 }
 

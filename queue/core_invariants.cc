@@ -208,10 +208,13 @@ class Checker {
   void dedups() {
     CHECK(s_.dedups.used() == s_.expiries.size());  // C14
     CHECK(s_.dedup_index.size() == s_.expiries.size());
+    CHECK(s_.dedup_by_job.size() == s_.expiries.size());
     for (std::size_t i = 0; i < s_.expiries.size(); ++i) {
       std::uint32_t slot = s_.expiries.at(i);
       const DedupEntry& e = s_.dedups[slot];
       CHECK(e.position == i && s_.dedup_index.find(e.key) == slot);
+      CHECK(s_.dedup_by_job.find(e.job) == slot);
+      CHECK(e.finished == 0 || s_.find(e.job) == kNone);
       if (i == 0) continue;
       CHECK(!DedupByExpiry::before(e, s_.dedups[s_.expiries.at((i - 1) / 2)]));
     }

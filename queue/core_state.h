@@ -165,12 +165,16 @@ struct EdgeEntry {
   std::uint32_t link;
 };
 
+// How its job ended is kept here as well: a key may outlive what history keeps.
 struct DedupEntry {
   KeyHash key;
   JobId job;
   std::uint64_t digest;  // of kind and payload
   Millis expiry;         // at it, the key is new again
-  std::uint32_t link, position;
+  Millis finished;       // 0: the job lives, or ended before this was kept
+  std::uint32_t link, job_link, position;
+  std::uint16_t attempt;
+  std::uint8_t state, code;
 };
 
 struct JobById {
@@ -187,6 +191,15 @@ struct DedupByKey {
   using Key = KeyHash;
   static const KeyHash& key(const DedupEntry& e) { return e.key; }
   static std::uint64_t hash(const KeyHash& key) { return key.low; }
+};
+struct DedupByJob {
+  using Key = JobId;
+  static const JobId& key(const DedupEntry& e) { return e.job; }
+  static std::uint64_t hash(const JobId& id) { return JobById::hash(id); }
+  template <class Entry>
+  static auto& link(Entry& e) {
+    return e.job_link;
+  }
 };
 struct KeyByHash {
   using Key = KeyHash;
@@ -298,6 +311,7 @@ struct Core::Impl {
   Index<JobEntry, JobById> job_index{&jobs};
   Index<LeaseEntry, LeaseByFence> lease_index{&leases};
   Index<DedupEntry, DedupByKey> dedup_index{&dedups};
+  Index<DedupEntry, DedupByJob> dedup_by_job{&dedups};
   Slab<KeyedEntry> keyed;
   Slab<KeyEntry> keys;
   Slab<GroupEntry> groups;
@@ -359,6 +373,7 @@ struct Core::Impl {
   void end_lease(std::uint32_t slot);
   std::uint32_t add_lease(const LeaseEntry& lease);
   void remember(const NewJob&, const JobId&);
+  void remember_end(const EndRecord&);
   std::uint32_t line_for(std::string_view queue, std::string_view kind,
                          Level level);
   void forget_line(std::uint32_t line);

@@ -5,7 +5,8 @@
 // ever pays for the whole table; four bytes an entry beside the link.
 //
 // Traits has Key, Key key(const T&) and std::uint64_t hash(const Key&), which
-// must be uniform in its low bits.
+// must be uniform in its low bits. An entry that is in a second index as well
+// has a second link for that one: std::uint32_t& link(T&) of its Traits.
 
 #pragma once
 
@@ -30,7 +31,7 @@ class Index {
 
   std::uint32_t find(const Key& key) const {
     std::uint32_t at = buckets_[bucket_of(Traits::hash(key))];
-    while (at != kNone && !(Traits::key(look(at)) == key)) at = look(at).link;
+    while (at != kNone && !(Traits::key(look(at)) == key)) at = next_of(at);
     return at;
   }
 
@@ -50,13 +51,13 @@ class Index {
   // The entry must be there.
   void erase(std::uint32_t slot) {
     std::size_t bucket = bucket_of(Traits::hash(Traits::key(look(slot))));
-    std::uint32_t next = look(slot).link;
+    std::uint32_t next = next_of(slot);
     if (buckets_[bucket] == slot) {
       buckets_[bucket] = next;
     } else {
       std::uint32_t at = buckets_[bucket];
-      while (look(at).link != slot) at = look(at).link;
-      (*slab_)[at].link = next;
+      while (next_of(at) != slot) at = next_of(at);
+      link_of((*slab_)[at]) = next;
     }
     --size_;
   }
@@ -69,7 +70,7 @@ class Index {
   }
 
   void push(std::size_t bucket, std::uint32_t slot) {
-    (*slab_)[slot].link = buckets_[bucket];
+    link_of((*slab_)[slot]) = buckets_[bucket];
     buckets_[bucket] = slot;
   }
 
@@ -79,7 +80,7 @@ class Index {
     buckets_.push_back(kNone);
     ++split_;
     while (at != kNone) {
-      std::uint32_t next = look(at).link;
+      std::uint32_t next = next_of(at);
       push(bucket_of(Traits::hash(Traits::key(look(at)))), at);
       at = next;
     }
@@ -97,6 +98,18 @@ class Index {
   // Without taking a shared page for its own.
   const T& look(std::uint32_t slot) const {
     return std::as_const(*slab_)[slot];
+  }
+
+  template <class Entry>  // T or const T
+  static auto& link_of(Entry& entry) {
+    if constexpr (requires { Traits::link(entry); }) {
+      return Traits::link(entry);
+    } else {
+      return entry.link;
+    }
+  }
+  std::uint32_t next_of(std::uint32_t slot) const {
+    return link_of(look(slot));
   }
 
   static constexpr std::size_t kAhead = 4;  // less than the buckets at first

@@ -162,6 +162,10 @@ struct JobView {
   std::vector<std::pair<std::string, std::string>> labels;
   std::string dedup_key;
   bool duplicate = false;
+  // Its dedup key is all that is left: id, kind, queue, tenant, state, attempt,
+  // created_ms, finished_ms, error_code and dedup_key are true, the rest says
+  // nothing.
+  bool past_retention = false;
   std::vector<JobId> depends_on;
   std::vector<std::string> artifacts;
   bool fsync = true;  // "durability": "fsync", else "os"

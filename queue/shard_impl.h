@@ -135,7 +135,9 @@ struct Call {
   bool light = false;  // of many jobs: views carry id and state only
   Purpose purpose = Purpose::view;
   std::vector<Need> needs;
-  std::vector<Fence> grants;  // decided for it and not yet sent
+  std::unique_ptr<JobView> asked;  // of one job with a dedup key: as much of
+                                   // it as the job that has the key shares
+  std::vector<Fence> grants;       // decided for it and not yet sent
   Lsn lsn = 0;                // H1
   bool dropped = false;
 
@@ -229,6 +231,7 @@ class ShardImpl final : public Shard {
   void fetched(const CallPtr& call, std::vector<Need>* needs);
   void settle(Call* call, Need* need, std::vector<Fence>* unreadable);
   void settle_finished(Call* call, Need* need);
+  void settle_forgotten(Call* call, std::size_t index);
   void send(const CallPtr& call);
   void fail_all_poisoned();
   void release_grants(std::vector<Fence> fences);

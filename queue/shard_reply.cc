@@ -256,6 +256,7 @@ void ShardImpl::settle_finished(Call* call, Need* need) {
   ItemAnswer& item = items[need->index];
   if (!need->finished) {
     if (call->purpose == Purpose::get) item.answer = Answer::not_found;
+    if (item.answer == Answer::duplicate) settle_forgotten(call, need->index);
     return;
   }
   const FinishedJob& job = *need->finished;
@@ -268,6 +269,27 @@ void ShardImpl::settle_finished(Call* call, Need* need) {
   view = view_of(job, options_.core.fsync);
   if (!call->with_payload) view.payload.clear();
   settle_item(call, need->index, job.end.state);
+}
+
+// History keeps nothing of it any more; its key says how it ended. Where even
+// that is not known there is nothing true to say but that it is gone.
+void ShardImpl::settle_forgotten(Call* call, std::size_t index) {
+  ItemAnswer& item = call->response.items[index];
+  if (item.finished_ms == 0) {
+    item.answer = Answer::not_found;
+    return;
+  }
+  JobView& view = call->response.views[index];
+  if (call->asked != nullptr) view = std::move(*call->asked);
+  view.id = item.id;
+  view.state = item.state;
+  view.attempt = item.attempt;
+  view.created_ms = created_ms(item.id);
+  view.finished_ms = item.finished_ms;
+  view.error_code = item.code;
+  view.error_attempt = item.attempt;
+  view.duplicate = true;
+  view.past_retention = true;
 }
 
 // --- out ---

@@ -88,7 +88,14 @@ void ShardImpl::enqueue(const CallPtr& call, EnqueueCommand command,
                          enqueue(call, std::move(*shared), wait_ms, round + 1);
                        });
   }
-
+  if (command.jobs.size() == 1 && !command.jobs[0].dedup_key.empty()) {
+    const NewJob& job = command.jobs[0];
+    call->asked = std::make_unique<JobView>();
+    call->asked->kind = job.kind;
+    call->asked->queue = job.queue;
+    call->asked->tenant = job.tenant;
+    call->asked->dedup_key = job.dedup_key;
+  }
   auto decision = decide(Command(std::move(command)));
   if (!decision) {
     return refuse(call, Response::Status::poisoned, log_->poison_cause());
@@ -119,6 +126,8 @@ void ShardImpl::enqueue(const CallPtr& call, EnqueueCommand command,
         view.waiting_for_concurrency =
             look && look->view.waiting_for_concurrency;
       }
+    } else if (!one && item.finished_ms != 0) {
+      view.state = item.state;
     } else if (one || !core_.live(item.id)) {
       want_view(call.get(), i, item.id);
     } else if (item.answer == Answer::duplicate) {

@@ -460,8 +460,16 @@ MaybeProblem read_new_job(const JsonValue& json, const JobContext& context,
     (retry_min_set ? job->retry_max_ms : job->retry_min_ms) =
         retry_min_set ? job->retry_min_ms : job->retry_max_ms;
   }
-  if (job->dedup_key.empty() && !context.idempotency_key.empty()) {
-    job->dedup_key.assign(context.idempotency_key);
+  if (!context.idempotency_key.empty()) {
+    if (job->dedup_key.empty()) {
+      job->dedup_key.assign(context.idempotency_key);
+    } else if (job->dedup_key != context.idempotency_key) {
+      const std::string member = key ? "dedup_key" : "request_id";
+      return bad_field("Idempotency-Key",
+                       shown(context.idempotency_key) + " is not the body's " +
+                           member + ", " + shown(job->dedup_key) +
+                           ": send one of them, or the same in both");
+    }
   }
   if (!job->dedup_key.empty()) {
     if (payload) {
@@ -827,9 +835,41 @@ void append_blocked(JsonWriter& json, const JobView& job) {
   json.end_object();
 }
 
+void append_error(JsonWriter& json, const JobView& job) {
+  json.key("error");
+  if (job.error_code == EndCode::none) {
+    json.null();
+  } else {
+    json.begin_object();
+    json.key("code").string(name(job.error_code));
+    json.key("message").string(job.error_message);
+    json.key("attempt").number(job.error_attempt);
+    json.end_object();
+  }
+}
+
+// What a dedup key remembers of a job that is past its retention.
+void append_forgotten(JsonWriter& json, const JobView& job) {
+  json.begin_object();
+  json.key("id").id(job.id);
+  json.key("kind").string(job.kind);
+  json.key("queue").string(job.queue);
+  json.key("tenant").string(job.tenant);
+  json.key("state").string(name(job.state));
+  json.key("attempt").number(job.attempt);
+  json.key("created_at").time(job.created_ms);
+  json.key("finished_at").time(job.finished_ms);
+  append_error(json, job);
+  json.key("dedup_key").string(job.dedup_key);
+  json.key("duplicate").boolean(job.duplicate);
+  json.key("past_retention").boolean(true);
+  json.end_object();
+}
+
 }  // namespace
 
 void append_job(JsonWriter& json, const JobView& job, Show show) {
+  if (job.past_retention) return append_forgotten(json, job);
   json.begin_object();
   json.key("id").id(job.id);
   json.key("kind").string(job.kind);
@@ -851,16 +891,7 @@ void append_job(JsonWriter& json, const JobView& job, Show show) {
   }
   if (show == Show::all) raw_or_null(json, "payload", job.payload);
   if (show != Show::summary) raw_or_null(json, "result", job.result);
-  json.key("error");
-  if (job.error_code == EndCode::none) {
-    json.null();
-  } else {
-    json.begin_object();
-    json.key("code").string(name(job.error_code));
-    json.key("message").string(job.error_message);
-    json.key("attempt").number(job.error_attempt);
-    json.end_object();
-  }
+  append_error(json, job);
   json.key("progress");
   if (job.progress_percent < 0 && job.progress_message.empty()) {
     json.null();

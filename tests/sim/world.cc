@@ -780,6 +780,11 @@ void World::judge_item(const NewJob& job, const ItemAnswer& a, Millis at) {
   must(a.answer == (same ? Answer::duplicate : Answer::dedup_mismatch) &&
            a.id == known->id,
        "key " + job.dedup_key + " was forgotten or confused");
+  auto ended = model_.ended.find(known->id);
+  if (ended != model_.ended.end()) {
+    must(a.state == ended->second && a.finished_ms > 0,
+         "key " + job.dedup_key + " does not know how its job ended");
+  }
   ++tally_.duplicates;
 }
 

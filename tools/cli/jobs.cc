@@ -62,8 +62,11 @@ void show_line(const char* name, const std::string& value) {
 
 void show_job(const Json& job) {
   show_line("job", text_of(job, "id"));
-  show_line("kind", text_of(job, "kind") + "  (queue " + text_of(job, "queue") +
-                        ", priority " + text_of(job, "priority") + ")");
+  // Of a job that is past its retention not all is known.
+  const bool gone = job.value("past_retention", false);
+  show_line("kind",
+            text_of(job, "kind") + "  (queue " + text_of(job, "queue") +
+                (gone ? "" : ", priority " + text_of(job, "priority")) + ")");
   std::string state = text_of(job, "state");
   if (job.value("cancel_requested", false) && !is_final(state)) {
     state += ", cancel requested";
@@ -74,11 +77,14 @@ void show_job(const Json& job) {
   if (job.value("waiting_for_concurrency", false)) {
     state += ", others with its concurrency key run";
   }
-  if (job.value("duplicate", false)) state += "  (it was there already)";
+  if (job.value("duplicate", false)) {
+    state += gone ? "  (it was there already, and is past its retention)"
+                  : "  (it was there already)";
+  }
   show_line("state", state);
   show_line("error", error_line(job));
-  show_line("attempt",
-            text_of(job, "attempt") + " of " + text_of(job, "max_attempts"));
+  show_line("attempt", text_of(job, "attempt") +
+                           (gone ? "" : " of " + text_of(job, "max_attempts")));
   for (auto [label, member] : {std::pair{"created", "created_at"},
                                {"runs at", "run_at"},
                                {"started", "started_at"},
