@@ -114,6 +114,8 @@ struct UnblockCommand {
 };
 struct GoneCommand {
   std::vector<std::string> workers;  // proven dead: their leases end
+  // Ended by whoever operates them, not by their jobs: their leases go back.
+  std::vector<std::string> ended;
 };
 struct TickCommand {};  // whatever is due: expiry, delays, dependents, dedup
 

@@ -141,7 +141,7 @@ class Draft {
   void end_attempt(std::uint32_t slot, const Outcome&, ItemAnswer*);
   void end_now(std::uint32_t slot, State, EndCode, std::string message);
   void release(std::uint32_t lease);
-  void release_others(const LeaseCommand&);
+  void release_all_but(const std::string& worker, const std::set<Fence>&);
   Millis backoff_ms(const JobEntry&);
   void lease_ends(Fence fence, std::uint32_t slot);
 
@@ -834,6 +834,7 @@ void Draft::decide(const GoneCommand& c) {
       out_.items.push_back(std::move(item));
     }
   }
+  for (const std::string& worker : c.ended) release_all_but(worker, {});
 }
 
 // --- leases ---
@@ -844,7 +845,9 @@ void Draft::decide(const LeaseCommand& c) {
 }
 
 void Draft::lease(const LeaseCommand& c) {
-  if (c.holding) release_others(c);
+  if (c.holding) {
+    release_all_but(c.worker, {c.holding->begin(), c.holding->end()});
+  }
   promote();
   std::size_t max =
       static_cast<std::size_t>(std::clamp(c.max, 1, kLeasesPerCallMax));
@@ -852,10 +855,10 @@ void Draft::lease(const LeaseCommand& c) {
   out_.park = out_.grants.empty() && c.waiter != 0;
 }
 
-void Draft::release_others(const LeaseCommand& c) {
-  auto found = s_.worker_leases.find(c.worker);
+void Draft::release_all_but(const std::string& worker,
+                            const std::set<Fence>& holding) {
+  auto found = s_.worker_leases.find(worker);
   if (found == s_.worker_leases.end()) return;
-  std::set<Fence> holding(c.holding->begin(), c.holding->end());
   for (std::uint32_t at = found->second; at != kNone;
        at = s_.leases[at].worker_next) {
     Fence fence = s_.leases[at].fence;

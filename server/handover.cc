@@ -52,9 +52,27 @@ bool Service::log_stuck() {
 }
 
 // Asked to end for the second time: the pool does not outlive that, and with
-// it go its jobs; recovery gives them to the next one.
+// it go its jobs, which lose no attempt by it. Where the disk does not answer,
+// the next pool finds in pool.lock whose doing that was.
 void Service::leave_at_once() {
   if (options_.events.end_pool) options_.events.end_pool(true);
+  GoneCommand gone;
+  for (const auto& [_, pool] : pools_) {
+    for (const Pool::Worker& worker : pool.workers) {
+      gone.ended.push_back(worker.name);
+    }
+  }
+  bool known = gone.ended.empty() || poisoned_ || finishing_;
+  if (!known) {
+    Request request;
+    request.what.emplace<Command>(std::move(gone));
+    ask(std::move(request), [&known](const Response&) { known = true; });
+  }
+  for (const Millis until = clock_.mono_ms() + kLastSyncMs;
+       !known && !shard_->poisoned() && clock_.mono_ms() < until;) {
+    shard_->turn();
+    if (!known) ::usleep(1000);
+  }
   if (options_.events.left) options_.events.left();
   _exit(128 + SIGTERM);
 }

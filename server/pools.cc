@@ -68,7 +68,7 @@ bool read_counts(const JsonValue& json, PoolCounts* counts) {
 }  // namespace
 
 bool Service::read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
-                        std::vector<std::string>* gone, Millis* wait_ms) {
+                        GoneCommand* gone, Millis* wait_ms) {
   auto fail = [&](const Problem& p) {
     refuse(call.peer, call.sequence, p);
     return false;
@@ -87,20 +87,21 @@ bool Service::read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
                                     " counts, denied at most " +
                                     std::to_string(kDeniedMax) + " names"));
       }
-    } else if (m.key() == "workers" || m.key() == "gone") {
+    } else if (m.key() == "workers" || m.key() == "gone" ||
+               m.key() == "ended") {
       if (!m.is_array()) {
         return fail(bad_field(m.key(), "an array is needed"));
       }
       std::size_t count = 0;
       for (JsonValue v = m.first(); v; v = v.next()) {
         // More may be gone than can run: those replaced since the last sync.
-        std::size_t max = m.key() == "gone" ? 1024 : kWorkersMax;
+        std::size_t max = m.key() == "workers" ? kWorkersMax : 1024;
         if (++count > max) {
           return fail(bad_field(m.key(), "more than " + std::to_string(max)));
         }
-        if (m.key() == "gone") {
-          gone->emplace_back();
-          p = read_string(v, "gone", kWorkerBytesMax, &gone->back());
+        if (m.key() != "workers") {
+          auto& names = m.key() == "gone" ? gone->workers : gone->ended;
+          p = read_string(v, m.key(), kWorkerBytesMax, &names.emplace_back());
           if (p) return fail(*p);
           continue;
         }
@@ -154,7 +155,7 @@ void Service::post_sync(const Exchange& call) {
   JsonValue json;
   if (!parse_body(call, true, &json)) return;
   Pool said;
-  std::vector<std::string> gone;
+  GoneCommand gone;
   Millis wait_ms = 0;
   if (!read_sync(call, json, &said, &gone, &wait_ms)) return;
   std::string id(call.args[0]);
@@ -163,9 +164,9 @@ void Service::post_sync(const Exchange& call) {
         call.peer, call.sequence,
         bad_field("pool", "more than " + std::to_string(kPoolsMax) + " pools"));
   }
-  if (!gone.empty()) {
+  if (!gone.workers.empty() || !gone.ended.empty()) {
     Request request;
-    request.what.emplace<Command>(GoneCommand{std::move(gone)});
+    request.what.emplace<Command>(std::move(gone));
     ask(std::move(request), [](const Response&) {});
   }
   Pool& pool = pools_[id];

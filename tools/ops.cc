@@ -615,10 +615,22 @@ std::string to_text(const Detected& found) {
 
 namespace {
 
+// At the end of what the pool wrote: it is not there to write it itself, or is
+// about to be killed.
+void say_asked_to_leave(const std::string& root) {
+  const int fd = ::open((root + "/pool.lock").c_str(),
+                        O_WRONLY | O_APPEND | O_CLOEXEC | O_NOFOLLOW);
+  if (fd < 0) return;
+  const std::string line = std::string(kAskedToLeave) + "\n";
+  (void)!::write(fd, line.data(), line.size());
+  ::close(fd);
+}
+
 // One kill: what is held, and what has become of it.
 class Killing {
  public:
-  Killing(const Detected& found, std::int64_t term_ms) : term_ms_(term_ms) {
+  Killing(const Detected& found, std::int64_t term_ms)
+      : root_(found.root), term_ms_(term_ms) {
     for (const auto* each : {&found.serve, &found.pool}) {
       if (*each)
         take((*each)->process, each == &found.serve ? &serve_ : &pool_);
@@ -680,6 +692,7 @@ class Killing {
   }
   void kill(std::optional<Held>& held) {
     if (!held) return;
+    if (&held == &pool_) say_asked_to_leave(root_);
     if (auto ok = held->signal(SIGKILL); !ok) {
       leave(held->process(), ok.error().what);
       held.reset();
@@ -741,6 +754,7 @@ class Killing {
     }
   }
 
+  const std::string root_;
   std::int64_t term_ms_;
   std::optional<Held> serve_, pool_;
   std::vector<Process> children_;
@@ -759,7 +773,10 @@ void signal_pool(const std::string& root, int signal) {
   auto file = read_pid_file(root, "pool");
   if (!file || ::stat(root.c_str(), &status) != 0) return;
   if (!identify(*file, status)) return;
-  if (auto held = Held::hold(file->id)) (void)held->signal(signal);
+  auto held = Held::hold(file->id);
+  if (!held) return;
+  if (signal == SIGKILL) say_asked_to_leave(root);
+  (void)held->signal(signal);
 }
 
 Json to_json(const Killed& killed) {

@@ -145,7 +145,11 @@ struct Killed {
 // too.
 Killed kill_all(const Detected& found, std::int64_t term_ms);
 // Sends `signal` to the pool of `root`, if it runs. Does not wait.
+// KILL is the operator's: pool.lock says so first, so that no job is charged
+// with the end of its worker.
 void signal_pool(const std::string& root, int signal);
+// That line of pool.lock.
+constexpr std::string_view kAskedToLeave = "asked to leave";
 
 // --- reports ---
 

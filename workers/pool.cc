@@ -110,11 +110,13 @@ int take_root(const PoolOptions& options, Root& root) {
 }
 
 // What pool.lock holds beside the lock: a line with the pool's pid, one with
-// its spawner's, one for each worker that the server may believe in. A pool
-// that was killed leaves it to its successor.
+// its spawner's, one for each worker that the server may believe in: its name,
+// and what became of it. A line more says that the pool was asked to leave
+// (tools/ops.h: whoever kills it writes that, too): who lived then was ended by
+// whoever operates it. A pool that was killed leaves it to its successor.
 struct Predecessor {
   int spawner = -1;
-  std::vector<std::string> workers;
+  std::vector<std::string> gone, ended;
 };
 
 Predecessor read_predecessor(const Root& root) {
@@ -125,17 +127,31 @@ Predecessor read_predecessor(const Root& root) {
   std::string line;
   if (!std::getline(lines, line) || !std::getline(lines, line)) return out;
   out.spawner = std::atoi(line.c_str());
+  bool asked = false;
+  std::vector<std::string> lived;
+  const auto take = [&line](std::string_view fate,
+                            std::vector<std::string>* names) {
+    if (!line.ends_with(fate)) return false;
+    line.resize(line.size() - fate.size());
+    if (valid_name(line)) names->push_back(line);
+    return true;
+  };
   while (std::getline(lines, line)) {
-    if (valid_name(line)) out.workers.push_back(line);
+    asked = asked || line == kAskedToLeave;
+    if (take(kDied, &out.gone) || take(kEnded, &out.ended)) continue;
+    take("", &lived);
   }
+  auto& theirs = asked ? out.ended : out.gone;
+  theirs.insert(theirs.end(), lived.begin(), lived.end());
   return out;
 }
 
-void write_successor(const Root& root, int spawner,
-                     const std::vector<std::string>& workers) {
+void write_successor(const Root& root, int spawner, const PoolSlots& slots,
+                     bool asked) {
   std::string text =
       std::to_string(getpid()) + "\n" + std::to_string(spawner) + "\n";
-  for (const std::string& name : workers) text += name + "\n";
+  if (asked) text.append(kAskedToLeave) += '\n';
+  for (const std::string& line : slots.unreported()) text += line + "\n";
   (void)!pwrite(root.lock, text.data(), text.size(), 0);
   (void)!ftruncate(root.lock, static_cast<off_t>(text.size()));
 }
@@ -265,7 +281,7 @@ class Pool {
     char host[256] = "localhost";
     gethostname(host, sizeof host - 1);
     host_ = host;
-    slots_.inherit(predecessor.workers);
+    slots_.inherit(predecessor.gone, predecessor.ended);
     remember();
   }
 
@@ -285,7 +301,7 @@ class Pool {
 
   // With mutex_ held.
   void remember() const {
-    write_successor(root_, spawner_.pid(), slots_.unreported());
+    write_successor(root_, spawner_.pid(), slots_, asked_);
   }
 
   // --- the sync thread ---
@@ -319,7 +335,7 @@ class Pool {
   void start_worker(int slot);
   void signal_all(int signal);
   void begin_drain(const char* why, Millis grace_ms);
-  void begin_kill(const char* why);
+  void begin_kill(const char* why, bool charged = false);
   void check_world();
   void feed_watchdog();
   bool finished();
@@ -352,6 +368,7 @@ class Pool {
   Mode mode_ = Mode::serving;
   Millis release_at_ms_ = 0, kill_at_ms_ = 0, empty_since_ms_ = 0;
   bool released_ = false;
+  bool asked_ = false;  // to leave: what it kills now is not its jobs' doing
   int exit_code_ = 0;
 };
 
@@ -405,7 +422,8 @@ void Pool::feed_watchdog() {
 void Pool::sync_loop() {
   std::unique_lock lock(mutex_);
   while (!quit_) {
-    const std::vector<std::string> gone = slots_.gone();
+    std::vector<std::string> told = slots_.gone();
+    told.insert(told.end(), slots_.ended().begin(), slots_.ended().end());
     const bool parked = mode_ == Mode::serving;
     const Millis wait_ms = parked ? kSyncWaitMs : 200;
     SandboxCounts counts = counts_;
@@ -427,8 +445,8 @@ void Pool::sync_loop() {
       }
       away_since_ms_ = 0;
       retry_.reset();
-      slots_.reported(gone);
-      if (!gone.empty()) remember();
+      slots_.reported(told);
+      if (!told.empty()) remember();
       take_answer(reply->body);
       wake_main();
     } else if (reply) {
@@ -449,7 +467,7 @@ void Pool::sync_loop() {
                                        : kRefusedMs);
     if (rest > 0) {
       sync_changed_.wait_for(lock, milliseconds(rest), [&] {
-        return quit_ || (dirty_ && reply && !slots_.gone().empty());
+        return quit_ || (dirty_ && reply && !slots_.all_reported());
       });
     }
   }
@@ -546,6 +564,7 @@ void Pool::reap() {
     if (ended == nullptr) continue;
     say_ended(*ended, status);
     slots_.exited(pid, now_ms());
+    remember();
     changed(false);
   }
 }
@@ -741,6 +760,8 @@ void Pool::begin_drain(const char* why, Millis grace_ms) {
       .with("grace_ms", grace_ms)
       .with("workers", slots_.alive());
   mode_ = Mode::draining;
+  asked_ = true;
+  remember();
   notify_manager(options_.manager.notify_socket,
                  std::string("STOPPING=1\nSTATUS=") + why);
   release_at_ms_ = now_ms() + grace_ms - std::min<Millis>(1000, grace_ms / 4);
@@ -753,8 +774,15 @@ void Pool::begin_drain(const char* why, Millis grace_ms) {
   changed(true);
 }
 
-void Pool::begin_kill(const char* why) {
+// Whoever had it leave, or nobody is left to work for: not the jobs' doing. But
+// a spawner that died may have died of one.
+void Pool::begin_kill(const char* why, bool charged) {
   if (mode_ == Mode::killing) return;
+  if (!charged) {
+    asked_ = true;
+    slots_.killed();
+    remember();
+  }
   Saying(Severity::warn, "killing", std::string(why) + ": killing workers")
       .with("workers", slots_.alive());
   mode_ = Mode::killing;
@@ -774,7 +802,7 @@ void Pool::check_world() {
   }
   if (spawner_died()) {
     exit_code_ = 1;
-    begin_kill("the spawner died");
+    begin_kill("the spawner died", true);
   }
   const Millis away = away_since_ms_ > 0 ? now - away_since_ms_ : 0;
   if (mode_ == Mode::serving && away >= options_.orphan_ms) {
@@ -810,7 +838,7 @@ bool Pool::finished() {
     changed(true);
   }
   const Millis waited = now_ms() - empty_since_ms_;
-  return slots_.gone().empty() || away_since_ms_ > 0 || waited >= 1000;
+  return slots_.all_reported() || away_since_ms_ > 0 || waited >= 1000;
 }
 
 }  // namespace

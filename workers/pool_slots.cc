@@ -88,6 +88,7 @@ void PoolSlots::started(int slot, const std::string& name, int pid,
   Slot& s = at(slot);
   CHECK(s.phase == Phase::empty);
   s.phase = Phase::running;
+  s.killed = false;
   s.name = name;
   s.pid = pid;
   s.started_ms = now_ms;
@@ -146,25 +147,41 @@ void PoolSlots::emptied(int slot) {
   Slot& s = at(slot);
   if (s.phase != Phase::dying) return;
   s.phase = Phase::empty;
-  gone_.push_back(s.name);
+  (s.killed ? ended_ : gone_).push_back(s.name);
 }
 
-void PoolSlots::inherit(const std::vector<std::string>& names) {
-  gone_.insert(gone_.end(), names.begin(), names.end());
+void PoolSlots::killed() {
+  for (Slot& slot : slots_) slot.killed = slot.killed || slot.pid > 0;
+}
+
+void PoolSlots::inherit(const std::vector<std::string>& gone,
+                        const std::vector<std::string>& ended) {
+  gone_.insert(gone_.end(), gone.begin(), gone.end());
+  ended_.insert(ended_.end(), ended.begin(), ended.end());
 }
 
 std::vector<std::string> PoolSlots::unreported() const {
-  std::vector<std::string> out = gone_;
+  std::vector<std::string> out;
+  const auto add = [&out](const std::string& name, std::string_view fate) {
+    out.emplace_back(name).append(fate);
+  };
+  for (const std::string& name : gone_) add(name, kDied);
+  for (const std::string& name : ended_) add(name, kEnded);
   for (const Slot& slot : slots_) {
-    if (slot.phase != Phase::empty) out.push_back(slot.name);
+    if (slot.phase == Phase::empty) continue;
+    add(slot.name, slot.killed                  ? kEnded
+                   : slot.phase == Phase::dying ? kDied
+                                                : "");
   }
   return out;
 }
 
 void PoolSlots::reported(const std::vector<std::string>& names) {
-  std::erase_if(gone_, [&](const std::string& name) {
-    return std::find(names.begin(), names.end(), name) != names.end();
-  });
+  for (auto* list : {&gone_, &ended_}) {
+    std::erase_if(*list, [&](const std::string& name) {
+      return std::find(names.begin(), names.end(), name) != names.end();
+    });
+  }
 }
 
 std::string PoolSlots::sync_body(const std::string& host,
@@ -197,10 +214,18 @@ std::string PoolSlots::sync_body(const std::string& host,
     }
     out += '}';
   }
+  const auto names = [&out](const std::vector<std::string>& list) {
+    for (std::size_t i = 0; i < list.size(); ++i) {
+      if (i > 0) out += ',';
+      json::quote(out, list[i]);
+    }
+  };
   out += "],\"gone\":[";
-  for (std::size_t i = 0; i < gone_.size(); ++i) {
-    if (i > 0) out += ',';
-    json::quote(out, gone_[i]);
+  names(gone_);
+  // Left out where there is none: a server before it does not know the member.
+  if (!ended_.empty()) {
+    out += "],\"ended\":[";
+    names(ended_);
   }
   return out + "],\"counts\":" + counts +
          ",\"wait_ms\":" + std::to_string(wait_ms) + "}";

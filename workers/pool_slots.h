@@ -10,13 +10,16 @@
 //                       leaving --exited()-->   after emptied())
 //
 //   Invariants: a slot in `running` or `leaving` has a pid; a name is in
-//   gone() from emptied() until it was reported.
+//   gone() or ended() from emptied() until it was reported: in ended() where
+//   the pool itself killed the worker, because it was asked to leave, so that
+//   its job is not charged with it.
 
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "queue/job.h"
@@ -27,11 +30,15 @@ constexpr int kSlotsMax = 64;
 constexpr Millis kBackoffMinMs = 100, kBackoffMaxMs = 10'000;
 constexpr Millis kLivedMs = 5000;  // an earlier death is followed by a pause
 
+// What pool.lock says of a worker that has ended.
+constexpr std::string_view kDied = " died", kEnded = " ended";
+
 class PoolSlots {
  public:
   enum class Phase : std::uint8_t { empty, running, leaving, dying };
   struct Slot {
     Phase phase = Phase::empty;
+    bool killed = false;  // by this pool, which leaves
     std::string name;
     int pid = -1;
     Millis started_ms = 0;  // monotonic
@@ -59,6 +66,8 @@ class PoolSlots {
   // By pid; -1 where it is none of ours.
   int exited(int pid, Millis now_ms);
   void emptied(int slot);
+  // All that live are about to be killed by this pool.
+  void killed();
 
   Slot& at(int slot) { return slots_[static_cast<std::size_t>(slot)]; }
   const std::array<Slot, kSlotsMax>& all() const { return slots_; }
@@ -66,10 +75,14 @@ class PoolSlots {
   int pending() const;  // not empty: alive or dying
 
   const std::vector<std::string>& gone() const { return gone_; }
+  const std::vector<std::string>& ended() const { return ended_; }
+  bool all_reported() const { return gone_.empty() && ended_.empty(); }
   // Workers of a pool that died before it could report them; its slots have
   // been emptied since.
-  void inherit(const std::vector<std::string>& names);
-  // Every worker that the server may believe in.
+  void inherit(const std::vector<std::string>& gone,
+               const std::vector<std::string>& ended);
+  // Every worker that the server may believe in, each with kDied or kEnded
+  // behind its name where it does not live any more.
   std::vector<std::string> unreported() const;
   void reported(const std::vector<std::string>& names);
 
@@ -82,7 +95,7 @@ class PoolSlots {
   void pause(Slot& slot, Millis now_ms);
 
   std::array<Slot, kSlotsMax> slots_;
-  std::vector<std::string> gone_;
+  std::vector<std::string> gone_, ended_;
 };
 
 }  // namespace machina

@@ -1,6 +1,9 @@
-// Times and ends that must be true: retries and what they depend on.
+// Times and ends that must be true: retries and what they depend on, attempts
+// that the operator ended, keys that outlive their jobs.
 
 #include <gtest/gtest.h>
+
+#include <csignal>
 
 #include "tests/e2e/fixture.h"
 
@@ -102,7 +105,188 @@ TEST_P(Times, F12_NoWaitIsLongerThanItsMaximum) {
   }
 }
 
+// --- the operator ends it ---
+
+class Ends : public Times {
+ protected:
+  // Runs until somebody ends it; its only attempt.
+  std::string start_job() {
+    std::string id = p().submit(
+        {{"kind", "tool.shell"},
+         {"max_attempts", 1},
+         {"payload", {{"argv", {"/bin/sleep", "600"}}}}});
+    EXPECT_EQ(p().wait_state(id, "running")["state"], "running");
+    return id;
+  }
+  // It runs again, on the attempt that it had.
+  void expect_runs_again(const std::string& id, const std::string& why) {
+    Json job = p().wait_state(id, "running");
+    EXPECT_EQ(job["state"], "running") << why << job.dump(1);
+    EXPECT_EQ(job["attempt"], 1) << why;
+  }
+  // How often a server has said that it drains.
+  std::size_t drains() {
+    const std::string log = p().log();
+    std::size_t count = 0, at = 0;
+    while ((at = log.find("draining: no new leases", at)) != log.npos) {
+      ++count, ++at;
+    }
+    return count;
+  }
+  void cancel(const std::string& id) {
+    EXPECT_EQ(p().post("/v1/jobs/" + id + "/cancel", Json::object()).status,
+              200);
+    EXPECT_EQ(p().wait_end(id)["state"], "cancelled");
+  }
+};
+
+TEST_P(Ends, F10_TheSecondSignalCostsNoAttempt) {
+  Serve serve;
+  serve.workers = 1;
+  start(serve);
+  std::string id = start_job();
+  for (int signal : {SIGTERM, SIGINT}) {
+    const std::size_t before = drains();
+    ::kill(p().server(), signal);
+    ASSERT_TRUE(eventually([&] { return drains() > before; }, 10000));
+    ::kill(p().server(), signal);
+    EXPECT_NE(p().wait_server(), 0);
+    restart();
+    expect_runs_again(id, "after signal " + std::to_string(signal) + " ");
+  }
+  cancel(id);
+}
+
+TEST_P(Ends, F10_OpsKillCostsNoAttempt) {
+  Serve serve;
+  serve.workers = 1;
+  start(serve);
+  std::string id = start_job();
+  for (const char* grace : {"1", "0"}) {
+    Ended killed = p().run({"ops", "kill", "--term-seconds", grace, "--root",
+                            p().root()});
+    EXPECT_EQ(killed.code, 0) << killed.out << killed.err;
+    p().wait_server();
+    restart();
+    expect_runs_again(id, std::string("after a grace of ") + grace + " s ");
+  }
+  cancel(id);
+}
+
+TEST_P(Ends, F10_APoolThatIsToldTwiceCostsNoAttempt) {
+  Serve serve;
+  serve.workers = 1;
+  start(serve);
+  std::string id = start_job();
+  auto pools = p().processes_with("pool");
+  ASSERT_EQ(pools.size(), 1u);
+  const std::string file = p().root() + "/pool.log";
+  ::kill(pools[0], SIGTERM);
+  ASSERT_TRUE(eventually(
+      [&] { return read_file(file).find("draining") != std::string::npos; },
+      10000));
+  ::kill(pools[0], SIGTERM);
+  ASSERT_TRUE(eventually(
+      [&] {
+        auto now = p().processes_with("pool");
+        return now.size() == 1 && now[0] != pools[0];
+      },
+      20000));
+  expect_runs_again(id, "");
+  cancel(id);
+}
+
+TEST_P(Ends, F10_AWorkerThatDiesByItselfIsCounted) {
+  Serve serve;
+  serve.workers = 1;
+  start(serve);
+  std::string id = start_job();
+  ASSERT_EQ(p().worker_pids().size(), 1u);
+  ::kill(p().worker_pids()[0], SIGKILL);
+  Json job = p().wait_end(id);
+  EXPECT_EQ(job["state"], "dead") << job.dump(1);
+  EXPECT_EQ(job["error"]["code"], "worker_died") << job.dump(1);
+}
+
+// --- what a key remembers ---
+
+class Keys : public Times {};
+
+TEST_P(Keys, F11_AKeyThatOutlivesItsJobTellsTheTruth) {
+  start_alone();
+  auto gone = [&](const std::string& key, const std::string& end) {
+    Json request = {{"kind", "ext.e"}, {"payload", {{"x", 1}}},
+                    {"dedup_key", key}, {"keep_result_ms", 1}};
+    std::string id = p().submit(request);
+    Json body = Json::object();
+    if (end == "failed") body["verdict"] = "fail";
+    EXPECT_EQ(verb(lease("ext.e"), "complete", body).status, 200);
+    EXPECT_TRUE(eventually(
+        [&] { return p().get("/v1/jobs/" + id).status == 404; }, 20000));
+    auto check = [&](const Answer& a, int status) {
+      EXPECT_EQ(a.status, status) << a.body;
+      Json job = a.json();
+      EXPECT_EQ(job["id"], id) << a.body;
+      EXPECT_EQ(job["state"], end) << a.body;
+      EXPECT_EQ(job["kind"], "ext.e") << a.body;
+      EXPECT_TRUE(job["created_at"].is_string()) << a.body;
+      EXPECT_TRUE(job["finished_at"].is_string()) << a.body;
+      EXPECT_EQ(job["duplicate"], true) << a.body;
+      EXPECT_EQ(job["past_retention"], true) << a.body;
+      EXPECT_FALSE(job.contains("durability")) << a.body;
+    };
+    const std::string text = request.dump();
+    check(p().post("/v1/jobs", request), 200);
+    check(p().call("POST", "/v1/jobs", text, {"Prefer: wait=20"}), 200);
+    check(p().post("/run_sync", request), 200);
+    for (const Answer& bulk :
+         {p().post("/v1/jobs", Json::array({request})),
+          p().call("POST", "/v1/jobs", text + "\n",
+                   {"Content-Type: application/x-ndjson"})}) {
+      Json job = bulk.json()["jobs"][0];
+      EXPECT_EQ(job["id"], id) << bulk.body;
+      EXPECT_EQ(job["state"], end) << bulk.body;
+      EXPECT_EQ(job["duplicate"], true) << bulk.body;
+    }
+    Answer short_form = p().post("/enqueue", request);
+    EXPECT_EQ(short_form.json()["deduplicated"], true) << short_form.body;
+    EXPECT_EQ(short_form.json()["id"], id) << short_form.body;
+    Ended cli = p().run({"enqueue", "ext.e", "--payload", R"({"x":1})",
+                         "--dedup-key", key, "--server", p().url()});
+    EXPECT_NE(cli.out.find(end), std::string::npos) << cli.out << cli.err;
+    EXPECT_NE(cli.out.find("past its retention"), std::string::npos)
+        << cli.out << cli.err;
+    return request;
+  };
+  gone("one", "succeeded");
+  Json failed = gone("two", "failed");
+  p().kill_server();
+  restart();
+  Answer again = p().post("/v1/jobs", failed);
+  EXPECT_EQ(again.json()["state"], "failed") << again.body;
+}
+
+TEST_P(Keys, F11_TwoKeysThatDifferAreRefused) {
+  start_alone();
+  for (const char* member : {"dedup_key", "request_id"}) {
+    const std::string body =
+        Json{{"kind", "ext.k"}, {member, std::string("in ") + member}}.dump();
+    for (const char* path : {"/v1/jobs", "/enqueue", "/run_sync"}) {
+      Answer a = p().call("POST", path, body, {"Idempotency-Key: header"});
+      EXPECT_EQ(a.status, 400) << path << a.body;
+      EXPECT_NE(a.body.find(member), std::string::npos) << a.body;
+      EXPECT_NE(a.body.find("dempotency-"), std::string::npos) << a.body;
+      EXPECT_NE(a.body.find("header"), std::string::npos) << a.body;
+    }
+    Answer same = p().call("POST", "/v1/jobs", body,
+                           {std::string("Idempotency-Key: in ") + member});
+    EXPECT_EQ(same.status, 201) << same.body;
+  }
+}
+
 MACHINA_BOTH(Times);
+MACHINA_BOTH(Ends);
+MACHINA_BOTH(Keys);
 
 }  // namespace
 }  // namespace machina::e2e

@@ -19,6 +19,9 @@ NewJob keyed(std::string key, Millis ttl = 1000) {
   return j;
 }
 
+RetryCommand retry_of(const CoreHarness& h, JobId id);
+void reload(CoreHarness& h, Core* again);
+
 TEST(CoreDedup, AHitIsTheFirstJobEvenAfterItEnded) {
   CoreHarness h;
   JobId id = h.add(keyed("k"));
@@ -115,6 +118,56 @@ TEST(CoreDedup, ExpiredKeysAreForgottenInOrder) {
   std::uint32_t forgotten = 0;
   for (const ForgetRecord& r : h.records<ForgetRecord>()) forgotten += r.count;
   EXPECT_EQ(forgotten, 100u);
+}
+
+TEST(CoreDedup, F11_AKeyKnowsHowItsJobEnded) {
+  CoreHarness h;
+  struct End {
+    EndCode code;
+    State state;
+  };
+  std::vector<JobId> ids;
+  const End ends[] = {{EndCode::none, State::succeeded},
+                      {EndCode::verdict, State::failed},
+                      {EndCode::cancelled, State::cancelled},
+                      {EndCode::exit, State::dead}};
+  for (const End& end : ends) {
+    JobId id = h.add(keyed(std::string(name(end.state)), 100'000));
+    ids.push_back(id);
+    if (end.state == State::cancelled) {
+      h.cancel(id);
+    } else if (end.state == State::dead) {
+      h.fail(h.lease_one().fence, end.code, false);
+    } else {
+      h.complete(h.lease_one().fence, end.code);
+    }
+    h.pass(10);
+  }
+  auto check = [&](Core& core) {
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      EnqueueCommand c;
+      c.jobs.push_back(keyed(std::string(name(ends[i].state)), 100'000));
+      ItemAnswer a = core.decide(h.now, 1, c).items.at(0);
+      EXPECT_EQ(a.answer, Answer::duplicate);
+      EXPECT_EQ(a.id, ids[i]);
+      EXPECT_EQ(a.state, ends[i].state);
+      EXPECT_EQ(a.code, ends[i].code);
+      EXPECT_EQ(a.finished_ms, h.now - 40 + 10 * static_cast<Millis>(i));
+    }
+  };
+  check(h.core);
+  Core again(h.options);
+  reload(h, &again);
+  again.check_invariants();
+  check(again);
+  EXPECT_EQ(h.image_of(again), h.image());
+  // Retried, it lives; what it was is forgotten until it ends again.
+  h.run(retry_of(h, ids[3]));
+  ItemAnswer live = h.add_item(keyed("dead", 100'000));
+  EXPECT_EQ(live.state, State::ready);
+  EXPECT_EQ(live.finished_ms, 0);
+  h.complete(h.lease_one().fence);
+  EXPECT_EQ(h.add_item(keyed("dead", 100'000)).state, State::succeeded);
 }
 
 TEST(CoreDedup, SurvivesAnImage) {
@@ -414,6 +467,25 @@ TEST(CoreRetry, GoneEndsAllLeasesOfThatWorkerOnly) {
   for (const GrantAnswer& g : other) {
     EXPECT_FALSE(h.core.leased_job(g.fence).is_nil());
   }
+}
+
+TEST(CoreRetry, F10_AnAttemptThatWasEndedFromOutsideCountsNothing) {
+  CoreHarness h;
+  NewJob j = CoreHarness::job();
+  j.max_attempts = 1;
+  JobId id = h.add(j);
+  JobId other = h.add(j);
+  h.lease_one("a");
+  h.lease_one("b");
+  Decision d = h.run(GoneCommand{{"b"}, {"a", "nobody"}});
+  EXPECT_EQ(h.records<ReleaseRecord>().size(), 1u);
+  EXPECT_EQ(h.state(id), State::ready);
+  EXPECT_EQ(h.core.look(id)->view.attempt, 0);
+  EXPECT_EQ(h.end_of(other)->state, State::dead);  // died by itself
+  h.lease_one("a");
+  h.cancel(id);
+  h.run(GoneCommand{{}, {"a"}});
+  EXPECT_EQ(h.end_of(id)->state, State::cancelled);
 }
 
 TEST(CoreRetry, AReleaseCountsNoAttempt) {

@@ -397,6 +397,43 @@ TEST_F(ShardTest, DuplicateIsTheSameJobBeforeAndAfterItsEnd) {
   EXPECT_EQ(enqueue(job).items.at(0).answer, Answer::dedup_mismatch);
 }
 
+TEST_F(ShardTest, F11_AKeyThatOutlivesItsJobTellsTheTruth) {
+  open();
+  NewJob job = noop();
+  job.dedup_key = "k";
+  job.payload_digest[0] = 5;
+  job.keep_result_ms = 0;
+  JobId id = enqueued(job);
+  complete(lease_one().fence);
+  const Millis finished = clock_.wall_ms();
+  auto check = [&] {
+    wait_for_history();
+    ASSERT_EQ(get(id).items.at(0).answer, Answer::not_found);
+    Response one = enqueue(job, 60'000);
+    ASSERT_EQ(one.items.at(0).answer, Answer::duplicate);
+    const JobView& view = one.views.at(0);
+    EXPECT_EQ(view.id, id);
+    EXPECT_EQ(view.state, State::succeeded);
+    EXPECT_EQ(view.kind, "noop");
+    EXPECT_EQ(view.dedup_key, "k");
+    EXPECT_EQ(view.created_ms, created_ms(id));
+    EXPECT_EQ(view.finished_ms, finished);
+    EXPECT_TRUE(view.duplicate);
+    EXPECT_TRUE(view.past_retention);
+    EnqueueCommand many;
+    many.jobs = {job, noop()};
+    Response bulk = call(Command(many));
+    EXPECT_EQ(bulk.items.at(0).answer, Answer::duplicate);
+    EXPECT_EQ(bulk.items.at(0).state, State::succeeded);
+  };
+  check();
+  reopen();
+  check();
+  kill();
+  open();
+  check();
+}
+
 // --- finished jobs ---
 
 TEST_F(ShardTest, DependencyOnAFinishedJobIsAFactFromHistory) {

@@ -697,7 +697,8 @@ Command World::next_command() {
       return c;
     }
     default:
-      return GoneCommand{{"w" + std::to_string(below(4))}};
+      if (one_in(3)) return GoneCommand{{}, {"w" + std::to_string(below(4))}};
+      return GoneCommand{{"w" + std::to_string(below(4))}, {}};
   }
 }
 

@@ -412,11 +412,16 @@ FakeServer::Reply FakeServer::sync(const json& request,
                                    std::unique_lock<std::mutex>& lock) {
   ++syncs_;
   workers_ = request["workers"];
-  for (const auto& name : request["gone"]) {
-    if (std::find(gone_.begin(), gone_.end(), name) == gone_.end()) {
-      gone_.push_back(name);
+  const auto add = [&request](const char* member, auto* names) {
+    if (!request.contains(member)) return;
+    for (const auto& name : request[member]) {
+      if (std::find(names->begin(), names->end(), name) == names->end()) {
+        names->push_back(name);
+      }
     }
-  }
+  };
+  add("gone", &gone_);
+  add("ended", &ended_);
   changed_.notify_all();
   const int target = target_;
   const bool drain = drain_;
@@ -488,6 +493,11 @@ json FakeServer::workers() {
 std::vector<std::string> FakeServer::gone() {
   std::lock_guard lock(mutex_);
   return gone_;
+}
+
+std::vector<std::string> FakeServer::ended() {
+  std::lock_guard lock(mutex_);
+  return ended_;
 }
 
 int FakeServer::syncs() {

@@ -67,6 +67,7 @@ class FakeServer {
   void set_target(int target, bool drain = false);
   nlohmann::json workers();  // of the last sync
   std::vector<std::string> gone();
+  std::vector<std::string> ended();
   int syncs();
 
   std::atomic<int> leases_max_seen{0};
@@ -114,7 +115,7 @@ class FakeServer {
   int target_ = 0, syncs_ = 0;
   bool drain_ = false;
   nlohmann::json workers_;
-  std::vector<std::string> gone_;
+  std::vector<std::string> gone_, ended_;
 };
 
 }  // namespace machina

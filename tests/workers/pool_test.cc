@@ -300,6 +300,43 @@ TEST_F(PoolTest, WorkerThatStaysIsKilledWhenTheDrainIsOver) {
   server_->set_target(2, true);
   EXPECT_EQ(exit_code(), 0) << log();
   EXPECT_TRUE(nobody_left());
+  // Nobody's fault but of who made it leave: no job is charged with it.
+  EXPECT_EQ(server_->ended().size(), 2u) << log();
+  EXPECT_TRUE(server_->gone().empty()) << log();
+}
+
+TEST_F(PoolTest, F10_AskedTwiceItEndsWorkersAndSaysThatItDid) {
+  script(std::string(kWorker).replace(std::string(kWorker).find("exit 0"), 6,
+                                      ":"));
+  start(2);
+  ASSERT_TRUE(idle(2)) << log();
+  // One dies by itself while the pool drains, and is told apart.
+  kill(pool_, SIGTERM);
+  ASSERT_TRUE(wait([&] { return log().find("draining") != log().npos; }))
+      << log();
+  kill(server_->workers()[0]["pid"].get<int>(), SIGKILL);
+  ASSERT_TRUE(wait([&] { return server_->gone().size() == 1; })) << log();
+  kill(pool_, SIGTERM);
+  EXPECT_EQ(exit_code(), 0) << log();
+  EXPECT_EQ(server_->ended().size(), 1u) << log();
+  EXPECT_EQ(server_->gone().size(), 1u) << log();
+}
+
+TEST_F(PoolTest, F10_SuccessorKnowsThatAPoolWasAskedToLeave) {
+  script(std::string(kWorker).replace(std::string(kWorker).find("exit 0"), 6,
+                                      ":"));
+  start(2);
+  ASSERT_TRUE(idle(2)) << log();
+  kill(pool_, SIGTERM);
+  ASSERT_TRUE(wait([&] { return log().find("draining") != log().npos; }))
+      << log();
+  kill(pool_, SIGKILL);
+  EXPECT_EQ(exit_code(), -2);
+  pool_ = fork();
+  if (pool_ == 0) _exit(run_pool(options_));
+  ASSERT_TRUE(wait([&] { return server_->ended().size() == 2; }, 5000))
+      << log();
+  EXPECT_TRUE(server_->gone().empty()) << log();
 }
 
 TEST_F(PoolTest, OutlivesAShortAbsenceOfItsServerAndNotALongOne) {
@@ -373,6 +410,34 @@ TEST(PoolSlotsTest, GoneIsSaidOnlyWhenTheSlotIsEmpty) {
   EXPECT_EQ(slots.to_start(1, 10'000), std::vector<int>{0});
   slots.reported({"a"});
   EXPECT_TRUE(slots.gone().empty());
+}
+
+TEST(PoolSlotsTest, F10_WhoWasKilledByThePoolIsNotGone) {
+  PoolSlots slots;
+  slots.inherit({"old"}, {"older"});
+  slots.started(0, "a", 100, 0, 0);
+  slots.started(1, "b", 101, 0, 0);
+  slots.started(2, "c", 102, 0, 0);
+  slots.exited(100, 10'000);  // by itself
+  slots.killed();
+  slots.exited(101, 10'001);
+  using Names = std::vector<std::string>;
+  EXPECT_EQ(slots.unreported(), (Names{"old died", "older ended", "a died",
+                                       "b ended", "c ended"}));
+  slots.emptied(0);
+  slots.emptied(1);
+  EXPECT_EQ(slots.gone(), (Names{"old", "a"}));
+  EXPECT_EQ(slots.ended(), (Names{"older", "b"}));
+  const std::string body = slots.sync_body("h", "{}", 0);
+  EXPECT_NE(body.find(R"("gone":["old","a"],"ended":["older","b"])"),
+            std::string::npos)
+      << body;
+  slots.reported({"old", "older", "a", "b"});
+  EXPECT_TRUE(slots.all_reported());
+  slots.started(1, "d", 103, 20'000, 20'000);  // of the next worker nothing
+  slots.exited(103, 30'000);
+  slots.emptied(1);
+  EXPECT_EQ(slots.gone(), Names{"d"});
 }
 
 TEST(PoolSlotsTest, IdleWorkersAreStoppedBeforeBusyOnes) {
