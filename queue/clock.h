@@ -19,6 +19,8 @@ class Clock {
   virtual ~Clock() = default;
   virtual Millis wall_ms() = 0;  // since the Unix epoch, UTC; may jump
   virtual Millis mono_ms() = 0;  // CLOCK_BOOTTIME: never jumps, runs in suspend
+  // Names what mono_ms() counts from: this boot of the machine. 0: unknown.
+  virtual std::uint64_t boot() { return 0; }
 };
 
 class Random {

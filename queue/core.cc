@@ -201,13 +201,16 @@ JobId Core::leased_job(Fence fence) const {
 
 // --- what is due ---
 
-Millis Core::next_due_wall() const {
+Millis Core::next_due() const {
   const Impl& s = *impl_;
   if (s.hungry > 0 || s.ended.head != kNone || s.doomed.head != kNone) {
     return 0;
   }
   Millis next = kNever;
   if (!s.due.empty()) next = std::min(next, s.jobs[s.due.top()].time);
+  if (!s.due_wall.empty()) {
+    next = std::min(next, s.jobs[s.due_wall.top()].time - s.offset);
+  }
   if (!s.deadlines.empty()) {
     next = std::min(next, s.jobs[s.deadlines.top()].time);
   }
@@ -260,9 +263,9 @@ Core::Look Core::Impl::look(std::uint32_t slot) const {
   v.fsync = options.fsync;
   v.cancel_requested = e.flags & kCancel;
   if (v.state == State::blocked) {
-    v.blocked_deadline_ms = e.time;
+    v.blocked_deadline_ms = wall(e.time);
   } else {
-    v.run_at_ms = e.time;
+    v.run_at_ms = e.flags & kAtWall ? e.time : wall(e.time);
   }
   if (extra_slot(e) != kNone) {
     const ExtraEntry& extra = extras[extra_slot(e)];
@@ -276,7 +279,7 @@ Core::Look Core::Impl::look(std::uint32_t slot) const {
     const LeaseEntry& lease = leases[e.a];
     v.fence = lease.fence;
     v.worker = lease.worker_name();
-    v.started_ms = lease.started;
+    v.started_ms = wall(lease.started);
     v.progress_percent = lease.percent;
     v.progress_message.assign(lease.progress, lease.progress_bytes);
   }
@@ -331,13 +334,14 @@ std::vector<QueueCounts> Core::counts() const {
     for (const auto& pair : line.lists) {
       for (const JobList& list : pair) {
         if (list.head == kNone) continue;
-        Millis since = s.jobs[list.head].time;
+        Millis since = s.wall(s.jobs[list.head].time);
         if (oldest == 0 || since < oldest) oldest = since;
       }
     }
     // Of those with a key, what goes next; who waits for a slot is not late.
     if (!line.open || line.open->empty()) continue;
-    Millis since = s.jobs[s.first_ready(s.groups[line.open->top()])].time;
+    Millis since =
+        s.wall(s.jobs[s.first_ready(s.groups[line.open->top()])].time);
     if (oldest == 0 || since < oldest) oldest = since;
   }
   return all;
@@ -351,6 +355,8 @@ std::uint64_t Core::reserved_bytes() const {
 }
 Lsn Core::applied() const { return impl_->applied; }
 Millis Core::time() const { return impl_->time; }
+Millis Core::clock_offset() const { return impl_->offset; }
+const ClockAnchor& Core::clock_anchor() const { return impl_->anchor; }
 void Core::on_place(PlaceHook hook) { impl_->place_hook = std::move(hook); }
 
 void Core::save(std::vector<std::byte>* out) const { impl_->save(out); }

@@ -40,6 +40,7 @@
 #include "queue/job.h"
 #include "queue/record.h"
 #include "queue/result.h"
+#include "queue/server_clock.h"
 
 namespace machina {
 
@@ -114,15 +115,21 @@ struct UnblockCommand {
 };
 struct GoneCommand {
   std::vector<std::string> workers;  // proven dead: their leases end
-  // Ended by whoever operates them, not by their jobs: their leases go back.
-  std::vector<std::string> ended;
+  bool ended = false;  // by whoever operates them, not by their jobs: the
+                       // leases go back, and no attempt is counted
+};
+struct ClockCommand {  // the wall clock was set, or a server starts
+  Millis offset_ms = 0;
+  std::uint64_t boot = 0;
+  Millis boot_ms = 0;
 };
 struct TickCommand {};  // whatever is due: expiry, delays, dependents, dedup
 
-using Command = std::variant<EnqueueCommand, LeaseCommand, HeartbeatCommand,
-                             CompleteCommand, FailCommand, BlockCommand,
-                             ReleaseCommand, CancelCommand, RetryCommand,
-                             UnblockCommand, GoneCommand, TickCommand>;
+using Command =
+    std::variant<EnqueueCommand, LeaseCommand, HeartbeatCommand,
+                 CompleteCommand, FailCommand, BlockCommand, ReleaseCommand,
+                 CancelCommand, RetryCommand, UnblockCommand, GoneCommand,
+                 ClockCommand, TickCommand>;
 
 // --- Answers ---------------------------------------------------------------
 
@@ -191,7 +198,7 @@ struct QueueCounts {
   std::string queue;
   std::uint64_t by_state[kStates] = {};  // live states now; final: since the
                                          // root was made, less retried ones
-  Millis oldest_ready_ms = 0;            // wall time; 0: none is ready
+  Millis oldest_ready_ms = 0;            // wall; 0: none is ready
 };
 
 struct CoreTotals {
@@ -209,8 +216,9 @@ class Core {
   Core(const Core&) = delete;
 
   // What should happen, given server time and chance. Changes nothing. `now`
-  // is wall time clamped by the caller to never go back; `random` supplies ids
-  // and jitter and is a pure function of the command's own seed.
+  // is the server's clock (queue/server_clock.h), which never goes back;
+  // `random` supplies ids and jitter and is a pure function of the command's
+  // own seed.
   // What a command brings in may be moved into its records.
   Decision decide(Millis now, std::uint64_t seed, Command) const;
 
@@ -236,9 +244,9 @@ class Core {
   // A lease whose fence is current, or 0 / nil.
   JobId leased_job(Fence) const;
 
-  // The next time (wall, clamped) at which a TickCommand has work, and the
-  // same for lease deadlines (mono). INT64_MAX: nothing is due.
-  Millis next_due_wall() const;
+  // The next time (of the server's clock) at which a TickCommand has work, and
+  // the same for lease deadlines (mono). INT64_MAX: nothing is due.
+  Millis next_due() const;
   Millis next_due_mono() const;
 
   // --- looking ---
@@ -269,6 +277,9 @@ class Core {
   std::uint64_t reserved_bytes() const;  // log room promised to live jobs
   Lsn applied() const;
   Millis time() const;  // the last logged server time
+  // The wall clock less the server's, and where that is tied to a boot.
+  Millis clock_offset() const;
+  const ClockAnchor& clock_anchor() const;
 
   // The lowest place that a live job still needs, per `segment_of`: calls
   // `visit(place)` never; instead bodies are counted as records are applied:

@@ -79,7 +79,12 @@ void Core::Impl::apply(const Record& record, const EnqueueRecord& r) {
   e.base = e.attempt = std::min<std::uint16_t>(r.attempt, 60'000);
   e.limit = static_cast<std::uint16_t>(
       e.base + std::clamp(job.max_attempts, 1, kMaxAttemptsMax));
-  e.time = job.run_at_ms;
+  if (job.run_at_is_wall) {
+    e.flags |= kAtWall;
+    e.time = job.run_at_ms;
+  } else {
+    e.time = job.run_at_ms == 0 ? 0 : job.run_at_ms - offset;
+  }
   if (!job.concurrency_key.empty()) {
     set_key(slot, concurrency_key_of(job), job.concurrency_limit);
   }
@@ -100,8 +105,7 @@ void Core::Impl::apply(const Record& record, const EnqueueRecord& r) {
   if (r.state != State::ready) {
     enter(slot, r.state);
   } else {
-    e.time = time;
-    enter(slot, State::ready);
+    enter_ready(slot);
   }
   bool lost = false;
   for (const JobId& id : r.unmet) {
@@ -288,7 +292,7 @@ void Core::Impl::apply(const Record&, const RetryRecord& r) {
   extra.message_bytes =
       static_cast<std::uint8_t>(cut(r.message, sizeof(extra.message)));
   std::memcpy(extra.message, r.message.data(), extra.message_bytes);
-  e.time = r.run_at_ms;
+  e.time = r.run_at_ms == 0 ? 0 : r.run_at_ms - offset;
   make_due(slot);
 }
 
@@ -300,8 +304,7 @@ void Core::Impl::apply(const Record&, const ReleaseRecord& r) {
   CHECK(leases[e.a].fence == r.fence);
   leave(slot);
   --e.attempt;
-  e.time = time;
-  enter(slot, State::ready);
+  enter_ready(slot);
 }
 
 void Core::Impl::apply(const Record& record, const BlockRecord& r) {
@@ -320,7 +323,7 @@ void Core::Impl::apply(const Record& record, const BlockRecord& r) {
     extra.token[i / 2] |= static_cast<std::uint8_t>(i % 2 ? value : value << 4);
   }
   set_note(slot, record.place, record.bytes);
-  e.time = r.deadline_ms;
+  e.time = r.deadline_ms == 0 ? 0 : r.deadline_ms - offset;
   enter(slot, State::blocked);
 }
 
@@ -331,8 +334,7 @@ void Core::Impl::apply(const Record& record, const UnblockRecord& r) {
   CHECK(e.state == u8(State::blocked));
   leave(slot);
   set_note(slot, record.place, record.bytes);
-  e.time = time;
-  enter(slot, State::ready);
+  enter_ready(slot);
 }
 
 void Core::Impl::apply(const Record&, const CancelRecord& r) {
@@ -347,11 +349,15 @@ void Core::Impl::apply(const Record&, const PromoteRecord& r) {
     std::uint32_t slot = find(id);
     CHECK(slot != kNone);
     CHECK(jobs[slot].state == u8(State::scheduled));
-    CHECK(jobs[slot].time <= time);
+    CHECK(jobs[slot].time <= (jobs[slot].flags & kAtWall ? wall(time) : time));
     leave(slot);
-    jobs[slot].time = time;
-    enter(slot, State::ready);
+    enter_ready(slot);
   }
+}
+
+void Core::Impl::apply(const Record& record, const ClockRecord& r) {
+  offset = r.offset_ms;
+  if (r.boot != 0) anchor = {record.time_ms, r.boot_ms, r.boot};
 }
 
 // --- states ---
@@ -375,7 +381,7 @@ void Core::Impl::insert(std::uint32_t slot, State state) {
     return;
   }
   if (state == State::scheduled) {
-    due.push(slot);
+    due_of(e).push(slot);
   } else if (state == State::blocked) {
     if (e.time > 0) deadlines.push(slot);
   } else if (e.flags & kKeyed) {
@@ -399,7 +405,7 @@ void Core::Impl::leave(std::uint32_t slot) {
       }
       break;
     case State::scheduled:
-      due.remove(slot);
+      due_of(e).remove(slot);
       break;
     case State::ready: {
       if (e.flags & kKeyed) {
@@ -425,13 +431,19 @@ void Core::Impl::leave(std::uint32_t slot) {
 }
 
 void Core::Impl::make_due(std::uint32_t slot) {
-  JobEntry& e = jobs[slot];
-  if (e.time > time) {
+  const JobEntry& e = jobs[slot];
+  if (e.time > (e.flags & kAtWall ? wall(time) : time)) {
     enter(slot, State::scheduled);
   } else {
-    e.time = time;
-    enter(slot, State::ready);
+    enter_ready(slot);
   }
+}
+
+void Core::Impl::enter_ready(std::uint32_t slot) {
+  JobEntry& e = jobs[slot];
+  e.time = time;
+  e.flags = static_cast<std::uint8_t>(e.flags & ~kAtWall);
+  enter(slot, State::ready);
 }
 
 ExtraEntry& Core::Impl::extra_of(std::uint32_t slot) {

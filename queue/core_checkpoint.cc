@@ -11,18 +11,17 @@
 namespace machina {
 namespace {
 
-constexpr std::uint64_t kMagic = 0x31504b4348434d4dULL;  // "MMCHCKP1"
-// "MMCHCKP2": has jobs with concurrency keys. Written only where there are
-// some, so that a program before it can read the rest.
+// "MMCHCKP3": a number says what is in it; all of it is written. The others are
+// read: "MMCHCKP1", and "MMCHCKP2" with concurrency keys.
+constexpr std::uint64_t kMagic = 0x33504b4348434d4dULL;
+constexpr std::uint64_t kMagicFirst = 0x31504b4348434d4dULL;
 constexpr std::uint64_t kMagicKeys = 0x32504b4348434d4dULL;
-// "MMCHCKP3": a number says what it has. Written only where it has more than
-// the other two can say.
-constexpr std::uint64_t kMagicParts = 0x33504b4348434d4dULL;
 enum Part : std::uint64_t {
   kPartKeys = 1,      // jobs with concurrency keys
   kPartKeysEnds = 2,  // how the jobs of dedup keys ended
+  kPartClock = 4,     // how the wall clock stands; jobs that wait for it
 };
-constexpr std::uint64_t kParts = 3;
+constexpr std::uint64_t kParts = 7;
 constexpr std::uint8_t kKeptFlags = kCancel | kReturned | kDiedOnce;
 // The shortest a job can be: its id and one byte for each other field.
 constexpr std::size_t kJobBytesMin = 16 + 14;
@@ -34,14 +33,19 @@ class Saver {
       : s_(state), w_(out) {}
 
   void save() {
-    parts();
+    w_.u64(kMagic);
+    w_.number(kParts);
     w_.number(s_.applied);
     w_.signed_number(s_.time);
+    w_.signed_number(s_.offset);
+    w_.signed_number(s_.anchor.time_ms);
+    w_.u64(s_.anchor.boot);
+    w_.signed_number(s_.anchor.boot_ms);
     w_.number(s_.next_order);
     w_.u64(s_.last_fence);
     names();
     ready();
-    if (parts_ & kPartKeys) ready_with_keys();
+    ready_with_keys();
     others();
     w_.number(length(s_.doomed));
     for (auto i = s_.doomed.head; i != kNone; i = s_.jobs[i].a) job(i);
@@ -55,21 +59,6 @@ class Saver {
   }
 
  private:
-  void parts() {
-    if (s_.keyed.used() > 0) parts_ |= kPartKeys;
-    for (std::size_t i = 0; i < s_.expiries.size(); ++i) {
-      if (s_.dedups[s_.expiries.at(i)].finished == 0) continue;
-      parts_ |= kPartKeysEnds;
-      break;
-    }
-    if (parts_ <= kPartKeys) {
-      w_.u64(parts_ == 0 ? kMagic : kMagicKeys);
-      return;
-    }
-    w_.u64(kMagicParts);
-    w_.number(parts_);
-  }
-
   void names() {
     w_.number(s_.tenants.size());
     for (const std::string& tenant : s_.tenants) w_.text(tenant);
@@ -153,8 +142,9 @@ class Saver {
     w_.number(e.tenant);
     w_.u8(e.priority);
     std::uint32_t note = s_.extra_slot(e);
-    w_.u8(static_cast<std::uint8_t>((e.flags & (kKeptFlags | kKeyed)) |
-                                    (note == kNone ? 0 : kUsed)));
+    w_.u8(
+        static_cast<std::uint8_t>((e.flags & (kKeptFlags | kKeyed | kAtWall)) |
+                                  (note == kNone ? 0 : kUsed)));
     if (e.flags & kKeyed) {
       const KeyHash& hash = s_.keys[s_.key_slot(e)].hash;
       w_.u64(hash.low);
@@ -203,7 +193,6 @@ class Saver {
       w_.id(e.job);
       w_.u64(e.digest);
       w_.signed_number(e.expiry);
-      if (!(parts_ & kPartKeysEnds)) continue;
       w_.signed_number(e.finished);
       if (e.finished == 0) continue;
       w_.u8(e.state);
@@ -220,7 +209,6 @@ class Saver {
 
   const Core::Impl& s_;
   Writer w_;
-  std::uint64_t parts_ = 0;
   std::vector<std::uint32_t> ordinals_;  // of lines that have jobs
 };
 
@@ -233,7 +221,7 @@ class Loader {
 
   Result<void> load() {
     std::uint64_t magic = r_.u64();
-    if (magic == kMagicParts) {
+    if (magic == kMagic) {
       parts_ = r_.number();
       if (parts_ & ~kParts) {
         return Error{Code::newer,
@@ -242,11 +230,17 @@ class Loader {
       }
     } else if (magic == kMagicKeys) {
       parts_ = kPartKeys;
-    } else if (magic != kMagic) {
+    } else if (magic != kMagicFirst) {
       r_.fail();
     }
     s_.applied = r_.number();
     s_.time = r_.signed_number();
+    if (parts_ & kPartClock) {
+      s_.offset = r_.signed_number();
+      s_.anchor.time_ms = r_.signed_number();
+      s_.anchor.boot = r_.u64();
+      s_.anchor.boot_ms = r_.signed_number();
+    }
     s_.next_order = r_.number();
     s_.last_fence = r_.u64();
     names();
@@ -390,16 +384,20 @@ class Loader {
     e.priority = r_.u8_below(kPriorities);
     std::uint8_t flags = r_.u8();
     bool running = state == State::running;
-    const int known = kKeptFlags | kUsed | (parts_ & kPartKeys ? kKeyed : 0);
+    const int known = kKeptFlags | kUsed | (parts_ & kPartKeys ? kKeyed : 0) |
+                      (parts_ & kPartClock ? kAtWall : 0);
+    const bool at_wall = state == State::waiting || state == State::scheduled;
     bool good = (flags & ~known) == 0 && e.line < s_.lines.size() &&
                 e.tenant < s_.tenants.size() && e.order < s_.next_order &&
                 e.base <= e.attempt && e.attempt <= e.limit &&
                 e.base < e.limit && (running || !(flags & kCancel)) &&
+                (at_wall || !(flags & kAtWall)) &&
                 (!running || ((flags & kReturned) && e.attempt > e.base));
     if (!ok(good, "a job") || !ok(s_.find(e.id) == kNone, "an id twice")) {
       return kNone;
     }
-    e.flags = static_cast<std::uint8_t>(kUsed | (flags & kKeptFlags));
+    e.flags =
+        static_cast<std::uint8_t>(kUsed | (flags & (kKeptFlags | kAtWall)));
     s_.job_index.insert(slot);
     s_.use_line(e.line, +1);
     s_.need(e.body_place, +1);
@@ -533,6 +531,8 @@ std::unique_ptr<const Core::Impl> Core::Impl::freeze() {
   auto frozen = std::make_unique<Impl>(options);
   frozen->applied = applied;
   frozen->time = time;
+  frozen->offset = offset;
+  frozen->anchor = anchor;
   frozen->next_order = next_order;
   frozen->last_fence = last_fence;
   frozen->jobs = jobs.share();

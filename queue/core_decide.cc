@@ -56,7 +56,10 @@ EndCode attempt_code(EndCode code) {
 class Draft {
  public:
   Draft(const Core::Impl& state, Millis now, std::uint64_t seed)
-      : s_(state), now_(std::max(now, state.time)), chance_(seed) {}
+      : s_(state),
+        now_(std::max(now, state.time)),
+        wall_(s_.wall(now_)),
+        chance_(seed) {}
 
   void decide(EnqueueCommand&);
   void decide(const LeaseCommand&);
@@ -69,6 +72,7 @@ class Draft {
   void decide(const RetryCommand&);
   void decide(const UnblockCommand&);
   void decide(const GoneCommand&);
+  void decide(const ClockCommand&);
   void decide(const TickCommand&);
 
   Decision finish();
@@ -127,7 +131,7 @@ class Draft {
     const std::uint64_t count = s_.next_id + new_ids_++;
     const std::uint64_t chance = chance_.next();
     const JobId id =
-        make_job_id(now_, chance >> 62, chance << 32 | (count & 0xffffffff));
+        make_job_id(wall_, chance >> 62, chance << 32 | (count & 0xffffffff));
     s_.job_index.expect(id);  // it will be inserted soon
     return id;
   }
@@ -141,13 +145,16 @@ class Draft {
   void end_attempt(std::uint32_t slot, const Outcome&, ItemAnswer*);
   void end_now(std::uint32_t slot, State, EndCode, std::string message);
   void release(std::uint32_t lease);
-  void release_all_but(const std::string& worker, const std::set<Fence>&);
+  void release_others(const LeaseCommand&);
   Millis backoff_ms(const JobEntry&);
   void lease_ends(Fence fence, std::uint32_t slot);
 
   // handing out
   void ready_again(std::uint32_t slot, std::uint16_t attempt);
   void foresee(std::uint32_t slot, bool succeeded);
+  bool is_due(const JobEntry& e) const {
+    return e.time <= (e.flags & kAtWall ? wall_ : now_);
+  }
   bool may_feed() const { return will_lease_ || !s_.waiters.empty(); }
   void sort_new_ready();
   Key key_of(const NewReady&, std::size_t i) const;
@@ -178,7 +185,8 @@ class Draft {
   void forget();
 
   const Core::Impl& s_;
-  const Millis now_;
+  const Millis now_;   // of the server's clock
+  const Millis wall_;  // what the wall clock shows then
   Chance chance_;
   Decision out_;
 
@@ -280,11 +288,15 @@ Answer Draft::admit(NewJob&& job, const std::vector<Fact>& facts,
     taken.concurrency_limit = static_cast<std::uint16_t>(
         std::clamp<int>(taken.concurrency_limit, 1, kConcurrencyLimitMax));
   }
-  r->created_ms = now_;
+  r->created_ms = wall_;
+  taken.run_at_is_wall = taken.delay_ms == 0 && taken.run_at_ms > 0;
+  if (taken.delay_ms > 0) {
+    taken.run_at_ms = wall_ + std::exchange(taken.delay_ms, 0);
+  }
   if (!r->unmet.empty()) {
     r->state = State::waiting;
   } else {
-    r->state = taken.run_at_ms > now_ ? State::scheduled : State::ready;
+    r->state = taken.run_at_ms > wall_ ? State::scheduled : State::ready;
   }
   item->id = r->id;
   if (item->state != State::cancelled) item->state = r->state;
@@ -315,7 +327,7 @@ bool Draft::dedup_hit(const NewJob& job, ItemAnswer* item) {
     item->state = static_cast<State>(e.state);
     item->code = static_cast<EndCode>(e.code);
     item->attempt = e.attempt;
-    item->finished_ms = e.finished;
+    item->finished_ms = s_.wall(e.finished);
   }
   return true;
 }
@@ -550,7 +562,7 @@ EndRecord Draft::end_of(std::uint32_t slot, State state, EndCode code) const {
   if (e.state == u8(State::running)) {
     const LeaseEntry& lease = s_.leases[e.a];
     r.fence = lease.fence;
-    r.started_ms = lease.started;
+    r.started_ms = s_.wall(lease.started);
     r.worker = lease.worker_name();
   }
   return r;
@@ -677,10 +689,10 @@ void Draft::end_attempt(std::uint32_t slot, const Outcome& outcome,
   bool first_death = code == EndCode::worker_died && !(e.flags & kDiedOnce);
   if (outcome.retry_after_ms >= 0) {
     const Millis wait = std::min<Millis>(outcome.retry_after_ms, e.retry_max);
-    r.run_at_ms = wait > 0 ? now_ + wait : 0;
+    r.run_at_ms = wait > 0 ? wall_ + wait : 0;
   } else if (!first_death) {
-    r.run_at_ms = now_ + backoff_ms(e);
-    if (r.run_at_ms <= now_) r.run_at_ms = 0;
+    r.run_at_ms = wall_ + backoff_ms(e);
+    if (r.run_at_ms <= wall_) r.run_at_ms = 0;
   }
   lease_ends(r.fence, slot);
   item->id = r.id;
@@ -719,7 +731,7 @@ void Draft::decide(const BlockCommand& c) {
   r.data = c.data;
   std::uint64_t a = chance_.next();
   r.token = hex32(a, chance_.next());
-  if (c.deadline_ms > 0) r.deadline_ms = now_ + c.deadline_ms;
+  if (c.deadline_ms > 0) r.deadline_ms = wall_ + c.deadline_ms;
   item.state = State::blocked;
   item.detail = r.token;
   lease_ends(c.fence, slot);
@@ -829,12 +841,15 @@ void Draft::decide(const GoneCommand& c) {
     for (std::uint32_t at = found->second; at != kNone;
          at = s_.leases[at].worker_next) {
       if (ended_leases_.contains(s_.leases[at].fence)) continue;
+      if (c.ended) {
+        release(at);
+        continue;
+      }
       ItemAnswer item;
       end_attempt(job_of(at), outcome, &item);
       out_.items.push_back(std::move(item));
     }
   }
-  for (const std::string& worker : c.ended) release_all_but(worker, {});
 }
 
 // --- leases ---
@@ -845,9 +860,7 @@ void Draft::decide(const LeaseCommand& c) {
 }
 
 void Draft::lease(const LeaseCommand& c) {
-  if (c.holding) {
-    release_all_but(c.worker, {c.holding->begin(), c.holding->end()});
-  }
+  if (c.holding) release_others(c);
   promote();
   std::size_t max =
       static_cast<std::size_t>(std::clamp(c.max, 1, kLeasesPerCallMax));
@@ -855,10 +868,10 @@ void Draft::lease(const LeaseCommand& c) {
   out_.park = out_.grants.empty() && c.waiter != 0;
 }
 
-void Draft::release_all_but(const std::string& worker,
-                            const std::set<Fence>& holding) {
-  auto found = s_.worker_leases.find(worker);
+void Draft::release_others(const LeaseCommand& c) {
+  auto found = s_.worker_leases.find(c.worker);
   if (found == s_.worker_leases.end()) return;
+  std::set<Fence> holding(c.holding->begin(), c.holding->end());
   for (std::uint32_t at = found->second; at != kNone;
        at = s_.leases[at].worker_next) {
     Fence fence = s_.leases[at].fence;
@@ -911,7 +924,7 @@ void Draft::foresee(std::uint32_t slot, bool succeeded) {
     if (!succeeded) continue;
     std::uint32_t dependent = s_.edges[edge].dependent;
     const JobEntry& e = s_.jobs[dependent];
-    if (++met_[dependent] == e.unmet && e.time <= now_) {
+    if (++met_[dependent] == e.unmet && is_due(e)) {
       freed.push_back(dependent);
     }
   }
@@ -1181,15 +1194,17 @@ void Draft::feed() {
 // --- time passes ---
 
 void Draft::promote() {
-  if (s_.due.empty() || s_.jobs[s_.due.top()].time > now_) return;
   PromoteRecord r;
-  std::vector<std::uint32_t> slots = s_.due.first(
-      kTickMax, [this](const JobEntry& e) { return e.time <= now_; });
-  for (std::uint32_t slot : slots) {
-    r.ids.push_back(s_.jobs[slot].id);
-    ready_again(slot, s_.jobs[slot].attempt);
+  for (const auto* heap : {&s_.due, &s_.due_wall}) {
+    if (heap->empty() || !is_due(s_.jobs[heap->top()])) continue;
+    for (std::uint32_t slot :
+         heap->first(kTickMax - r.ids.size(),
+                     [this](const JobEntry& e) { return is_due(e); })) {
+      r.ids.push_back(s_.jobs[slot].id);
+      ready_again(slot, s_.jobs[slot].attempt);
+    }
   }
-  record(std::move(r));
+  if (!r.ids.empty()) record(std::move(r));
 }
 
 void Draft::forget() {
@@ -1201,6 +1216,10 @@ void Draft::forget() {
                  [this](const DedupEntry& e) { return e.expiry <= now_; })
           .size();
   record(ForgetRecord{now_, static_cast<std::uint32_t>(count)});
+}
+
+void Draft::decide(const ClockCommand& c) {
+  record(ClockRecord{c.offset_ms, c.boot, c.boot_ms});
 }
 
 void Draft::decide(const TickCommand&) {

@@ -73,8 +73,7 @@ class Checker {
         waiting(i, e);
         break;
       case State::scheduled:
-        CHECK(e.a < s_.due.size() && s_.due.at(e.a) == i);  // C4
-        ++scheduled_;
+        scheduled(i, e.flags & kAtWall ? s_.due_wall : s_.due, e);
         break;
       case State::ready:
         if (!(e.flags & kKeyed)) ++ready_in_line_[e.line];
@@ -96,6 +95,14 @@ class Checker {
     }
     CHECK(!(e.flags & kCancel) || e.state == u8(State::running));  // C8
     CHECK(!(e.flags & kDoomed) || e.state == u8(State::waiting));
+    CHECK(!(e.flags & kAtWall) || e.state == u8(State::waiting) ||
+          e.state == u8(State::scheduled));  // C4
+  }
+
+  void scheduled(std::uint32_t i, const Heap<JobEntry, JobByTime>& heap,
+                 const JobEntry& e) {
+    CHECK(e.a < heap.size() && heap.at(e.a) == i);  // C4
+    ++scheduled_;
   }
 
   void waiting(std::uint32_t i, const JobEntry& e) {
@@ -114,7 +121,7 @@ class Checker {
   }
 
   void lines() {
-    CHECK(s_.due.size() == scheduled_);  // C4
+    CHECK(s_.due.size() + s_.due_wall.size() == scheduled_);  // C4
     CHECK(s_.deadlines.size() == deadlines_);
     std::size_t used = 0, hungry = 0, with_ready = 0;
     for (std::uint32_t i = 0; i < s_.lines.size(); ++i) {
@@ -221,6 +228,10 @@ class Checker {
     for (std::size_t i = 1; i < s_.due.size(); ++i) {
       CHECK(s_.jobs[s_.due.at((i - 1) / 2)].time <=
             s_.jobs[s_.due.at(i)].time);  // C4
+    }
+    for (std::size_t i = 1; i < s_.due_wall.size(); ++i) {
+      CHECK(s_.jobs[s_.due_wall.at((i - 1) / 2)].time <=
+            s_.jobs[s_.due_wall.at(i)].time);  // C4
     }
   }
 

@@ -5,8 +5,9 @@
 // core_invariants.cc checks.
 //
 //   jobs       a slab of 88-byte entries, found by id. By state an entry is
-//              in exactly one of: its line's lists (ready), the due heap
-//              (scheduled), the deadline heap (blocked with a deadline), a
+//              in exactly one of: its line's lists (ready), a due heap
+//              (scheduled: one by the server's clock, one by times of day),
+//              the deadline heap (blocked with a deadline), a
 //              lease (running), its dependencies' edges or the doomed list
 //              (waiting).
 //   lines      (queue, kind, level), interned. Each has, by priority, two
@@ -58,14 +59,16 @@ enum JobFlag : std::uint8_t {
   kReturned = 16,  // was leased before
   kDiedOnce = 32,  // one worker died under it already
   kKeyed = 64,     // has a concurrency key: `extra` is a KeyedEntry
+  kAtWall = 128,   // waiting, scheduled: `time` is a time of day
 };
 
 struct JobEntry {
   JobId id;
   Place body_place;
   std::uint64_t order;  // when it last became ready, scheduled or blocked
-  std::int64_t time;    // waiting, scheduled: run_at; ready, running: since;
-                        // blocked: deadline or 0
+  // Of the server's clock, but with kAtWall. waiting, scheduled: when it may
+  // run; ready, running: since; blocked: deadline or 0.
+  std::int64_t time;
   std::uint32_t body_bytes;
   std::uint32_t link;
   // ready, doomed: next and previous of the list; waiting: a is the first of
@@ -146,7 +149,7 @@ struct RankEntry {
 
 struct LeaseEntry {
   Fence fence;
-  Millis started;   // wall
+  Millis started;
   Millis deadline;  // mono; not durable
   std::uint32_t job, link, position, worker_next, worker_before;
   std::uint8_t level, worker_bytes;
@@ -241,12 +244,12 @@ struct Line {
   std::string kind;
   std::uint32_t queue = 0;
   Level level = 0;
-  std::uint64_t jobs = 0;            // live ones; 0: the line may be reused
-  std::uint64_t ready = 0;           // in `lists`, and the groups in `open`
+  std::uint64_t jobs = 0;   // live ones; 0: the line may be reused
+  std::uint64_t ready = 0;  // in `lists`, and the groups in `open`
   // Null: none so far. A frozen core's lines share it and do not look at it.
   std::shared_ptr<OpenGroups> open;
-  std::uint32_t waiters = 0;         // parked calls that match; not durable
-  std::uint32_t ready_at = kNone;    // position in ready_lines
+  std::uint32_t waiters = 0;       // parked calls that match; not durable
+  std::uint32_t ready_at = kNone;  // position in ready_lines
   JobList lists[kPriorities][2];
 };
 struct QueueEntry {
@@ -301,6 +304,8 @@ struct Core::Impl {
   // --- durable ---
   Lsn applied = 0;
   Millis time = 0;
+  Millis offset = 0;  // of the wall clock to that
+  ClockAnchor anchor;
   std::uint64_t next_order = 1;
   Fence last_fence = 0;
   Slab<JobEntry> jobs;
@@ -318,6 +323,7 @@ struct Core::Impl {
   Slab<RankEntry> ranks;
   Index<KeyEntry, KeyByHash> key_index{&keys};
   Heap<JobEntry, JobByTime> due{&jobs};
+  Heap<JobEntry, JobByTime> due_wall{&jobs};
   Heap<JobEntry, JobByTime> deadlines{&jobs};
   Heap<DedupEntry, DedupByExpiry> expiries{&dedups};
   std::vector<Line> lines;
@@ -355,7 +361,9 @@ struct Core::Impl {
   void apply(const Record&, const CancelRecord&);
   void apply(const Record&, const PromoteRecord&);
   void apply(const Record&, const ForgetRecord&);
+  void apply(const Record&, const ClockRecord&);
   void enter(std::uint32_t slot, State state);   // into a state's structure
+  void enter_ready(std::uint32_t slot);          // now
   void insert(std::uint32_t slot, State state);  // keeping its order
   void leave(std::uint32_t slot);                // out of it
   void make_due(std::uint32_t slot);             // scheduled or ready, by time
@@ -389,6 +397,11 @@ struct Core::Impl {
   }
 
   // --- looking ---
+  // A time of the server's clock as the wall clock shows it; 0 stays 0.
+  Millis wall(Millis at) const { return at == 0 ? 0 : at + offset; }
+  Heap<JobEntry, JobByTime>& due_of(const JobEntry& e) {
+    return e.flags & kAtWall ? due_wall : due;
+  }
   // Its ExtraEntry, or kNone.
   std::uint32_t extra_slot(const JobEntry& e) const {
     return e.flags & kKeyed ? keyed[e.extra].extra : e.extra;

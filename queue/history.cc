@@ -420,7 +420,8 @@ Result<void> SqliteHistory::apply_day(
       to->remove.bytes(1, change->id.bytes.data(), change->id.bytes.size());
       rc = to->remove.run();
     } else {
-      Millis until = change->finished_ms + change->body->job.keep_result_ms;
+      Millis until = change->finished_ms - change->offset_ms +
+                     change->body->job.keep_result_ms;
       *expires = std::max(*expires, until);
       rc = put(to, *change, until);
     }

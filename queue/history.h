@@ -50,7 +50,8 @@ struct FinishedJob {
 struct HistoryChange {
   JobId id;
   Lsn lsn = 0;
-  Millis finished_ms = 0;
+  Millis finished_ms = 0;  // as the wall clock showed it
+  Millis offset_ms = 0;    // that less the server's clock, by which it is kept
   // Both set: the job finished. Both null: it left history (explicit retry),
   // or, where `unblock` is set, went on: history keeps nothing of that, but an
   // EndSink may want to know who said so.

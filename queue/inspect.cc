@@ -125,6 +125,12 @@ class Describe {
     line_.type = "promote";
     ids("jobs", r.ids);
   }
+  void operator()(const ClockRecord& r) {
+    line_.type = "clock";
+    text("offset_ms", std::to_string(r.offset_ms));
+    if (r.boot != 0) text("boot", fence_hex(r.boot));
+    if (r.boot != 0) text("boot_ms", std::to_string(r.boot_ms));
+  }
   void operator()(const ForgetRecord& r) {
     line_.type = "forget";
     time("until", r.until_ms);

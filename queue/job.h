@@ -107,6 +107,11 @@ struct NewJob {
   std::string payload = "{}";
   int priority = 5;
   Millis run_at_ms = 0;  // wall; 0: at once
+  Millis delay_ms = 0;   // instead, where > 0: so long after it was accepted;
+                         // a record has run_at_ms for it
+  bool run_at_is_wall = false;  // of a record: run_at_ms was asked for, as a
+                                // time of day; else it is how the wall clock
+                                // stood when the delay was counted
   int max_attempts = 5;
   Millis retry_min_ms = 1000;
   Millis retry_max_ms = 300000;

@@ -19,9 +19,10 @@ enum EnqueueFlag : std::uint64_t {
   kHasTraceparent = 64,
   kHasRequestId = 128,
   kIsRevived = 256,
-  kHasKey = 512,  // unknown to the first programs
+  kHasKey = 512,        // unknown to the first programs
+  kRunAtIsWall = 1024,  // "
 };
-constexpr std::uint64_t kEnqueueFlags = 1023;
+constexpr std::uint64_t kEnqueueFlags = 2047;
 
 // A revived job was failed, cancelled or dead.
 constexpr std::uint8_t kRevivedMin = static_cast<std::uint8_t>(State::failed);
@@ -39,6 +40,7 @@ std::uint64_t enqueue_flags(const EnqueueRecord& r) {
   if (!job.request_id.empty()) flags |= kHasRequestId;
   if (r.revived || r.attempt) flags |= kIsRevived;
   if (!job.concurrency_key.empty()) flags |= kHasKey;
+  if (job.run_at_is_wall) flags |= kRunAtIsWall;
   return flags;
 }
 
@@ -164,6 +166,12 @@ void write(Writer& w, const ForgetRecord& r) {
   w.number(r.count);
 }
 
+void write(Writer& w, const ClockRecord& r) {
+  w.signed_number(r.offset_ms);
+  w.u64(r.boot);
+  w.signed_number(r.boot_ms);
+}
+
 EnqueueRecord read_enqueue(Reader& r) {
   EnqueueRecord record;
   NewJob& job = record.job;
@@ -185,6 +193,8 @@ EnqueueRecord read_enqueue(Reader& r) {
   job.queue = r.text();
   job.tenant = r.text();
   job.payload = r.text();
+  job.run_at_is_wall = (flags & kRunAtIsWall) != 0;
+  if (job.run_at_is_wall && job.run_at_ms <= 0) r.fail();
   if (flags & kHasDedup) {
     job.dedup_key = r.text();
     if (job.dedup_key.empty()) r.fail();
@@ -314,6 +324,14 @@ ForgetRecord read_forget(Reader& r) {
   return record;
 }
 
+ClockRecord read_clock(Reader& r) {
+  ClockRecord record;
+  record.offset_ms = r.signed_number();
+  record.boot = r.u64();
+  record.boot_ms = r.signed_number();
+  return record;
+}
+
 Error newer(RecordType type) {
   return Error{Code::newer,
                "record of unknown type " +
@@ -323,13 +341,16 @@ Error newer(RecordType type) {
 
 }  // namespace
 
-// The variant's order is the numbering of the types.
+// The variant's order is the numbering of the types, but for the last.
 static_assert(
     std::is_same_v<std::variant_alternative_t<0, RecordBody>, EnqueueRecord>);
 static_assert(std::variant_size_v<RecordBody> ==
-              static_cast<std::size_t>(RecordType::forget));
+              static_cast<std::size_t>(RecordType::forget) + 1);
 
 RecordType type_of(const Record& record) {
+  if (std::holds_alternative<ClockRecord>(record.body)) {
+    return RecordType::clock;
+  }
   return static_cast<RecordType>(record.body.index() + 1);
 }
 
@@ -373,6 +394,9 @@ Result<Record> decode(RecordType type, std::span<const std::byte> bytes) {
       break;
     case RecordType::forget:
       record.body = read_forget(r);
+      break;
+    case RecordType::clock:
+      record.body = read_clock(r);
       break;
     default:
       return newer(type);

@@ -35,6 +35,7 @@ enum class RecordType : std::uint8_t {
   cancel = 8,   // a running job was asked to stop
   promote = 9,  // scheduled jobs became ready
   forget = 10,  // dedup keys expired
+  clock = 12,   // how the wall clock stands to the log's time
 };
 
 // The body: everything the client asked for, as kept for the job's life.
@@ -112,13 +113,22 @@ struct ForgetRecord {
   bool operator==(const ForgetRecord&) const = default;
 };
 
+// Other times than a record's own are wall clock, as it stood to the log's time
+// when the record was made.
+struct ClockRecord {
+  Millis offset_ms = 0;    // the wall clock less the log's time, from here on
+  std::uint64_t boot = 0;  // the boot whose monotonic clock is meant, 0: none
+  Millis boot_ms = 0;      // what that said at the record's time
+  bool operator==(const ClockRecord&) const = default;
+};
+
 using RecordBody =
     std::variant<EnqueueRecord, GrantRecord, EndRecord, RetryRecord,
                  ReleaseRecord, BlockRecord, UnblockRecord, CancelRecord,
-                 PromoteRecord, ForgetRecord>;
+                 PromoteRecord, ForgetRecord, ClockRecord>;
 
 struct Record {
-  Millis time_ms = 0;  // logged server time: never goes back
+  Millis time_ms = 0;  // of the server's clock: queue/server_clock.h
   RecordBody body;
   Lsn lsn = 0;              // set by append, and by recovery
   Place place = 0;          // "

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdio>
 
+#include "queue/say.h"
 #include "queue/shard_impl.h"
 
 namespace machina {
@@ -97,6 +98,11 @@ Result<void> ShardImpl::start(RecoveryReport* report) {
   checkpoint_lsn_ = checkpoint;
   start_disk(report);
   recovery_ = report->text;
+  boot_ = clock_.boot();
+  server_clock_.start(core_.time(), core_.clock_offset(), core_.clock_anchor(),
+                      read_clocks());
+  new_anchor_ = boot_ != 0 && core_.clock_anchor().boot != boot_;
+  look_at_clock(true);
   core_.set_epoch(log_->writer_epoch());
   core_.set_mono(mono());
   core_.restart_leases(mono());
@@ -133,7 +139,8 @@ Result<void> ShardImpl::visit(const Record& record, Lsn checkpoint) {
     made->by_complete = end->by_complete != 0;
     made->state = end->state;
     made->attempt = end->attempt;
-    made->finished_ms = record.time_ms;
+    made->offset_ms = core_.clock_offset();
+    made->finished_ms = record.time_ms + made->offset_ms;
     made->body_place = end->body_place;
     made->body_bytes = end->body_bytes;
     made->end_place = record.place;
@@ -157,8 +164,54 @@ void ShardImpl::on_wake(std::function<void()> wake) {
   waker_->wake = std::move(wake);
 }
 
-Millis ShardImpl::now() const {
-  return std::max(clock_.wall_ms(), core_.time());
+Millis ShardImpl::now() const { return server_clock_.now(mono()); }
+
+// The monotonic one first: what comes between makes the wall clock seem ahead.
+ClockReading ShardImpl::read_clocks() const {
+  ClockReading at;
+  at.boot = boot_;
+  at.mono_ms = mono();
+  at.wall_ms = clock_.wall_ms();
+  return at;
+}
+
+// Whether the wall clock was set, since the last look or, at a start, since the
+// log was last written.
+void ShardImpl::look_at_clock(bool starting) {
+  const Millis known = new_offset_.value_or(core_.clock_offset());
+  Millis measured = server_clock_.offset(read_clocks());
+  if (!clock_was_set(known, measured)) return;
+  for (int i = 0; i < 3; ++i) {  // we may have been held up in between
+    measured = std::min(measured, server_clock_.offset(read_clocks()));
+  }
+  if (!clock_was_set(known, measured)) return;
+  new_offset_ = measured;
+  const Millis step = measured - known;
+  if (step < kClockSaidMs && step > -kClockSaidMs) return;
+  ++clock_steps_;
+  last_step_ms_ = step;
+  Saying(Severity::warn, "clock_stepped",
+         std::string("the wall clock was set ") +
+             (step < 0 ? "back" : "forward") + " by " +
+             std::to_string(step < 0 ? -step : step) + " ms" +
+             (starting ? " while no server ran" : "") +
+             ": run_at follows it; delays, retries and deadlines do not")
+      .with("step_ms", step);
+}
+
+// Into the log, before whatever is decided next.
+void ShardImpl::say_clock() {
+  if (!new_offset_ && !new_anchor_) return;
+  const ClockReading at = read_clocks();
+  ClockCommand command;
+  command.offset_ms = new_offset_.value_or(core_.clock_offset());
+  command.boot = at.boot;
+  command.boot_ms = at.mono_ms;
+  new_offset_.reset();
+  new_anchor_ = false;
+  Decision decision =
+      core_.decide(server_clock_.now(at.mono_ms), 0, Command(command));
+  commit(&decision);
 }
 
 Millis ShardImpl::mono() const { return clock_.mono_ms(); }
@@ -172,6 +225,8 @@ void ShardImpl::turn() {
     fail_all_poisoned();
     return;
   }
+  look_at_clock(false);
+  if (new_offset_ && core_.applied() > 0) say_clock();
   run_due();
   run_timers();
   log_->flush();
@@ -191,7 +246,7 @@ void ShardImpl::turn() {
 void ShardImpl::run_due() {
   for (int round = 0; round < kTickRoundsMax; ++round) {
     core_.set_mono(mono());
-    if (core_.next_due_wall() > now() && core_.next_due_mono() > mono()) return;
+    if (core_.next_due() > now() && core_.next_due_mono() > mono()) return;
     auto decision = decide(Command(TickCommand{}));
     if (!decision) return;
     const bool idle = decision->records.empty();
@@ -209,8 +264,8 @@ Millis ShardImpl::next_due_ms() {
   if (log_->poisoned()) {
     return held_.empty() && calls_.empty() ? -1 : 0;
   }
-  if (Millis wall = core_.next_due_wall(); wall != INT64_MAX) {
-    sooner(wall - now());
+  if (Millis next = core_.next_due(); next != INT64_MAX) {
+    sooner(next - server_clock_.now(at));
   }
   if (Millis mono_due = core_.next_due_mono(); mono_due != INT64_MAX) {
     sooner(mono_due - at);
@@ -324,6 +379,8 @@ ShardStats ShardImpl::stats() {
   stats.draining = draining_;
   stats.poison_cause = log_->poison_cause();
   stats.recovery = recovery_;
+  stats.clock_steps = clock_steps_;
+  stats.last_clock_step_ms = last_step_ms_;
   stats.wait_seconds.swap(wait_seconds_);
   stats.run_seconds.swap(run_seconds_);
   return stats;

@@ -125,6 +125,8 @@ struct ShardStats {
   Log::Stats log;
   bool poisoned = false, draining = false;
   std::string poison_cause, recovery;
+  std::uint64_t clock_steps = 0;  // of the wall clock, since the start
+  Millis last_clock_step_ms = 0;  // < 0: back
   // samples since the last call, seconds; bounded
   std::vector<std::pair<std::string, double>> wait_seconds,
       run_seconds;  // kind

@@ -41,7 +41,7 @@ void ShardImpl::remember_unblock(const Record& record) {
   auto made = std::make_shared<Ended>();
   made->id = unblock.id;
   made->lsn = record.lsn;
-  made->finished_ms = record.time_ms;
+  made->finished_ms = record.time_ms + core_.clock_offset();
   made->unblock = std::make_shared<const UnblockRecord>(std::move(unblock));
   remember_ended(std::move(made));
 }
@@ -117,6 +117,7 @@ Result<HistoryChange> change_of(const Log& log, const Ended& ended) {
   change.id = ended.id;
   change.lsn = ended.lsn;
   change.finished_ms = ended.finished_ms;
+  change.offset_ms = ended.offset_ms;
   change.unblock = ended.unblock;
   if (!ended.is_end()) return change;
   change.body = ended.body;

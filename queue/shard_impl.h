@@ -61,6 +61,7 @@ constexpr Millis kFeedIdleMs = 5000;  // applied() follows without rows
 constexpr Millis kFeedRetryMs = 1000;
 constexpr Millis kExpireMs = 60'000;
 constexpr Millis kDiskSampleMs = 1000;
+constexpr Millis kClockSaidMs = 500;  // a smaller step is nobody's doing
 constexpr Millis kLevelSeenMs = 60'000;
 constexpr Millis kListWaitMs = 2000;  // for history to catch up with the core
 constexpr std::size_t kEndedMemoryMax = 64u << 20;  // else read from the log
@@ -83,7 +84,8 @@ struct Ended {
   bool by_complete = false;
   State state = State::succeeded;
   int attempt = 0;
-  Millis finished_ms = 0;
+  Millis finished_ms = 0;  // as the wall clock showed it
+  Millis offset_ms = 0;    // that less the log's time
   Place body_place = 0, end_place = 0;
   std::uint32_t body_bytes = 0, end_bytes = 0;
   Body body;                             // null: in the log
@@ -138,7 +140,7 @@ struct Call {
   std::unique_ptr<JobView> asked;  // of one job with a dedup key: as much of
                                    // it as the job that has the key shares
   std::vector<Fence> grants;       // decided for it and not yet sent
-  Lsn lsn = 0;                // H1
+  Lsn lsn = 0;                     // H1
   bool dropped = false;
 
   enum class Parked : std::uint8_t { no, lease, heartbeat, watch, list };
@@ -182,7 +184,10 @@ class ShardImpl final : public Shard {
   Result<void> visit(const Record& record, Lsn checkpoint);
   void run_due();
   bool wait_for(const std::function<bool()>& done);
-  Millis now() const;  // server time: never goes back
+  void look_at_clock(bool starting);
+  void say_clock();
+  ClockReading read_clocks() const;
+  Millis now() const;  // of the server's clock: never goes back
   Millis mono() const;
 
   // shard_submit.cc
@@ -286,6 +291,12 @@ class ShardImpl final : public Shard {
   Random& random_;
   const ShardOptions options_;
   Core core_;
+  ServerClock server_clock_;
+  std::uint64_t boot_ = 0;
+  std::optional<Millis> new_offset_;  // measured, and not in the log yet
+  bool new_anchor_ = false;           // this boot is not in the log yet
+  std::uint64_t clock_steps_ = 0;
+  Millis last_step_ms_ = 0;
   std::unique_ptr<History> history_;
   EndSink* sink_ = nullptr;
   std::atomic<std::size_t> image_bytes_{0};  // of the last checkpoint; set by

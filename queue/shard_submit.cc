@@ -554,6 +554,7 @@ void ShardImpl::list_history(const CallPtr& call) {
 // --- decide and commit ---
 
 std::optional<Decision> ShardImpl::decide(Command command) {
+  say_clock();
   core_.set_mono(mono());
   Decision decision = core_.decide(now(), random_.next(), std::move(command));
   if (!commit(&decision)) return std::nullopt;
@@ -624,7 +625,8 @@ void ShardImpl::ended(Record* record) {
   made->by_complete = end.by_complete != 0;
   made->state = end.state;
   made->attempt = end.attempt;
-  made->finished_ms = record->time_ms;
+  made->offset_ms = core_.clock_offset();
+  made->finished_ms = record->time_ms + made->offset_ms;
   made->body_place = end.body_place;
   made->body_bytes = end.body_bytes;
   made->end_place = record->place;
@@ -670,7 +672,8 @@ void ShardImpl::give(const CallPtr& call,
     CHECK(look);
     std::size_t bytes =
         look->body_bytes + look->note_bytes + kLeaseOverheadBytes;
-    if (!call->response.leases.empty() && total + bytes > kLeaseBodiesBytesMax) {
+    if (!call->response.leases.empty() &&
+        total + bytes > kLeaseBodiesBytesMax) {
       excess.fences.push_back(grant.fence);
       continue;
     }

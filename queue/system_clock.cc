@@ -1,4 +1,9 @@
+#include <xxhash.h>
+
+#include <algorithm>
 #include <ctime>
+#include <fstream>
+#include <string>
 
 #include "queue/check.h"
 #include "queue/clock.h"
@@ -16,6 +21,12 @@ class SystemClock : public Clock {
  public:
   Millis wall_ms() override { return read_clock(CLOCK_REALTIME); }
   Millis mono_ms() override { return read_clock(CLOCK_BOOTTIME); }
+  std::uint64_t boot() override {
+    std::ifstream file("/proc/sys/kernel/random/boot_id");
+    std::string id;
+    if (!(file >> id)) return 0;
+    return std::max<std::uint64_t>(1, XXH3_64bits(id.data(), id.size()));
+  }
 };
 
 }  // namespace

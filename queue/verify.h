@@ -100,7 +100,7 @@ struct RecordLine {
   Lsn lsn = 0;
   Millis time = 0;
   std::string type;  // enqueue, grant, ...
-  JobId id;          // nil: promote, forget
+  JobId id;          // nil: promote, forget, clock
   std::uint32_t bytes = 0;
   std::string file;
   std::uint64_t offset = 0;

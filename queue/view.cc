@@ -77,7 +77,6 @@ void fill_from_note(const Record& note, JobView* view) {
     view->blocked_reason = block->reason;
     view->blocked_data = block->data;
     view->blocked_token = block->token;
-    view->blocked_deadline_ms = block->deadline_ms;
   } else if (auto* unblock = std::get_if<UnblockRecord>(&note.body)) {
     view->input = unblock->input;
   }

@@ -57,12 +57,13 @@ bool Service::log_stuck() {
 void Service::leave_at_once() {
   if (options_.events.end_pool) options_.events.end_pool(true);
   GoneCommand gone;
+  gone.ended = true;
   for (const auto& [_, pool] : pools_) {
     for (const Pool::Worker& worker : pool.workers) {
-      gone.ended.push_back(worker.name);
+      gone.workers.push_back(worker.name);
     }
   }
-  bool known = gone.ended.empty() || poisoned_ || finishing_;
+  bool known = gone.workers.empty() || poisoned_ || finishing_;
   if (!known) {
     Request request;
     request.what.emplace<Command>(std::move(gone));

@@ -389,7 +389,7 @@ MaybeProblem read_new_job(const JsonValue& json, const JobContext& context,
     } else if (name == "delay_ms") {
       delay = m;
       problem = read_integer(m, name, 0, kDelayMsMax, &n);
-      if (n > 0) job->run_at_ms = context.clock.wall_ms() + n;
+      job->delay_ms = n;
     } else if (name == "max_attempts") {
       problem = read_integer(m, name, 1, kMaxAttemptsMax, &n);
       job->max_attempts = static_cast<int>(n);

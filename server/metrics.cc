@@ -330,6 +330,9 @@ std::string Metrics::text(const ShardStats& stats, const WorkerNumbers& workers,
               std::uint64_t{ready ? 1u : 0u});
   lines.gauge("machina_log_poisoned", "1 after a write of the log failed.",
               std::uint64_t{stats.poisoned ? 1u : 0u});
+  lines.counter("machina_clock_steps_total",
+                "How often the wall clock was set, by half a second or more.",
+                stats.clock_steps);
   lines.gauge("machina_uptime_seconds", "Since this server started.",
               static_cast<std::uint64_t>(uptime_ms / 1000));
   lines.head("machina_build_info", "gauge", "This program.");

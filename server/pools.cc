@@ -68,7 +68,8 @@ bool read_counts(const JsonValue& json, PoolCounts* counts) {
 }  // namespace
 
 bool Service::read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
-                        GoneCommand* gone, Millis* wait_ms) {
+                        std::vector<std::string>* gone,
+                        std::vector<std::string>* ended, Millis* wait_ms) {
   auto fail = [&](const Problem& p) {
     refuse(call.peer, call.sequence, p);
     return false;
@@ -100,8 +101,8 @@ bool Service::read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
           return fail(bad_field(m.key(), "more than " + std::to_string(max)));
         }
         if (m.key() != "workers") {
-          auto& names = m.key() == "gone" ? gone->workers : gone->ended;
-          p = read_string(v, m.key(), kWorkerBytesMax, &names.emplace_back());
+          auto* names = m.key() == "gone" ? gone : ended;
+          p = read_string(v, m.key(), kWorkerBytesMax, &names->emplace_back());
           if (p) return fail(*p);
           continue;
         }
@@ -136,6 +137,13 @@ bool Service::read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
   return true;
 }
 
+void Service::report_gone(std::vector<std::string> workers, bool ended) {
+  if (workers.empty()) return;
+  Request request;
+  request.what.emplace<Command>(GoneCommand{std::move(workers), ended});
+  ask(std::move(request), [](const Response&) {});
+}
+
 void Service::post_sync(const Exchange& call) {
   // What a pool says of its workers is believed: that they are dead, how
   // strong their sandboxes are. So it must come from this host's own user.
@@ -155,20 +163,17 @@ void Service::post_sync(const Exchange& call) {
   JsonValue json;
   if (!parse_body(call, true, &json)) return;
   Pool said;
-  GoneCommand gone;
+  std::vector<std::string> gone, ended;
   Millis wait_ms = 0;
-  if (!read_sync(call, json, &said, &gone, &wait_ms)) return;
+  if (!read_sync(call, json, &said, &gone, &ended, &wait_ms)) return;
   std::string id(call.args[0]);
   if (pools_.count(id) == 0 && pools_.size() >= kPoolsMax) {
     return refuse(
         call.peer, call.sequence,
         bad_field("pool", "more than " + std::to_string(kPoolsMax) + " pools"));
   }
-  if (!gone.workers.empty() || !gone.ended.empty()) {
-    Request request;
-    request.what.emplace<Command>(std::move(gone));
-    ask(std::move(request), [](const Response&) {});
-  }
+  report_gone(std::move(gone), false);
+  report_gone(std::move(ended), true);
   Pool& pool = pools_[id];
   // A pool has one open sync: an older one was left behind.
   Where old = pool.parked;

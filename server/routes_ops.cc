@@ -100,6 +100,11 @@ void Service::get_stats(const Exchange& call) {
     json.string(level_name(static_cast<Level>(workers.level)));
   }
   json.end_object();
+  json.key("clock").begin_object();
+  json.key("steps").number(stats.clock_steps);
+  json.key("last_step_ms")
+      .number(static_cast<std::int64_t>(stats.last_clock_step_ms));
+  json.end_object();
   json.key("log").begin_object();
   json.key("applied_lsn").number(stats.applied);
   json.key("durable_lsn").number(stats.durable);

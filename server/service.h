@@ -61,8 +61,8 @@ constexpr std::uint64_t kUnprovedBytesMax = 64u << 20;
 constexpr Millis kPoolGraceMs = 2'000;
 constexpr Millis kPoolSilentMs = 45'000;  // a pool not heard of is gone
 constexpr Millis kStuckMs = 10'000;       // a batch that long: a dead disk
-constexpr Millis kLastSyncMs = 1000;  // of a server that is told twice to end
-constexpr Millis kPoolLookMs = 500;       // whether a pool that left is gone
+constexpr Millis kLastSyncMs = 1000;    // of a server that is told twice to end
+constexpr Millis kPoolLookMs = 500;     // whether a pool that left is gone
 constexpr Millis kPoolHearMs = 500;     // until a drain is told by signal, too
 constexpr Millis kPoolLeaveMs = 3'000;  // how long a drain waits for pools
 constexpr Millis kDrainLookMs = 20;     // between two looks at what is left
@@ -390,7 +390,10 @@ class Service {
   void get_workers(const Exchange& call);
   void put_scale(const Exchange& call);
   bool read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
-                 GoneCommand* gone, Millis* wait_ms);
+                 std::vector<std::string>* gone,
+                 std::vector<std::string>* ended, Millis* wait_ms);
+  // Their leases end, or go back where they were `ended`.
+  void report_gone(std::vector<std::string> workers, bool ended);
   void answer_sync(Peer& peer, std::uint64_t sequence);
   void answer_parked(bool all);
   bool pool_stays(Millis now);

@@ -157,8 +157,8 @@ void write_successor(const Root& root, int spawner, const PoolSlots& slots,
 }
 
 // Its spawner ends by itself, after its sandboxes; what does not is killed.
-// The number may be another process's by now: its name tells. One that has ended
-// and that nobody has buried yet is gone, too.
+// The number may be another process's by now: its name tells. One that has
+// ended and that nobody has buried yet is gone, too.
 void outlast_spawner(int pid) {
   const auto there = [&] {
     std::ifstream file("/proc/" + std::to_string(pid) + "/stat");
@@ -349,6 +349,7 @@ class Pool {
   std::string host_;
   HttpClient client_;
   int signal_fd_ = -1, news_fd_ = -1;
+  int terms_ = 0;  // how often a signal asked it to leave
   std::map<int, Facts> facts_;  // by slot
   int starts_ = 0;
   Millis fed_ms_ = 0;  // when the service manager last heard of us
@@ -527,14 +528,13 @@ void Pool::wait_for_news() {
     while (::read(signal_fd_, &info, sizeof info) == sizeof info) {
       if (info.ssi_signo == SIGTERM || info.ssi_signo == SIGINT) {
         std::lock_guard lock(mutex_);
-        begin_drain("asked to leave", options_.drain_ms);
-      } else if (info.ssi_signo == SIGHUP) {
-        say_reopen();
-        if (mode_ == Mode::serving) {
+        if (++terms_ == 1) {
           begin_drain("asked to leave", options_.drain_ms);
         } else {
           begin_kill("asked twice");
         }
+      } else if (info.ssi_signo == SIGHUP) {
+        say_reopen();
       }
     }
   }

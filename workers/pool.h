@@ -20,11 +20,13 @@
 //   P5  Nothing of the pool outlives it: workers die with it, sandboxes with
 //       the spawner. The pool that comes next waits for that, and reports the
 //       workers of one that was killed, whose names it finds in pool.lock.
-//   P7  A worker that the pool killed because it was asked to leave, by TERM, by
+//   P7  A worker that the pool killed because it was asked to leave, by TERM,
+//   by
 //       the server's drain or by being told twice, is reported `ended`: its job
 //       loses no attempt, even where the pool is killed before it can say so
 //       (pool.lock has it). One that died by itself is `gone` even then.
-//   P6  <root>/pool.log holds what pool, spawner and workers say; the pool alone
+//   P6  <root>/pool.log holds what pool, spawner and workers say; the pool
+//   alone
 //       writes it, within its bounds; nobody waits for it (queue/say.h).
 
 #pragma once

@@ -1,21 +1,27 @@
-// Times and ends that must be true: retries and what they depend on, attempts
-// that the operator ended, keys that outlive their jobs.
+// Times and ends that must be true: retries and what they depend on, a wall
+// clock that is set, attempts that the operator ended, keys that outlive their
+// jobs.
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <csignal>
+#include <ctime>
+#include <filesystem>
+#include <fstream>
 
 #include "tests/e2e/fixture.h"
 
 namespace machina::e2e {
 namespace {
 
+namespace fs = std::filesystem;
+
 class Times : public EndToEnd {
  protected:
   Json lease(const std::string& kind) {
     Answer a = p().post(
-        "/v1/leases",
-        {{"worker", "w"}, {"kinds", {kind}}, {"wait_ms", 5000}});
+        "/v1/leases", {{"worker", "w"}, {"kinds", {kind}}, {"wait_ms", 5000}});
     EXPECT_EQ(a.status, 200) << a.body;
     Json leases = a.json()["leases"];
     return leases.empty() ? Json() : leases[0];
@@ -36,9 +42,10 @@ class Times : public EndToEnd {
 
 TEST_P(Times, F12_ARetryAsksForItsDependencies) {
   start_alone();
-  std::string first = p().submit({{"kind", "ext.first"}, {"keep_result_ms", 1}});
-  std::string gone = p().submit(
-      {{"kind", "ext.then"}, {"depends_on", Json::array({first})}});
+  std::string first =
+      p().submit({{"kind", "ext.first"}, {"keep_result_ms", 1}});
+  std::string gone =
+      p().submit({{"kind", "ext.then"}, {"depends_on", Json::array({first})}});
   std::string root = p().submit({{"kind", "ext.root"}});
   std::string id =
       p().submit({{"kind", "ext.after"}, {"depends_on", Json::array({root})}});
@@ -62,8 +69,8 @@ TEST_P(Times, F12_ARetryAsksForItsDependencies) {
   refused = p().post("/v1/jobs/" + gone + "/retry", Json::object());
   EXPECT_EQ(refused.status, 409) << refused.body;
   EXPECT_EQ(refused.json()["code"], "dependency");
-  Answer taken = p().post("/v1/jobs/" + gone + "/retry",
-                          {{"ignore_dependencies", true}});
+  Answer taken =
+      p().post("/v1/jobs/" + gone + "/retry", {{"ignore_dependencies", true}});
   EXPECT_EQ(taken.status, 200) << taken.body;
   EXPECT_EQ(taken.json()["state"], "ready");
 
@@ -85,7 +92,8 @@ TEST_P(Times, F12_ARetryAsksForItsDependencies) {
 TEST_P(Times, F12_NoWaitIsLongerThanItsMaximum) {
   start_alone();
   for (const Json& failure :
-       {Json{{"code", "exit"}}, Json{{"code", "exit"}, {"retry_after_ms", 60000}}}) {
+       {Json{{"code", "exit"}},
+        Json{{"code", "exit"}, {"retry_after_ms", 60000}}}) {
     std::string id = p().submit({{"kind", "ext.max"},
                                  {"max_attempts", 9},
                                  {"retry_min_ms", 100},
@@ -105,16 +113,136 @@ TEST_P(Times, F12_NoWaitIsLongerThanItsMaximum) {
   }
 }
 
+// --- clocks ---
+
+#ifdef MACHINA_WALL_CLOCK_SHIM
+class Clocks : public Times {
+ protected:
+  void start_with_clock() {
+    shim_ = p().dir() + "/wall_clock.so";
+    shift_ = p().dir() + "/shift";
+    fs::copy_file(MACHINA_WALL_CLOCK_SHIM, shim_);
+    fs::permissions(shim_, fs::perms(0755));
+    set_clock(0);
+    start_alone({{"LD_PRELOAD", shim_}, {"WALL_CLOCK_SHIFT_FILE", shift_}});
+  }
+  // So many seconds from the true time.
+  void set_clock(long seconds) {
+    seconds_ = seconds;
+    std::ofstream(shift_ + ".new") << seconds;
+    fs::permissions(shift_ + ".new", fs::perms(0644));
+    fs::rename(shift_ + ".new", shift_);
+  }
+  // What that clock shows.
+  double wall_ms() const {
+    timespec t{};
+    clock_gettime(CLOCK_REALTIME, &t);
+    return static_cast<double>(t.tv_sec + seconds_) * 1e3 +
+           static_cast<double>(t.tv_nsec) / 1e6;
+  }
+  static std::string rfc3339(double ms) {
+    const time_t seconds = static_cast<time_t>(ms / 1000);
+    tm parts{};
+    gmtime_r(&seconds, &parts);
+    char text[64];
+    const std::size_t n = strftime(text, sizeof text, "%FT%T", &parts);
+    std::snprintf(text + n, sizeof text - n, ".%03dZ",
+                  static_cast<int>(static_cast<long long>(ms) % 1000));
+    return text;
+  }
+  // All that waits takes the time that it should, by whatever clock.
+  void expect_durations(const std::string& label) {
+    const std::string wait = std::to_string(++looks_);
+    auto kind = [&](const std::string& what) { return "ext." + what + wait; };
+    const double begin = now_ms();
+    // run_at is of whole milliseconds.
+    const double at = std::floor(wall_ms()) + 900;
+    p().submit({{"kind", kind("delay")}, {"delay_ms", 700}});
+    p().submit({{"kind", kind("at")}, {"run_at", rfc3339(at)}});
+    p().submit({{"kind", kind("retry")},
+                {"retry_min_ms", 500},
+                {"retry_max_ms", 500}});
+    std::string blocked = p().submit({{"kind", kind("block")}});
+    EXPECT_EQ(verb(lease(kind("block")), "block",
+                   {{"reason", "x"}, {"deadline_ms", 600}})
+                  .status,
+              200);
+    const double failed = now_ms();
+    EXPECT_EQ(verb(lease(kind("retry")), "fail", {{"code", "exit"}}).status,
+              200);
+    EXPECT_TRUE(lease(kind("retry")).is_object()) << label;
+    EXPECT_GE(now_ms() - failed, 500) << label;
+    EXPECT_TRUE(lease(kind("delay")).is_object()) << label;
+    EXPECT_GE(now_ms() - begin, 700) << label;
+    EXPECT_TRUE(lease(kind("at")).is_object()) << label;
+    EXPECT_GE(wall_ms(), at) << label;
+    Json end = p().wait_end(blocked, 20000);
+    EXPECT_EQ(end["state"], "dead") << label << end.dump(1);
+    EXPECT_EQ(end["error"]["code"], "timeout") << label;
+    EXPECT_GE(now_ms() - begin, 600) << label;
+  }
+
+  std::string shim_, shift_;
+  long seconds_ = 0;
+  int looks_ = 0;
+};
+
+TEST_P(Clocks, F07_ASetClockMovesNoDuration) {
+  start_with_clock();
+  set_clock(-30);
+  expect_durations("30 s back");
+  // Set while a job waits: it waits neither less nor until the clock is there.
+  double begin = now_ms();
+  p().submit({{"kind", "ext.long"}, {"delay_ms", 1500}});
+  set_clock(3600);
+  expect_durations("an hour forward");
+  set_clock(0);
+  EXPECT_TRUE(lease("ext.long").is_object());
+  EXPECT_GE(now_ms() - begin, 1500);
+
+  Json clock = p().get("/stats").json()["clock"];
+  EXPECT_GE(clock["steps"], 3) << clock.dump(1);
+  EXPECT_NEAR(clock["last_step_ms"].get<double>(), -3'600'000, 1000);
+  EXPECT_NE(p().get("/metrics").body.find("machina_clock_steps_total "),
+            std::string::npos);
+  for (const char* line : {"the wall clock was set back by",
+                           "the wall clock was set forward by"}) {
+    EXPECT_NE(p().log().find(line), std::string::npos) << end_of(p().log());
+  }
+}
+
+TEST_P(Clocks, F07_ASetClockMovesNoDurationOverARestart) {
+  start_with_clock();
+  for (long step : {-3600, 3600}) {
+    const std::string kind = step < 0 ? "ext.back" : "ext.forward";
+    const double begin = now_ms();
+    p().submit({{"kind", kind}, {"delay_ms", 2500}});
+    p().kill_server();
+    set_clock(seconds_ + step);
+    restart();
+    EXPECT_TRUE(lease(kind).is_object()) << step;
+    EXPECT_GE(now_ms() - begin, 2500) << step;
+    // What is shown goes by the clock as it is now.
+    Json job = p().job(p().submit({{"kind", "ext.shown"}}));
+    EXPECT_EQ(job["created_at"].get<std::string>().substr(0, 13),
+              rfc3339(wall_ms()).substr(0, 13));
+  }
+  expect_durations("back, forward, restarted");
+}
+
+MACHINA_BOTH(Clocks);
+#endif
+
 // --- the operator ends it ---
 
 class Ends : public Times {
  protected:
   // Runs until somebody ends it; its only attempt.
   std::string start_job() {
-    std::string id = p().submit(
-        {{"kind", "tool.shell"},
-         {"max_attempts", 1},
-         {"payload", {{"argv", {"/bin/sleep", "600"}}}}});
+    std::string id =
+        p().submit({{"kind", "tool.shell"},
+                    {"max_attempts", 1},
+                    {"payload", {{"argv", {"/bin/sleep", "600"}}}}});
     EXPECT_EQ(p().wait_state(id, "running")["state"], "running");
     return id;
   }
@@ -163,8 +291,8 @@ TEST_P(Ends, F10_OpsKillCostsNoAttempt) {
   start(serve);
   std::string id = start_job();
   for (const char* grace : {"1", "0"}) {
-    Ended killed = p().run({"ops", "kill", "--term-seconds", grace, "--root",
-                            p().root()});
+    Ended killed =
+        p().run({"ops", "kill", "--term-seconds", grace, "--root", p().root()});
     EXPECT_EQ(killed.code, 0) << killed.out << killed.err;
     p().wait_server();
     restart();
@@ -215,8 +343,10 @@ class Keys : public Times {};
 TEST_P(Keys, F11_AKeyThatOutlivesItsJobTellsTheTruth) {
   start_alone();
   auto gone = [&](const std::string& key, const std::string& end) {
-    Json request = {{"kind", "ext.e"}, {"payload", {{"x", 1}}},
-                    {"dedup_key", key}, {"keep_result_ms", 1}};
+    Json request = {{"kind", "ext.e"},
+                    {"payload", {{"x", 1}}},
+                    {"dedup_key", key},
+                    {"keep_result_ms", 1}};
     std::string id = p().submit(request);
     Json body = Json::object();
     if (end == "failed") body["verdict"] = "fail";

@@ -35,10 +35,10 @@ TEST(BodyCache, NeverHoldsMoreThanItsBound) {
 
 TEST(BodyMemory, F31_EveryTextOfABodyIsCounted) {
   using Text = std::string NewJob::*;
-  for (Text text : {&NewJob::kind, &NewJob::queue, &NewJob::tenant,
-                    &NewJob::payload, &NewJob::dedup_key, &NewJob::sandbox,
-                    &NewJob::traceparent, &NewJob::request_id,
-                    &NewJob::concurrency_key}) {
+  for (Text text :
+       {&NewJob::kind, &NewJob::queue, &NewJob::tenant, &NewJob::payload,
+        &NewJob::dedup_key, &NewJob::sandbox, &NewJob::traceparent,
+        &NewJob::request_id, &NewJob::concurrency_key}) {
     EnqueueRecord record;
     const std::size_t before = memory_of(record);
     (record.job.*text).assign(kKindKeyBytesMax, 'k');

@@ -39,7 +39,7 @@ struct CoreHarness {
   // Ticks until nothing is due, as the shard's turn() does.
   std::vector<Decision> settle() {
     std::vector<Decision> all;
-    while (core.next_due_wall() <= now || core.next_due_mono() <= mono) {
+    while (core.next_due() <= now || core.next_due_mono() <= mono) {
       all.push_back(run(TickCommand{}));
       if (all.size() > 100'000) ADD_FAILURE() << "ticks without end";
       if (all.size() > 100'000) break;

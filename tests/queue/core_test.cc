@@ -386,7 +386,7 @@ TEST(CoreRetry, BackoffDoublesUpToItsMaximum) {
     EXPECT_GE(r.run_at_ms, h.now + want);
     EXPECT_LE(r.run_at_ms, h.now + want + 250);
     EXPECT_EQ(h.state(id), State::scheduled);
-    EXPECT_EQ(h.core.next_due_wall(), r.run_at_ms);
+    EXPECT_EQ(h.core.next_due(), r.run_at_ms);
     h.pass(r.run_at_ms - h.now - 1);
     h.settle();
     EXPECT_EQ(h.state(id), State::scheduled);
@@ -477,14 +477,15 @@ TEST(CoreRetry, F10_AnAttemptThatWasEndedFromOutsideCountsNothing) {
   JobId other = h.add(j);
   h.lease_one("a");
   h.lease_one("b");
-  Decision d = h.run(GoneCommand{{"b"}, {"a", "nobody"}});
+  h.run(GoneCommand{{"b"}});
+  h.run(GoneCommand{{"a", "nobody"}, true});
   EXPECT_EQ(h.records<ReleaseRecord>().size(), 1u);
   EXPECT_EQ(h.state(id), State::ready);
   EXPECT_EQ(h.core.look(id)->view.attempt, 0);
   EXPECT_EQ(h.end_of(other)->state, State::dead);  // died by itself
   h.lease_one("a");
   h.cancel(id);
-  h.run(GoneCommand{{}, {"a"}});
+  h.run(GoneCommand{{"a"}, true});
   EXPECT_EQ(h.end_of(id)->state, State::cancelled);
 }
 
@@ -779,7 +780,7 @@ TEST(CoreDepends, FailureCascadesAsCancelledWithDependency) {
   JobId c = h.add(after({b}));
   h.fail(h.lease_one().fence, EndCode::verdict);
   EXPECT_EQ(h.core.look(b)->view.state, State::cancelled);  // cannot be undone
-  EXPECT_LE(h.core.next_due_wall(), h.now);
+  EXPECT_LE(h.core.next_due(), h.now);
   h.settle();
   for (JobId id : {b, c}) {
     ASSERT_NE(h.end_of(id), nullptr);
@@ -991,7 +992,7 @@ TEST(CoreDelay, NotBeforeItsTimeAndThenAtOnce) {
   NewJob j = CoreHarness::job();
   j.run_at_ms = h.now + 100;
   JobId id = h.add(j);
-  EXPECT_EQ(h.core.next_due_wall(), h.now + 100);
+  EXPECT_EQ(h.core.next_due(), h.now + 100);
   h.pass(99);
   EXPECT_EQ(h.lease("w").size(), 0u);
   h.pass(1);
@@ -1007,6 +1008,71 @@ TEST(CoreDelay, AClockThatGoesBackDelaysOnly) {
   h.add(CoreHarness::job());  // time in the log does not go back
   EXPECT_EQ(h.log.back().time_ms, h.log.front().time_ms);
   EXPECT_EQ(h.lease("w", 5).size(), 1u);
+}
+
+TEST(CoreDelay, F07_OnlyATimeOfDayFollowsTheWallClock) {
+  CoreHarness h;
+  auto add = [&](Millis delay, Millis run_at) {
+    NewJob j = CoreHarness::job();
+    j.delay_ms = delay;
+    j.run_at_ms = run_at;
+    return h.add(j);
+  };
+  JobId delayed = add(5000, 0);
+  JobId at = add(0, h.now + 5000);
+  EXPECT_EQ(h.core.look(delayed)->view.run_at_ms, h.now + 5000);
+  // An hour back: one waits as long as before, one an hour longer.
+  h.run(ClockCommand{-3'600'000, 0, 0});
+  EXPECT_EQ(h.core.look(delayed)->view.run_at_ms, h.now + 5000 - 3'600'000);
+  EXPECT_EQ(h.core.look(at)->view.run_at_ms, h.now + 5000);
+  Core again(h.options);
+  reload(h, &again);
+  EXPECT_EQ(h.image_of(again), h.image());
+  EXPECT_EQ(again.next_due(), h.now + 5000);
+  h.pass(5000);
+  h.settle();
+  EXPECT_EQ(h.state(delayed), State::ready);
+  EXPECT_EQ(h.state(at), State::scheduled);
+  EXPECT_EQ(h.core.next_due(), h.now + 3'600'000);
+  // Set right again, and by a second too far.
+  h.run(ClockCommand{1000, 0, 0});
+  h.settle();
+  EXPECT_EQ(h.state(at), State::ready);
+  // An hour forward hurries nobody but a time of day.
+  delayed = add(5000, 0);
+  at = add(0, h.now + 1'800'000);
+  h.run(ClockCommand{3'600'000, 0, 0});
+  h.settle();
+  EXPECT_EQ(h.state(delayed), State::scheduled);
+  EXPECT_EQ(h.state(at), State::ready);
+}
+
+TEST(CoreDelay, F07_RetriesAndDeadlinesDoNotFollowTheWallClock) {
+  for (Millis step : {-3'600'000, -30'000, 30'000, 3'600'000}) {
+    CoreHarness h;
+    NewJob j = CoreHarness::job();
+    j.retry_min_ms = j.retry_max_ms = 1000;
+    JobId retried = h.add(j), blocked = h.add(j);
+    h.fail(h.lease_one().fence);
+    h.run(BlockCommand{h.lease_one().fence, "why", "", 1000});
+    h.run(ClockCommand{step, 0, 0});
+    EXPECT_EQ(h.core.look(blocked)->view.blocked_deadline_ms,
+              h.now + step + 1000);
+    h.pass(999);
+    h.settle();
+    EXPECT_EQ(h.state(retried), State::scheduled);
+    EXPECT_EQ(h.state(blocked), State::blocked);
+    h.pass(1);
+    h.settle();
+    EXPECT_EQ(h.state(retried), State::ready);
+    ASSERT_NE(h.end_of(blocked), nullptr);
+    EXPECT_EQ(h.end_of(blocked)->outcome.code, EndCode::timeout);
+    // What is shown of an attempt is how the wall clock stands at its end.
+    Fence fence = h.lease_one().fence;
+    h.pass(70);
+    h.complete(fence);
+    EXPECT_EQ(h.end_of(retried)->started_ms, h.now + step - 70);
+  }
 }
 
 TEST(CoreDelay, ManyDueJobsArePromotedInOrder) {
@@ -1149,7 +1215,7 @@ TEST(CorePark, WhatEndsBeyondOneRecordsWalkFreesIsFedByATick) {
   for (int i = 0; i < 300; ++i) ids.push_back(h.add(after({root})));
   park(h, parked(1));
   EXPECT_TRUE(h.run(CompleteCommand{{{g.fence, {}, {}}}, {}, {}}).fed.empty());
-  EXPECT_LE(h.core.next_due_wall(), h.now);
+  EXPECT_LE(h.core.next_due(), h.now);
   auto ticks = h.settle();
   ASSERT_FALSE(ticks.empty());
   ASSERT_EQ(ticks[0].fed.size(), 1u);

@@ -88,6 +88,7 @@ std::vector<Record> samples() {
   add(CancelRecord{id_of(8)});
   add(PromoteRecord{{id_of(1), id_of(2), id_of(3)}});
   add(ForgetRecord{1'763'000'000'000, 0xffffffff});
+  add(ClockRecord{-3'600'000, 0xfedcba9876543210, 86'400'000});
   EnqueueRecord with_key = full_enqueue(8);
   with_key.job.concurrency_key = "customer 7";
   with_key.job.concurrency_limit = 3;
@@ -105,6 +106,7 @@ std::vector<Record> samples() {
   add(CancelRecord{});
   add(PromoteRecord{});
   add(ForgetRecord{});
+  add(ClockRecord{});
   return all;
 }
 

@@ -30,8 +30,15 @@ class TestClock final : public Clock {
     mono_ += ms;
   }
   void jump_wall(Millis ms) { wall_ += ms; }
+  std::uint64_t boot() override { return boot_; }
+  // The machine starts again: nothing but the wall clock goes on.
+  void reboot() {
+    ++boot_;
+    mono_ = 5'000;
+  }
 
  private:
+  std::atomic<std::uint64_t> boot_{0};  // 0: it does not say
   std::atomic<Millis> wall_{1'763'640'000'000};
   std::atomic<Millis> mono_{1'000'000};
 };

@@ -434,6 +434,140 @@ TEST_F(ShardTest, F11_AKeyThatOutlivesItsJobTellsTheTruth) {
   check();
 }
 
+// --- clocks ---
+
+class ShardClock : public ShardHarness {
+ protected:
+  JobId delayed(Millis ms) {
+    NewJob job = noop();
+    job.delay_ms = ms;
+    return enqueued(job);
+  }
+  JobId at(Millis wall) {
+    NewJob job = noop();
+    job.run_at_ms = wall;
+    return enqueued(job);
+  }
+  void pass(Millis ms) {
+    clock_.advance(ms);
+    shard_->turn();
+  }
+};
+
+TEST_F(ShardClock, F07_AStepWhileItRunsMovesNoDuration) {
+  open();
+  for (Millis step : {-30'000, -3'600'000, 3'600'000, 30'000, -3'600'000}) {
+    JobId id = delayed(3000);
+    clock_.jump_wall(step);
+    shard_->turn();
+    pass(2999);
+    EXPECT_EQ(state_of(id), State::scheduled) << step;
+    pass(1);
+    EXPECT_EQ(state_of(id), State::ready) << step;
+    JobId later = at(clock_.wall_ms() + 2000);
+    pass(1900);
+    EXPECT_EQ(state_of(later), State::scheduled) << step;
+    pass(100);
+    EXPECT_EQ(state_of(later), State::ready) << step;
+    LeaseView lease = lease_one();
+    pass(50);
+    JobView ended = complete(lease.fence).views.at(0);
+    EXPECT_EQ(ended.finished_ms, clock_.wall_ms()) << step;
+    EXPECT_EQ(ended.finished_ms - ended.started_ms, 50) << step;
+    EXPECT_EQ(created_ms(enqueued(noop())), clock_.wall_ms()) << step;
+    // The others are of no interest.
+    for (const LeaseView& one : call(Command(lease_command(9))).leases) {
+      complete(one.fence);
+    }
+  }
+  EXPECT_EQ(shard_->stats().clock_steps, 5u);
+  EXPECT_EQ(shard_->stats().last_clock_step_ms, -3'600'000);
+}
+
+TEST_F(ShardClock, F07_ForwardAndCorrectedIsAsIfNothingWas) {
+  open();
+  JobId id = delayed(3000);
+  JobId later = at(clock_.wall_ms() + 4000);
+  clock_.jump_wall(2000);
+  shard_->turn();
+  pass(1000);
+  clock_.jump_wall(-2000);
+  shard_->turn();
+  pass(1999);
+  EXPECT_EQ(state_of(id), State::scheduled);
+  pass(1);
+  EXPECT_EQ(state_of(id), State::ready);
+  EXPECT_EQ(state_of(later), State::scheduled);
+  pass(1000);
+  EXPECT_EQ(state_of(later), State::ready);
+}
+
+// Over a restart, and a kill, in the same boot of the machine.
+TEST_F(ShardClock, F07_ARestartTakesWhatItTakes) {
+  clock_.reboot();
+  open();
+  for (Millis step : {0, -30'000, -3'600'000, 3'600'000}) {
+    JobId id = delayed(10'000);
+    pass(1000);
+    if (step < 0) {
+      kill();
+    } else {
+      close();
+    }
+    clock_.jump_wall(step);
+    clock_.advance(2000);
+    open();
+    pass(6999);
+    EXPECT_EQ(state_of(id), State::scheduled) << step;
+    pass(1);
+    EXPECT_EQ(state_of(id), State::ready) << step;
+  }
+}
+
+// Nobody can tell how long the machine was down but its wall clock.
+TEST_F(ShardClock, F07_AfterARebootTheWallClockSaysHowLongItWas) {
+  clock_.reboot();
+  open();
+  JobId id = delayed(10'000);
+  close();
+  clock_.advance(4000);
+  clock_.reboot();
+  open();
+  pass(5999);
+  EXPECT_EQ(state_of(id), State::scheduled);
+  pass(1);
+  EXPECT_EQ(state_of(id), State::ready);
+  // It was set back meanwhile: no time has passed, and none has to be made up.
+  id = delayed(10'000);
+  close();
+  clock_.advance(4000);
+  clock_.jump_wall(-3'600'000);
+  clock_.reboot();
+  open();
+  pass(9999);
+  EXPECT_EQ(state_of(id), State::scheduled);
+  pass(1);
+  EXPECT_EQ(state_of(id), State::ready);
+}
+
+TEST_F(ShardClock, F07_KeysAndRetentionDoNotFollowTheWallClock) {
+  open();
+  NewJob job = noop();
+  job.dedup_key = "k";
+  job.dedup_ttl_ms = 60'000;
+  job.keep_result_ms = 30'000;
+  JobId id = enqueued(job);
+  complete(lease_one().fence);
+  clock_.jump_wall(3'600'000);
+  wait_for_history();
+  EXPECT_EQ(state_of(id), State::succeeded);
+  EXPECT_EQ(enqueue(job).items.at(0).answer, Answer::duplicate);
+  clock_.jump_wall(-7'200'000);
+  clock_.advance(60'000);
+  EXPECT_EQ(get(id).items.at(0).answer, Answer::not_found);
+  EXPECT_EQ(enqueue(job).items.at(0).answer, Answer::ok);
+}
+
 // --- finished jobs ---
 
 TEST_F(ShardTest, DependencyOnAFinishedJobIsAFactFromHistory) {

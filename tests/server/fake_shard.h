@@ -469,6 +469,7 @@ class FakeShard final : public Shard {
     out_.push_back(std::move(response));
   }
   void on(Request&, TickCommand&, Response) {}
+  void on(Request&, ClockCommand&, Response) {}
 
   void get_job(Request& request, const GetQuery& get, Response response) {
     auto found = jobs_.find(get.id);

@@ -85,6 +85,7 @@ JobId Model::leasable(const LeaseCommand& c) const {
 }
 
 void Model::make_ready(const JobId& id, ModelJob& j) {
+  j.at_wall = false;
   j.state = State::ready;
   j.ready = ++readies_;
   if (!j.job.concurrency_key.empty()) lines_[line_of(j.job)][rank_of(j)] = id;
@@ -98,7 +99,7 @@ void Model::free_slot(const ModelJob& j) {
 }
 
 void Model::make_due(const JobId& id, ModelJob& j) {
-  if (j.run_at > time) {
+  if (j.run_at > (j.at_wall ? time + offset : time)) {
     j.state = State::scheduled;
   } else {
     make_ready(id, j);
@@ -110,7 +111,8 @@ void Model::fold(const Record& record, const EnqueueRecord& r) {
   ModelJob j;
   j.job = r.job;
   j.born = ++births_;
-  j.run_at = r.job.run_at_ms;
+  j.at_wall = r.job.run_at_is_wall;
+  j.run_at = server_time(r.job.run_at_ms, j.at_wall);
   j.body_lsn = record.lsn;
   j.body_place = record.place;
   j.body_bytes = record.bytes;
@@ -129,7 +131,10 @@ void Model::fold(const Record& record, const EnqueueRecord& r) {
            show(r.id) + " is retried without a live dependency");
       if (unmet) j.unmet.insert(id);
     }
-    if (j.unmet.empty()) j.run_at = 0;
+    if (j.unmet.empty()) {
+      j.run_at = 0;
+      j.at_wall = false;
+    }
   } else {
     must(!bodies.contains(r.id), show(r.id) + ": an id used twice");
     if (!r.job.dedup_key.empty() && r.job.dedup_ttl_ms > 0) {
@@ -172,7 +177,6 @@ void Model::fold(const Record&, const GrantRecord& r) {
   must(r.attempt == j.attempt + 1, show(r.id) + ": attempts are miscounted");
   must(r.attempt <= j.base + j.job.max_attempts,
        show(r.id) + " has more attempts than allowed");
-  must(j.run_at <= time, show(r.id) + " is leased before its time");
   must(r.level >= j.job.min_level, show(r.id) + " is leased below its level");
   if (!j.leased_before) {
     auto& fifo = fresh_[fifo_of(j.job)];
@@ -245,7 +249,7 @@ void Model::fold(const Record&, const RetryRecord& r) {
        show(r.id) + " is retried past its allowance");
   j.fence = 0;
   free_slot(j);
-  j.run_at = r.run_at_ms;
+  j.run_at = server_time(r.run_at_ms, false);
   make_due(r.id, j);
 }
 
@@ -266,7 +270,7 @@ void Model::fold(const Record&, const BlockRecord& r) {
   --j.attempt;
   j.state = State::blocked;
   j.token = r.token;
-  j.deadline = r.deadline_ms;
+  j.deadline = server_time(r.deadline_ms, false);
 }
 
 void Model::fold(const Record&, const UnblockRecord& r) {
@@ -282,10 +286,13 @@ void Model::fold(const Record&, const CancelRecord& r) {
 void Model::fold(const Record&, const PromoteRecord& r) {
   for (const JobId& id : r.ids) {
     ModelJob& j = job(id, State::scheduled);
-    must(j.run_at <= time, show(id) + " is promoted before its time");
+    must(j.run_at <= (j.at_wall ? time + offset : time),
+         show(id) + " is promoted before its time");
     make_ready(id, j);
   }
 }
+
+void Model::fold(const Record&, const ClockRecord& r) { offset = r.offset_ms; }
 
 void Model::fold(const Record&, const ForgetRecord& r) {
   must(r.until_ms <= time, "keys are forgotten before their time");
@@ -311,7 +318,7 @@ std::string Model::difference(const Core& core) const {
         v.state == state && v.attempt == j.attempt && v.kind == j.job.kind &&
         v.queue == j.job.queue && v.priority == j.job.priority &&
         v.fence == j.fence && v.cancel_requested == j.cancel &&
-        v.blocked_deadline_ms == j.deadline &&
+        v.blocked_deadline_ms == (j.deadline ? j.deadline + offset : 0) &&
         v.waiting_for_concurrency == waits_for_slot(j) &&
         v.max_attempts == j.base + j.job.max_attempts &&
         look->body_place == j.body_place && look->body_bytes == j.body_bytes;

@@ -11,7 +11,7 @@
 //   - at most `limit` jobs of one concurrency key run when one of them starts,
 //     and none that may start is left while a parked call wants it
 //   - a dedup key is given to a new job only after its window
-//   - logged time never goes back
+//   - logged time never goes back, whatever is done to the wall clock
 
 #pragma once
 
@@ -37,10 +37,11 @@ struct ModelJob {
   bool doomed = false, cancel = false, leased_before = false;
   int attempt = 0, base = 0;
   Fence fence = 0;
-  Millis run_at = 0, deadline = 0;
-  std::uint64_t ready = 0;   // order of becoming ready
-  std::uint64_t commit = 0;  // order of commit among all jobs
-  std::uint64_t born = 0;    // order of enqueue
+  Millis run_at = 0, deadline = 0;  // by the log's time
+  bool at_wall = false;             // run_at is a time of day
+  std::uint64_t ready = 0;          // order of becoming ready
+  std::uint64_t commit = 0;         // order of commit among all jobs
+  std::uint64_t born = 0;           // order of enqueue
   std::string token;
   Lsn body_lsn = 0;
   Place body_place = 0;
@@ -70,9 +71,12 @@ class Model {
   std::map<JobId, EnqueueRecord> bodies;  // of all that ever were
   std::map<Fence, State> completed;       // by /complete, and how
   Fence last_fence = 0;
-  Millis time = 0;
+  Millis time = 0, offset = 0;  // the log's, and the wall clock's to it
 
  private:
+  Millis server_time(Millis at, bool wall) const {
+    return at == 0 || wall ? at : at - offset;
+  }
   using Key = std::tuple<std::string, std::string, std::string>;
   using Fifo =
       std::tuple<std::string, std::string, int, Level, std::string, bool>;
@@ -90,6 +94,7 @@ class Model {
   void fold(const Record&, const CancelRecord&);
   void fold(const Record&, const PromoteRecord&);
   void fold(const Record&, const ForgetRecord&);
+  void fold(const Record&, const ClockRecord&);
   ModelJob& job(const JobId&, State must_be);
   ModelJob& held(const JobId&, Fence);
   void free_slot(const ModelJob&);

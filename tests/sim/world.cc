@@ -99,6 +99,7 @@ void Tally::add(const Tally& t) {
   duplicates += t.duplicates;
   stale += t.stale;
   bodies += t.bodies;
+  clock_steps += t.clock_steps;
 }
 
 std::string Tally::text() const {
@@ -111,8 +112,8 @@ std::string Tally::text() const {
          n(torn, "torn tails), ") + n(poisoned, "poisoned logs, ") +
          n(checkpoints, "checkpoints, ") + n(syncs, "sync points crossed, ") +
          n(duplicates, "duplicates, ") + n(stale, "stale tokens, ") +
-         n(bodies, "bodies read, ") + n(drained, "drained, ") +
-         n(flips, "flips, ") + n(refused, "refused");
+         n(bodies, "bodies read, ") + n(clock_steps, "clock steps, ") +
+         n(drained, "drained, ") + n(flips, "flips, ") + n(refused, "refused");
 }
 
 World::World(std::uint64_t seed, Planted planted)
@@ -212,8 +213,11 @@ bool World::start() {
   }
   last_epoch_ = std::max(epoch, last_epoch_);
   core_->set_epoch(epoch);
-  core_->set_mono(mono_);
-  core_->restart_leases(mono_);
+  core_->set_mono(mono());
+  core_->restart_leases(mono());
+  clock_.start(core_->time(), core_->clock_offset(), core_->clock_anchor(),
+               clocks());
+  anchored_ = core_->clock_anchor().boot == boot_;
   return true;
 }
 
@@ -228,15 +232,28 @@ void World::judge_recovery() {
   must(core_->applied() == report_.last, "recovery stopped short");
   // Unanswered and lost: never happened.
   records_.resize(report_.last);
+  written_.resize(report_.last);
   answered_ = report_.last;  // it is durable and visible from now on
   model_ = Model{};
-  for (const Record& record : records_) model_.fold(record);
+  patience_.clear();
+  for (std::size_t i = 0; i < records_.size(); ++i) {
+    model_.fold(records_[i]);
+    note_patience(records_[i], written_[i].first, model_.offset,
+                  written_[i].second == boot_);
+  }
   core_->check_invariants();
   std::string difference = model_.difference(*core_);
   must(difference.empty(), "after recovery: " + difference);
 }
 
 void World::stop(bool power_cut) {
+  // Some time passes, the machine may start again, the clock may be set.
+  pass(static_cast<Millis>(one_in(3) ? below(60'000) : below(20)));
+  if (power_cut && one_in(2)) {
+    ++boot_;
+    booted_ = elapsed_ - static_cast<Millis>(below(2000));
+  }
+  if (one_in(3)) set_clock();
   tally_.poisoned += log_ && log_->poisoned();
   log_.reset();
   core_.reset();
@@ -251,9 +268,93 @@ void World::stop(bool power_cut) {
   disk_.set_quota(0);
 }
 
+void World::pass(Millis ms) {
+  elapsed_ += ms;
+  wall_ += ms;
+  wall_max_ = std::max(wall_max_, wall_);
+}
+
+// By 30 seconds or up to an hour, either way.
+void World::set_clock() {
+  const Millis by = one_in(2) ? 30'000 : static_cast<Millis>(below(3'600'000));
+  wall_ += one_in(2) ? by : -by;
+  wall_max_ = std::max(wall_max_, wall_);
+  ++tally_.clock_steps;
+}
+
+void World::look_at_clock() {
+  const Millis measured = clock_.offset(clocks());
+  if (anchored_ && !clock_was_set(core_->clock_offset(), measured)) return;
+  anchored_ = true;
+  serve(ClockCommand{measured, boot_, mono()});
+}
+
+// What a record means for who waits for a while. `here`: it was written since
+// the machine's last start.
+void World::note_patience(const Record& record, Millis elapsed, Millis offset,
+                          bool here) {
+  auto wait = [&](const JobId& id, Millis until) {
+    patience_.erase(id);
+    if (here) patience_[id] = elapsed + until - offset - record.time_ms;
+  };
+  if (auto* e = std::get_if<EnqueueRecord>(&record.body)) {
+    const bool delayed = !e->job.run_at_is_wall && e->job.run_at_ms > 0;
+    if (delayed && e->state == State::scheduled) wait(e->id, e->job.run_at_ms);
+  } else if (auto* retry = std::get_if<RetryRecord>(&record.body)) {
+    if (retry->run_at_ms > 0) wait(retry->id, retry->run_at_ms);
+  } else if (auto* block = std::get_if<BlockRecord>(&record.body)) {
+    if (block->deadline_ms > 0) wait(block->id, block->deadline_ms);
+  } else if (auto* unblock = std::get_if<UnblockRecord>(&record.body)) {
+    patience_.erase(unblock->id);
+  } else if (auto* end = std::get_if<EndRecord>(&record.body)) {
+    patience_.erase(end->id);
+  } else if (auto* promote = std::get_if<PromoteRecord>(&record.body)) {
+    for (const JobId& id : promote->ids) patience_.erase(id);
+  }
+}
+
+// No record lets anybody go on too early.
+void World::judge_times(const Record& record) {
+  auto patient = [this](const JobId& id) {
+    auto found = patience_.find(id);
+    must(found == patience_.end() || elapsed_ >= found->second,
+         to_string(id) + " goes on too early");
+  };
+  auto at_wall = [this](const JobId& id, Millis run_at) {
+    must(wall_ + kClockBackMs >= run_at, to_string(id) + ": run_at is early");
+  };
+  if (auto* e = std::get_if<EnqueueRecord>(&record.body)) {
+    if (e->job.run_at_is_wall && e->state == State::ready && e->revived == 0) {
+      at_wall(e->id, e->job.run_at_ms);
+    }
+  } else if (auto* end = std::get_if<EndRecord>(&record.body)) {
+    const bool out_of_time =
+        end->outcome.code == EndCode::timeout && end->fence == 0;
+    if (out_of_time) patient(end->id);
+  } else if (auto* promote = std::get_if<PromoteRecord>(&record.body)) {
+    for (const JobId& id : promote->ids) {
+      const ModelJob& job = model_.live.at(id);
+      if (job.at_wall) at_wall(id, job.run_at);
+      patient(id);
+    }
+  }
+  note_patience(record, elapsed_, core_->clock_offset(), true);
+}
+
+// Nobody waits for a clock to catch up.
+void World::judge_patience() const {
+  for (const auto& [id, until] : patience_) {
+    must(elapsed_ < until, to_string(id) + " waits " +
+                               std::to_string(elapsed_ - until) +
+                               " ms too long");
+  }
+}
+
 bool World::serve(const Command& command) {
   if (dead()) return false;
-  core_->set_mono(mono_);
+  if (!std::holds_alternative<ClockCommand>(command)) look_at_clock();
+  if (dead()) return false;
+  core_->set_mono(mono());
   Decision d = core_->decide(now(), decisions_.next(), command);
   judge(command, d);
   for (Record& record : d.records) {
@@ -263,6 +364,8 @@ bool World::serve(const Command& command) {
     }
     if (!log_->append(&record)) return false;
     records_.push_back(record);
+    written_.emplace_back(elapsed_, boot_);
+    judge_times(record);
     model_.fold(record);
     core_->apply(record);
     ++tally_.records;
@@ -303,12 +406,14 @@ bool World::serve(const Command& command) {
 }
 
 void World::turn() {
+  if (!dead()) look_at_clock();
   for (int i = 0; !dead(); ++i) {
-    if (core_->next_due_wall() > now() && core_->next_due_mono() > mono_) break;
+    if (core_->next_due() > now() && core_->next_due_mono() > mono()) break;
     must(i < 2000, "ticks without end");
     serve(TickCommand{});
   }
   if (dead()) return;
+  judge_patience();
   for (const auto& [waiter, c] : parked_) judge_hunger(c, "a parked call");
   log_->flush();
   work(below(4));
@@ -419,16 +524,15 @@ void World::plan_death() {
 void World::step() {
   ++tally_.steps;
   Millis ms = static_cast<Millis>(one_in(40) ? below(5000) : below(30));
-  wall_ += ms;
-  mono_ += ms;
-  if (one_in(100)) wall_ += static_cast<Millis>(below(7'200'000)) - 3'600'000;
+  pass(ms);
+  if (one_in(100)) set_clock();
   if (one_in(30) && waiters_ > 0) {
     std::uint64_t waiter = 1 + below(waiters_);
     core_->unpark(waiter);
     parked_.erase(waiter);
   }
   if (one_in(10) && !held_.empty()) {
-    core_->heartbeat(some_fence(), mono_ + core_options_.lease_ms, 10, "ten");
+    core_->heartbeat(some_fence(), mono() + core_options_.lease_ms, 10, "ten");
   }
   if (!serve(next_command())) return;
   turn();
@@ -461,13 +565,12 @@ void World::read_a_body() {
 
 // All faults are gone: everything must come to an end.
 void World::drain() {
-  wall_ = now();  // the clock, too
+  wall_ = wall_max_;  // the clock, too
   for (int round = 0; !model_.live.empty(); ++round) {
     must(round < 3000,
          std::to_string(model_.live.size()) + " jobs never end, the first is " +
              std::string(name(model_.live.begin()->second.state)));
-    wall_ += 500;
-    mono_ += 500;
+    pass(500);
     for (const auto& [id, job] : std::map(model_.live)) {
       if (job.state != State::blocked) continue;
       must(serve(UnblockCommand{id, job.token, "{}", "drain"}), "poisoned");
@@ -586,7 +689,11 @@ NewJob World::new_job() {
     }
   }
   if (use_delays_ && one_in(4)) {
-    j.run_at_ms = now() + static_cast<Millis>(below(4000)) - 500;
+    if (one_in(2)) {
+      j.run_at_ms = wall_ + static_cast<Millis>(below(4000)) - 500;
+    } else {
+      j.delay_ms = static_cast<Millis>(below(4000));
+    }
   }
   if (use_keys_ && one_in(2)) {
     std::uint64_t key = below(4);
@@ -697,8 +804,7 @@ Command World::next_command() {
       return c;
     }
     default:
-      if (one_in(3)) return GoneCommand{{}, {"w" + std::to_string(below(4))}};
-      return GoneCommand{{"w" + std::to_string(below(4))}, {}};
+      return GoneCommand{{"w" + std::to_string(below(4))}, one_in(3)};
   }
 }
 

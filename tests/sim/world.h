@@ -12,6 +12,8 @@
 //     was decided; nothing else
 //   - the core equals the oracle folded over that prefix
 //   - a second recovery gives the same
+//   - whoever waits for a while waits just that long, however the wall clock is
+//     set and whether a server runs or not; run_at is never early by the wall
 // and after every step the core's own invariants and every answer: duplicates,
 // stale leases, repeats.
 //
@@ -45,7 +47,7 @@ struct Tally {
   std::uint64_t steps = 0, records = 0, answers = 0, lives = 0, crashes = 0,
                 cuts = 0, torn = 0, poisoned = 0, refused = 0, checkpoints = 0,
                 syncs = 0, drained = 0, flips = 0, duplicates = 0, stale = 0,
-                bodies = 0;
+                bodies = 0, clock_steps = 0;
   void add(const Tally&);
   std::string text() const;
 };
@@ -78,6 +80,8 @@ class World {
   void judge_recovery();
 
   // --- the others ---
+  void pass(Millis ms);
+  void set_clock();
   void step();
   Command next_command();
   NewJob new_job();
@@ -93,7 +97,13 @@ class World {
 
   std::uint64_t below(std::uint64_t n) { return chance_.below(n); }
   bool one_in(std::uint64_t n) { return chance_.one_in(n); }
-  Millis now() const { return std::max(wall_, core_ ? core_->time() : 0); }
+  Millis mono() const { return elapsed_ - booted_; }
+  Millis now() const { return clock_.now(mono()); }
+  ClockReading clocks() const { return {mono(), wall_, boot_}; }
+  void look_at_clock();
+  void note_patience(const Record&, Millis elapsed, Millis offset, bool here);
+  void judge_times(const Record&);
+  void judge_patience() const;
 
   SeededRandom chance_, decisions_, log_random_;
   Planted planted_;
@@ -124,7 +134,18 @@ class World {
   Lsn answered_ = 0;
   std::vector<Fence> held_;  // told to workers, however long ago
   std::vector<JobId> ids_;
-  Millis wall_ = 1'763'000'000'000, mono_ = 1000;
+  // Time as it is, the machine's last start, and what the wall clock shows,
+  // which is set now and then.
+  Millis elapsed_ = 1000, booted_ = 0, wall_ = 1'763'000'000'000;
+  Millis wall_max_ = wall_;
+  std::uint64_t boot_ = 1;
+  ServerClock clock_;
+  bool anchored_ = false;  // this boot is in the log
+  // When what waits for a while may go on, as time really passes. A reboot
+  // forgets it: how long that took is for the wall clock to say.
+  std::map<JobId, Millis> patience_;
+  // When each of records_ was written, and in which boot.
+  std::vector<std::pair<Millis, std::uint64_t>> written_;
   Tally tally_;
 };
 

@@ -322,6 +322,20 @@ TEST_F(PoolTest, F10_AskedTwiceItEndsWorkersAndSaysThatItDid) {
   EXPECT_EQ(server_->gone().size(), 1u) << log();
 }
 
+TEST_F(PoolTest, F10_AHangupIsForTheLogAlone) {
+  start(1);
+  ASSERT_TRUE(idle(1)) << log();
+  const std::string file = root_ + "/logs/pool/pool.log";
+  for (int target : {2, 3}) {
+    fs::rename(file, root_ + "/old.log");
+    kill(pool_, SIGHUP);
+    server_->set_target(target);
+    ASSERT_TRUE(idle(target)) << log();
+    ASSERT_TRUE(wait([&] { return fs::exists(file); })) << log();
+    EXPECT_EQ(log().find("draining"), std::string::npos) << log();
+  }
+}
+
 TEST_F(PoolTest, F10_SuccessorKnowsThatAPoolWasAskedToLeave) {
   script(std::string(kWorker).replace(std::string(kWorker).find("exit 0"), 6,
                                       ":"));
@@ -422,8 +436,8 @@ TEST(PoolSlotsTest, F10_WhoWasKilledByThePoolIsNotGone) {
   slots.killed();
   slots.exited(101, 10'001);
   using Names = std::vector<std::string>;
-  EXPECT_EQ(slots.unreported(), (Names{"old died", "older ended", "a died",
-                                       "b ended", "c ended"}));
+  EXPECT_EQ(slots.unreported(),
+            (Names{"old died", "older ended", "a died", "b ended", "c ended"}));
   slots.emptied(0);
   slots.emptied(1);
   EXPECT_EQ(slots.gone(), (Names{"old", "a"}));

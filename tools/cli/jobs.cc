@@ -64,9 +64,9 @@ void show_job(const Json& job) {
   show_line("job", text_of(job, "id"));
   // Of a job that is past its retention not all is known.
   const bool gone = job.value("past_retention", false);
-  show_line("kind",
-            text_of(job, "kind") + "  (queue " + text_of(job, "queue") +
-                (gone ? "" : ", priority " + text_of(job, "priority")) + ")");
+  show_line("kind", text_of(job, "kind") + "  (queue " + text_of(job, "queue") +
+                        (gone ? "" : ", priority " + text_of(job, "priority")) +
+                        ")");
   std::string state = text_of(job, "state");
   if (job.value("cancel_requested", false) && !is_final(state)) {
     state += ", cancel requested";
@@ -511,10 +511,9 @@ void add_simple_verbs(CLI::App& app, int* exit) {
   again->add_flag("--ignore-dependencies", retry->ignore_dependencies,
                   "also where a job that it depends on did not succeed");
   again->callback([retry, exit] {
-    *exit = one_job(*retry, "POST", "/retry",
-                    retry->ignore_dependencies
-                        ? "{\"ignore_dependencies\":true}"
-                        : "{}");
+    *exit = one_job(
+        *retry, "POST", "/retry",
+        retry->ignore_dependencies ? "{\"ignore_dependencies\":true}" : "{}");
   });
   add_unblock(app, exit);
 }

@@ -516,7 +516,7 @@ void add_wal(CLI::App& app, int* exit) {
   verb->add_option("--type", filter.type, "records of this type")
       ->check(
           CLI::IsMember({"enqueue", "grant", "end", "retry", "release", "block",
-                         "unblock", "cancel", "promote", "forget"}));
+                         "unblock", "cancel", "promote", "forget", "clock"}));
   verb->add_option("--limit", filter.limit, "so many records")
       ->check(CLI::Range(1, 1'000'000'000));
   verb->add_flag("--payload", filter.payload,
