@@ -320,6 +320,16 @@ std::uint64_t Core::scan(std::uint64_t cursor, std::size_t examine,
   return 0;
 }
 
+std::map<std::string, std::uint64_t> Core::ready_kinds() const {
+  const Impl& s = *impl_;
+  std::map<std::string, std::uint64_t> kinds;
+  for (std::uint32_t at : s.ready_lines) {
+    const Line& line = s.lines[at];
+    kinds[line.kind] += line.ready;
+  }
+  return kinds;
+}
+
 std::vector<QueueCounts> Core::counts() const {
   const Impl& s = *impl_;
   std::vector<QueueCounts> all(s.queues.size());

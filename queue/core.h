@@ -27,6 +27,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -57,14 +58,21 @@ struct EnqueueCommand {
   std::vector<NewJob> jobs;
   std::vector<Fact> facts;  // about depends_on ids that are not live
 };
+// What a worker shows beside its name, which anybody may know: a number made
+// of a secret. Bit 0: it came over the server's own socket. 0: a lease of a
+// version before sessions.
+using Session = std::uint64_t;
+constexpr Session kLocalSession = 1;
+
 struct LeaseCommand {
   std::string worker;
   std::vector<std::string> kinds;   // patterns
   std::vector<std::string> queues;  // empty: all
   int max = 1;
   Level level = 0;
-  std::optional<std::vector<Fence>> holding;  // the worker's other leases are
-                                              // released
+  Session session = 0;
+  // The worker's other leases of the same session are released.
+  std::optional<std::vector<Fence>> holding;
   std::uint64_t waiter = 0;  // != 0: may be parked under this number
 };
 struct HeartbeatCommand {
@@ -117,6 +125,9 @@ struct GoneCommand {
   std::vector<std::string> workers;  // proven dead: their leases end
   bool ended = false;  // by whoever operates them, not by their jobs: the
                        // leases go back, and no attempt is counted
+  // Of each of them: only leases of this session end; 0 or none: those of any
+  // session that came over the server's own socket.
+  std::vector<Session> sessions;
 };
 struct ClockCommand {  // the wall clock was set, or a server starts
   Millis offset_ms = 0;
@@ -272,6 +283,8 @@ class Core {
   std::uint64_t scan(std::uint64_t cursor, std::size_t examine,
                      const std::function<bool(const Look&)>& visit) const;
   std::vector<QueueCounts> counts() const;  // O(queues)
+  // Jobs that are ready, by kind; O(queues x kinds).
+  std::map<std::string, std::uint64_t> ready_kinds() const;
   const CoreTotals& totals() const;
   std::uint64_t live_jobs() const;
   std::uint64_t reserved_bytes() const;  // log room promised to live jobs

@@ -185,6 +185,7 @@ void Core::Impl::apply(const Record&, const GrantRecord& r) {
   lease.deadline = mono + options.lease_ms;
   lease.job = slot;
   lease.level = r.level;
+  lease.session = r.session;
   lease.worker_bytes = static_cast<std::uint8_t>(
       std::min(r.worker.size(), sizeof(lease.worker)));
   std::memcpy(lease.worker, r.worker.data(), lease.worker_bytes);

@@ -22,6 +22,8 @@ enum Part : std::uint64_t {
   kPartClock = 4,     // how the wall clock stands; jobs that wait for it
 };
 constexpr std::uint64_t kParts = 7;
+// Of a lease's level: its session follows.
+constexpr std::uint8_t kWithSession = 128;
 constexpr std::uint8_t kKeptFlags = kCancel | kReturned | kDiedOnce;
 // The shortest a job can be: its id and one byte for each other field.
 constexpr std::size_t kJobBytesMin = 16 + 14;
@@ -170,8 +172,9 @@ class Saver {
   void lease(const LeaseEntry& e) {
     w_.u64(e.fence);
     w_.signed_number(e.started);
-    w_.u8(e.level);
+    w_.u8(static_cast<std::uint8_t>(e.level | (e.session ? kWithSession : 0)));
     w_.text(e.worker_name());
+    if (e.session != 0) w_.u64(e.session);
   }
 
   void dependents(std::uint32_t slot) {
@@ -444,9 +447,13 @@ class Loader {
     e.job = slot;
     e.fence = r_.u64();
     e.started = r_.signed_number();
-    e.level = r_.u8_below(kLevelMax + 1);
+    const std::uint8_t level = r_.u8_below(kWithSession + kLevelMax + 1);
+    e.level = level & ~kWithSession;
     std::string worker = r_.text();
-    bool good = e.fence > 0 && e.fence <= s_.last_fence &&
+    if ((level & kWithSession) != 0) e.session = r_.u64();
+    bool good = e.level <= kLevelMax &&
+                (e.session != 0 || (level & kWithSession) == 0) &&
+                e.fence > 0 && e.fence <= s_.last_fence &&
                 worker.size() <= sizeof(e.worker) &&
                 s_.lease_index.find(e.fence) == kNone;
     if (!ok(good, "a lease")) return kNone;

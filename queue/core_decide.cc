@@ -834,13 +834,20 @@ void Draft::decide(const HeartbeatCommand& c) {
 void Draft::decide(const GoneCommand& c) {
   Outcome outcome;
   outcome.code = EndCode::worker_died;
-  for (const std::string& worker : c.workers) {
+  for (std::size_t i = 0; i < c.workers.size(); ++i) {
+    const std::string& worker = c.workers[i];
+    const Session session = i < c.sessions.size() ? c.sessions[i] : 0;
     auto found = s_.worker_leases.find(worker);
     if (found == s_.worker_leases.end()) continue;
     outcome.message = "worker " + worker + " died";
     for (std::uint32_t at = found->second; at != kNone;
          at = s_.leases[at].worker_next) {
       if (ended_leases_.contains(s_.leases[at].fence)) continue;
+      const Session its = s_.leases[at].session;
+      if (its != 0 &&
+          (session == 0 ? (its & kLocalSession) == 0 : its != session)) {
+        continue;  // another worker's of that name
+      }
       if (c.ended) {
         release(at);
         continue;
@@ -875,6 +882,7 @@ void Draft::release_others(const LeaseCommand& c) {
   for (std::uint32_t at = found->second; at != kNone;
        at = s_.leases[at].worker_next) {
     Fence fence = s_.leases[at].fence;
+    if (s_.leases[at].session != c.session) continue;
     if (holding.contains(fence) || ended_leases_.contains(fence)) continue;
     release(at);
   }
@@ -1167,6 +1175,7 @@ GrantAnswer Draft::grant(const LeaseCommand& c, const JobId& id,
   r.attempt = static_cast<std::uint16_t>(attempt + 1);
   r.level = std::min(c.level, kLevelMax);
   r.worker = c.worker;
+  r.session = c.session;
   GrantAnswer answer{id, r.fence};
   record(std::move(r));
   return answer;

@@ -149,8 +149,9 @@ struct RankEntry {
 
 struct LeaseEntry {
   Fence fence;
+  std::uint64_t session;  // as in the grant
   Millis started;
-  Millis deadline;  // mono; not durable
+  Millis deadline;        // mono; not durable
   std::uint32_t job, link, position, worker_next, worker_before;
   std::uint8_t level, worker_bytes;
   std::int8_t percent;          // -1: none; not durable

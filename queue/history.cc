@@ -673,7 +673,7 @@ Result<void> SqliteHistory::list_day(std::int64_t day, const ListQuery& query,
   int rc;
   Result<void> result;
   while ((rc = row.step()) == sqlite::kRow) {
-    if (page->scanned >= examine ||
+    if (page->scanned >= examine || page->bytes >= query.bytes ||
         page->jobs.size() >= static_cast<std::size_t>(query.limit)) {
       *more = true;
       break;
@@ -700,6 +700,7 @@ Result<void> SqliteHistory::list_day(std::int64_t day, const ListQuery& query,
       break;
     }
     if (!wanted_by_labels(query, job->body.job)) continue;
+    page->bytes += row.text_at(kHead).size() + row.text_at(kTail).size();
     page->jobs.push_back(std::move(*job));
   }
   if (rc != sqlite::kRow && rc != sqlite::kDone) {

@@ -86,6 +86,7 @@ class History {
                                     // payload and result
     std::string cursor;             // empty: the end
     std::uint64_t scanned = 0;      // <= examine
+    std::uint64_t bytes = 0;        // of the rows of `jobs`
   };
   // query.cursor is empty or a cursor of an earlier Page, else Code::invalid.
   virtual Result<Page> list(const ListQuery& query, Millis now_ms,

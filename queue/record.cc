@@ -98,6 +98,7 @@ void write(Writer& w, const GrantRecord& r) {
   w.number(r.attempt);
   w.u8(r.level);
   w.text(r.worker);
+  if (r.session != 0) w.u64(r.session);
 }
 
 void write(Writer& w, const Outcome& o) {
@@ -232,13 +233,17 @@ EnqueueRecord read_enqueue(Reader& r) {
   return record;
 }
 
-GrantRecord read_grant(Reader& r) {
+GrantRecord read_grant(Reader& r, bool with_session) {
   GrantRecord record;
   record.id = r.id();
   record.fence = r.u64();
   record.attempt = static_cast<std::uint16_t>(r.number_to(0xffff));
   record.level = r.u8_below(kLevelMax + 1);
   record.worker = r.text();
+  if (with_session) {
+    record.session = r.u64();
+    if (record.session == 0) r.fail();  // that would be a plain grant
+  }
   return record;
 }
 
@@ -341,7 +346,9 @@ Error newer(RecordType type) {
 
 }  // namespace
 
-// The variant's order is the numbering of the types, but for the last.
+// The variant's order is the numbering of the types, but for clock, its last,
+// and session_grant, which is a GrantRecord too. A program before them calls
+// both a later version's and not damaged.
 static_assert(
     std::is_same_v<std::variant_alternative_t<0, RecordBody>, EnqueueRecord>);
 static_assert(std::variant_size_v<RecordBody> ==
@@ -351,6 +358,8 @@ RecordType type_of(const Record& record) {
   if (std::holds_alternative<ClockRecord>(record.body)) {
     return RecordType::clock;
   }
+  const auto* grant = std::get_if<GrantRecord>(&record.body);
+  if (grant != nullptr && grant->session != 0) return RecordType::session_grant;
   return static_cast<RecordType>(record.body.index() + 1);
 }
 
@@ -369,7 +378,7 @@ Result<Record> decode(RecordType type, std::span<const std::byte> bytes) {
       record.body = read_enqueue(r);
       break;
     case RecordType::grant:
-      record.body = read_grant(r);
+      record.body = read_grant(r, false);
       break;
     case RecordType::end:
       record.body = read_end(r);
@@ -397,6 +406,9 @@ Result<Record> decode(RecordType type, std::span<const std::byte> bytes) {
       break;
     case RecordType::clock:
       record.body = read_clock(r);
+      break;
+    case RecordType::session_grant:
+      record.body = read_grant(r, true);
       break;
     default:
       return newer(type);

@@ -35,6 +35,7 @@ enum class RecordType : std::uint8_t {
   cancel = 8,   // a running job was asked to stop
   promote = 9,  // scheduled jobs became ready
   forget = 10,  // dedup keys expired
+  session_grant = 11,  // a grant that says its worker's session
   clock = 12,   // how the wall clock stands to the log's time
 };
 
@@ -56,6 +57,7 @@ struct GrantRecord {
   std::uint16_t attempt = 0;  // this one's number
   Level level = 0;            // of the worker
   std::string worker;
+  std::uint64_t session = 0;  // of the worker (queue/core.h); 0: none is known
   bool operator==(const GrantRecord&) const = default;
 };
 struct EndRecord {

@@ -229,6 +229,7 @@ void ShardImpl::turn() {
   if (new_offset_ && core_.applied() > 0) say_clock();
   run_due();
   run_timers();
+  list_on();
   log_->flush();
   if (!options_.log.own_thread) {
     while (log_->write_one()) {
@@ -278,6 +279,7 @@ Millis ShardImpl::next_due_ms() {
     sooner(std::max(feed_at_mono_ + wait, feed_retry_mono_) - at);
   }
   for (const CallPtr& call : listing_) sooner(call->deadline_mono - at);
+  if (!scanning_.empty()) sooner(0);
   if (!image_ && !log_->checkpointing() && core_.applied() > checkpoint_lsn_ &&
       log_->bytes_since_checkpoint() >= image_bytes_) {
     sooner(checkpoint_at_mono_ - at);

@@ -51,13 +51,15 @@ struct GetQuery {
   bool until_final = false;  // hold the answer until the job ends
   Millis wait_ms = 0;        // or so long
 };
+constexpr std::uint64_t kListBytesMax = 4u << 20;
 struct ListQuery {
   std::vector<State> states;                                // empty: any
   std::string kind, queue;                                  // empty: any
   std::vector<std::pair<std::string, std::string>> labels;  // history only
   Millis since_ms = 0, until_ms = 0;  // by creation; 0: open
   int limit = 50;
-  std::string cursor;  // opaque, from the last page
+  std::uint64_t bytes = kListBytesMax;  // about; one job more than it is given
+  std::string cursor;                   // opaque, from the last page
 };
 // A lease call's wait; 0 answers at once.
 struct Waiting {
@@ -153,6 +155,10 @@ class Shard {
   // grants that were decided but not yet sent to it are released.
   virtual void abandon(std::uint32_t io, std::uint64_t connection) = 0;
 
+  // The peer of this connection waits for nothing more: its parked calls are
+  // answered as if their wait had passed.
+  virtual void hurry(std::uint32_t io, std::uint64_t connection) = 0;
+
   // Runs what is due, flushes the log, sends what may be sent. Call after each
   // batch of submits, after `wake`, and at next_due_ms().
   virtual void turn() = 0;
@@ -161,12 +167,16 @@ class Shard {
   // From now on: no new leases; parked calls are answered at once.
   virtual void drain() = 0;
   virtual std::size_t running() const = 0;  // leases held
+  // Whether the lease is current by what was decided, durable or not.
+  virtual bool leased(Fence fence) const = 0;
   // The leases still held go back without counting the attempt.
   virtual void release_all() = 0;
   // Everything durable, a last checkpoint, history caught up, files closed.
   virtual Result<void> close() = 0;
 
   virtual ShardStats stats() = 0;
+  // How many jobs of each kind are ready; kinds with none are left out.
+  virtual std::map<std::string, std::uint64_t> ready_kinds() const = 0;
   // How far the log is; cheap enough to ask at every turn.
   struct Progress {
     Lsn applied = 0, durable = 0;

@@ -85,7 +85,7 @@ void ShardImpl::feed() {
   }
   for (const CallPtr& call : ready) {
     std::erase(listing_, call);
-    read_page(call);
+    if (!call->dropped) read_page(call);
   }
   if (feed_busy_ || at < feed_retry_mono_) return;
   const bool rows = !feed_.empty() && feed_.front()->lsn <= durable;
@@ -210,12 +210,11 @@ void ShardImpl::fed(const std::vector<EndedPtr>& batch, Lsn through,
 void ShardImpl::read_page(const CallPtr& call) {
   auto query = std::make_shared<ListQuery>(call->list);
   query->limit -= static_cast<int>(call->response.views.size());
-  const std::uint64_t examine = kExamineMax - call->response.scanned;
   const Millis at = now();
   call->parked = Call::Parked::no;
   bool posted = store_->post([=, this] {
     auto page = std::make_shared<Result<History::Page>>(
-        history_->list(*query, at, examine));
+        history_->list(*query, at, kExamineMax));
     return [=, this] {
       if (!*page) {
         return refuse(call,
@@ -228,6 +227,11 @@ void ShardImpl::read_page(const CallPtr& call) {
         call->response.views.push_back(view_of(job, options_.core.fsync));
       }
       call->response.scanned += (*page)->scanned;
+      if (call->response.views.empty() && !(*page)->cursor.empty() &&
+          mono() < call->list_until_mono && !call->dropped) {
+        call->list.cursor = (*page)->cursor;
+        return read_page(call);
+      }
       if (!(*page)->cursor.empty()) {
         call->response.cursor = "H" + (*page)->cursor;
       }

@@ -63,7 +63,10 @@ constexpr Millis kExpireMs = 60'000;
 constexpr Millis kDiskSampleMs = 1000;
 constexpr Millis kClockSaidMs = 500;  // a smaller step is nobody's doing
 constexpr Millis kLevelSeenMs = 60'000;
-constexpr Millis kListWaitMs = 2000;  // for history to catch up with the core
+constexpr Millis kListWaitMs = 15'000;  // for history to catch up with the core
+// While a page has no job yet it is looked on for, so that one without jobs is
+// the end; but not longer than this.
+constexpr Millis kListLookMs = 20'000;
 constexpr std::size_t kEndedMemoryMax = 64u << 20;  // else read from the log
 constexpr std::size_t kUnblockInputMax = 4096;      // a longer one is not fed
 constexpr std::size_t kSamplesMax = 16384;
@@ -142,6 +145,7 @@ struct Call {
   std::vector<Fence> grants;       // decided for it and not yet sent
   Lsn lsn = 0;                     // H1
   bool dropped = false;
+  bool hurried = false;  // waits for nothing that may be long
 
   enum class Parked : std::uint8_t { no, lease, heartbeat, watch, list };
   Parked parked = Parked::no;
@@ -149,6 +153,8 @@ struct Call {
   JobId watched;
   HeartbeatCommand beat;
   ListQuery list;
+  std::uint64_t list_at = 0;  // where the live jobs go on
+  Millis list_until_mono = 0;
 };
 using CallPtr = std::shared_ptr<Call>;
 
@@ -165,13 +171,20 @@ class ShardImpl final : public Shard {
   void feed_to(EndSink* sink) override { sink_ = sink; }
   void submit(Request request) override;
   void abandon(std::uint32_t io, std::uint64_t connection) override;
+  void hurry(std::uint32_t io, std::uint64_t connection) override;
   void turn() override;
   Millis next_due_ms() override;
   void drain() override;
   std::size_t running() const override;
+  bool leased(Fence fence) const override {
+    return !core_.leased_job(fence).is_nil();
+  }
   void release_all() override;
   Result<void> close() override;
   ShardStats stats() override;
+  std::map<std::string, std::uint64_t> ready_kinds() const override {
+    return core_.ready_kinds();
+  }
   Progress progress() const override {
     return {core_.applied(), log_->durable()};
   }
@@ -208,6 +221,7 @@ class ShardImpl final : public Shard {
                   int round);
   void get(const CallPtr& call, const GetQuery& query);
   void list(const CallPtr& call, ListQuery query);
+  void list_on();  // a piece of one list, once per turn
   void list_live(const CallPtr& call, std::uint64_t cursor);
   void list_history(const CallPtr& call);
 
@@ -330,6 +344,7 @@ class ShardImpl final : public Shard {
   std::unordered_multimap<Fence, std::uint64_t> beats_;
   std::vector<std::uint64_t> woken_;
   std::vector<CallPtr> listing_;  // wait for history to catch up
+  std::deque<CallPtr> scanning_;  // have found no live job yet
   std::array<Millis, kLevelMax + 1> level_seen_mono_{};
   bool draining_ = false;
   bool told_poison_ = false;

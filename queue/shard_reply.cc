@@ -359,6 +359,8 @@ void ShardImpl::fail_all_poisoned() {
   }
   std::vector<CallPtr> listing;
   listing.swap(listing_);
+  listing.insert(listing.end(), scanning_.begin(), scanning_.end());
+  scanning_.clear();
   for (const CallPtr& call : listing) {
     refuse(call, Response::Status::poisoned, log_->poison_cause());
   }
@@ -393,6 +395,22 @@ void ShardImpl::abandon(std::uint32_t io, std::uint64_t connection) {
     calls_.erase(number);
   }
   release_grants(std::move(unsent));
+}
+
+void ShardImpl::hurry(std::uint32_t io, std::uint64_t connection) {
+  auto it = by_connection_.find({io, connection});
+  if (it == by_connection_.end()) return;
+  const std::vector<std::uint64_t> numbers = it->second;
+  for (std::uint64_t number : numbers) {
+    auto found = calls_.find(number);
+    if (found == calls_.end()) continue;
+    CallPtr call = found->second;
+    call->hurried = true;
+    // A list waits for what is sure to come.
+    if (call->parked == Call::Parked::no || call->parked == Call::Parked::list)
+      continue;
+    timed_out(call);
+  }
 }
 
 void ShardImpl::enlist(const CallPtr& call) {

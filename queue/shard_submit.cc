@@ -475,6 +475,7 @@ void ShardImpl::list(const CallPtr& call, ListQuery query) {
   query.cursor.clear();
   query.limit = std::clamp(query.limit, 1, 1000);
   call->list = std::move(query);
+  call->list_until_mono = mono() + kListLookMs;
   bool live = call->list.states.empty();
   for (State state : call->list.states) live = live || !is_final(state);
   if (!call->list.labels.empty()) live = false;
@@ -498,11 +499,27 @@ void ShardImpl::list(const CallPtr& call, ListQuery query) {
   list_live(call, at);
 }
 
+namespace {
+
+// What a job takes in a list, about.
+std::uint64_t bytes_of(const JobView& view) {
+  std::uint64_t bytes = 512 + view.error_message.size() +
+                        view.progress_message.size() + view.dedup_key.size() +
+                        view.sandbox.size() + view.blocked_data.size() +
+                        view.input.size() + view.depends_on.size() * 40;
+  for (const auto& [key, value] : view.labels) {
+    bytes += key.size() + value.size() + 6;
+  }
+  return bytes;
+}
+
+}  // namespace
+
 void ShardImpl::list_live(const CallPtr& call, std::uint64_t cursor) {
   const ListQuery& query = call->list;
   auto& views = call->response.views;
   const auto limit = static_cast<std::size_t>(query.limit);
-  std::uint64_t examined = 0;
+  std::uint64_t examined = 0, bytes = 0;
   auto wanted = [&](const JobView& view) {
     if (!query.states.empty() &&
         std::find(query.states.begin(), query.states.end(), view.state) ==
@@ -525,18 +542,36 @@ void ShardImpl::list_live(const CallPtr& call, std::uint64_t cursor) {
     view.fsync = options_.core.fsync;
     view.waiting_for_level = view.state == State::ready && view.min_level > 0 &&
                              !level_seen(view.min_level);
-    return views.size() < limit;
+    bytes += bytes_of(view);
+    return views.size() < limit && bytes < query.bytes;
   });
+  call->list.bytes -= std::min(bytes, call->list.bytes);
   call->response.scanned += examined;
+  if (cursor != 0 && views.empty() && mono() < call->list_until_mono) {
+    // Places of jobs that ended, or jobs that do not match: others first.
+    call->list_at = cursor;
+    call->parked = Call::Parked::list;
+    scanning_.push_back(call);
+    return;
+  }
   if (cursor != 0) {
     call->response.cursor = "L" + std::to_string(cursor);
     return answer(call);
   }
-  if (views.size() >= limit) {
+  if (views.size() >= limit || call->list.bytes == 0) {
     call->response.cursor = "H";
     return answer(call);
   }
   list_history(call);
+}
+
+void ShardImpl::list_on() {
+  if (scanning_.empty()) return;
+  CallPtr call = std::move(scanning_.front());
+  scanning_.pop_front();
+  if (call->dropped) return;
+  call->parked = Call::Parked::no;
+  list_live(call, call->list_at);
 }
 
 // What had ended when the list was asked for should be in it: waits until

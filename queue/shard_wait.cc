@@ -8,7 +8,7 @@
 namespace machina {
 
 bool ShardImpl::park(const CallPtr& call, Call::Parked how, Millis wait_ms) {
-  if (calls_full()) return false;
+  if (calls_full() || call->hurried) return false;
   enlist(call);
   call->parked = how;
   call->deadline_mono = mono() + wait_ms;

@@ -64,10 +64,18 @@ bool Connection::is_head(std::uint64_t sequence) const {
   return s != nullptr && s->head;
 }
 
+void Connection::mark_large(std::uint64_t sequence) {
+  Slot* s = slot(sequence);
+  if (s == nullptr || s->done || s->large) return;
+  s->large = true;
+  ++large_open_;
+}
+
 void Connection::finish(std::uint64_t sequence, bool close) {
   Slot* s = slot(sequence);
   if (s == nullptr || s->done) return;
   s->done = true;
+  if (s->large) --large_open_;
   s->close = close || s->closes;
   s->pending.extra.reset();
   advance();
@@ -94,6 +102,7 @@ void Connection::advance() {
     slots_.clear();
     sent_ = 0;
     since_ = -1;
+    if (ended_ && !processing_) settle_end();
   } else if (sent_ >= kPipelineMax) {
     slots_.erase(slots_.begin(),
                  slots_.begin() + static_cast<std::ptrdiff_t>(sent_));
@@ -105,7 +114,9 @@ void Connection::linger() {
   state_ = State::lingering;
   since_ = -1;
   lingered_ = 0;
+  large_open_ = 0;
   base_ = next_;  // later requests are never answered (N1)
+  over_ = ended_;
 }
 
 void Connection::begin_slot() {
@@ -160,33 +171,51 @@ void Connection::resume(Millis now) {
     held_since_ = -1;
   }
   if (next_ - base_ < kPipelineMax) blocked_ = false;
-  if (wants_pause() || in_.empty()) return;
-  if (state_ != State::head && state_ != State::body) return;
-  std::string bytes;
-  bytes.swap(in_);
-  std::size_t used = process(bytes);
-  if (state_ == State::head || state_ == State::body) {
-    in_.assign(bytes, used, bytes.npos);
-  }
-}
-
-bool Connection::end() {
-  if (state_ == State::lingering) return true;
-  // Requests that are here whole are still answered; whoever waits for a lease
-  // and has hung up would only lose it.
-  for (std::uint64_t s = base_; s < next_; ++s) {
-    if (Pending* p = pending(s); p != nullptr && p->holds_lease_call) {
-      return true;
+  if (wants_pause()) return;
+  if (!in_.empty() && (state_ == State::head || state_ == State::body)) {
+    std::string bytes;
+    bytes.swap(in_);
+    std::size_t used = process(bytes);
+    if (state_ == State::head || state_ == State::body) {
+      in_.assign(bytes, used, bytes.npos);
     }
   }
-  if (base_ == next_ || state_ == State::body) return true;
-  slots_.back().closes = true;
-  state_ = State::stopped;
-  return false;
+  if (ended_) settle_end();
+}
+
+void Connection::end() {
+  ended_ = true;
+  settle_end();
+}
+
+// What is here whole is carried out and answered; what is not whole never will
+// be.
+void Connection::settle_end() {
+  if (wants_pause() && state_ != State::lingering) return;  // resume() goes on
+  if (state_ == State::body) {
+    // Its slot is the last one.
+    Slot& partial = slots_.back();
+    partial.done = true;
+    if (partial.large) --large_open_;
+    slots_.pop_back();
+    --next_;
+    if (base_ == next_) {
+      slots_.clear();
+      sent_ = 0;
+    }
+  }
+  if (state_ == State::head || state_ == State::body) {
+    state_ = State::stopped;
+    std::string().swap(in_);
+    std::string().swap(body_);
+    if (base_ < next_) slots_.back().closes = true;
+  }
+  over_ = base_ == next_;
 }
 
 std::size_t Connection::process(std::string_view bytes) {
   std::string_view left = bytes;
+  processing_ = true;
   while (true) {
     if (held_ || blocked_) break;
     if (state_ == State::head) {
@@ -199,6 +228,7 @@ std::size_t Connection::process(std::string_view bytes) {
       break;
     }
   }
+  processing_ = false;
   // What stays behind must not point into `bytes`.
   if (state_ == State::body) keep_head();
   return bytes.size() - left.size();
@@ -214,7 +244,8 @@ void Connection::keep_head() {
 }
 
 bool Connection::take_head(std::string_view* bytes) {
-  if (next_ - base_ >= kPipelineMax) {
+  if (next_ - base_ >= kPipelineMax ||
+      (!bytes->empty() && !head_begun_ && !sink_.may_take())) {
     blocked_ = true;
     return false;
   }
@@ -317,6 +348,13 @@ bool Connection::body_piece(std::string_view piece) {
     return false;
   }
   if (plan_.kind == BodyPlan::buffer) {
+    if (plan_.counted) {
+      if (auto error = sink_.on_held(piece.size())) {
+        keep_head();
+        refuse(*error);
+        return false;
+      }
+    }
     body_ += piece;
   } else if (plan_.kind == BodyPlan::stream && !piece.empty()) {
     sink_.on_piece(next_ - 1, piece);

@@ -20,6 +20,8 @@
 //       kBodyBytesPerS that came of it, and may not pause for kBodyPauseMs;
 //       what we made it wait does not count. An idle connection ends after
 //       kIdleMs.
+//   N6  A peer that ends its sending side hears the answers to all that it sent
+//       whole, also where the end came with the last byte; then over().
 //   N5  Before a request line at most kEmptyLinesMax empty lines are forgiven.
 
 #pragma once
@@ -59,8 +61,7 @@ struct PendingExtra {
 struct Pending {
   std::uint8_t op = 0;
   std::uint8_t stage = 0;
-  bool holds_lease_call = false;  // of no use to a peer that has hung up
-  bool plain_errors = false;      // /enqueue's error form
+  bool plain_errors = false;  // /enqueue's error form
   Millis begun_ms = 0;
   std::uint64_t begun_us = 0;
   std::uint8_t request_id_bytes = 0;
@@ -83,6 +84,7 @@ struct BodyPlan {
     discard,  // nobody wants it; still read, so that the next request is found
   } kind = buffer;
   std::uint64_t max = 0;  // over it: 413
+  bool counted = false;   // buffer: on_held() is asked for each piece
 };
 
 class ConnectionSink {
@@ -92,6 +94,13 @@ class ConnectionSink {
   virtual void on_piece(std::uint64_t sequence, std::string_view piece) = 0;
   virtual void on_request(std::uint64_t sequence, const Head& head,
                           std::string_view body) = 0;
+  // Whether the next request may be begun now. False: not before resume().
+  virtual bool may_take() { return true; }
+  // `bytes` more of a counted body are to be kept. Nothing: they are.
+  virtual std::optional<HttpError> on_held(std::size_t bytes) {
+    (void)bytes;
+    return std::nullopt;
+  }
   // Must reply at once; the connection lingers after it. `head` is empty where
   // it could not be read.
   virtual void on_error(std::uint64_t sequence, const Head& head,
@@ -103,10 +112,12 @@ class Connection {
   Connection(ConnectionSink& sink, std::string& out, Millis now);
 
   void feed(std::string_view bytes, Millis now);
-  // The peer will send no more. True where the connection is of no more use.
-  bool end();
-  // Goes on where kPipelineMax or hold() stopped it. Not from within a sink
-  // call.
+  // The peer will send no more (N6).
+  void end();
+  // Ended so, and everything is answered: to be closed once that is sent.
+  bool over() const { return over_; }
+  // Goes on where kPipelineMax, may_take() or hold() stopped it. Not from
+  // within a sink call.
   void resume(Millis now);
   // Stops handing over pieces until resume().
   void hold();
@@ -124,6 +135,9 @@ class Connection {
   bool closes(std::uint64_t sequence) const;
   bool is_http11(std::uint64_t sequence) const;
   bool is_head(std::uint64_t sequence) const;  // its reply has no body
+  // Its answer may be large: large_open() counts those that are not finished.
+  void mark_large(std::uint64_t sequence);
+  int large_open() const { return large_open_; }
 
   bool lingering() const { return state_ == State::lingering; }
   bool idle() const { return base_ == next_ && state_ == State::head; }
@@ -138,7 +152,7 @@ class Connection {
   enum class State : std::uint8_t { head, body, stopped, lingering };
   struct Slot {
     bool done = false, close = false, http11 = true, closes = false,
-         head = false;
+         head = false, large = false;
     std::string bytes;
     Pending pending;
   };
@@ -154,6 +168,7 @@ class Connection {
   void request_complete(std::string_view body);
   void refuse(const HttpError& error);
   void begin_slot();
+  void settle_end();
   void keep_head();
   void advance();
   void linger();
@@ -177,6 +192,9 @@ class Connection {
   std::size_t sent_ = 0;  // slots at the front that are done with
   State state_ = State::head;
   bool held_ = false, blocked_ = false;
+  bool ended_ = false, over_ = false;  // N6
+  bool processing_ = false;
+  int large_open_ = 0;
   Millis now_ = 0;
   Millis since_ = 0;       // what N4 counts from; < 0: from the next check on
   Millis body_since_ = 0;  // when the body began, less what we held it up

@@ -28,6 +28,62 @@ bool is_token_char(unsigned char c) {
          (c >= '0' && c <= '9') || kOther.find(char(c)) != kOther.npos;
 }
 
+// Methods of RFC 9110 and 5789; of others we do not know what they would mean.
+bool known_method(std::string_view method) {
+  static constexpr std::string_view kKnown[] = {"GET",     "HEAD",   "POST",
+                                                "PUT",     "DELETE", "CONNECT",
+                                                "OPTIONS", "TRACE",  "PATCH"};
+  return std::find(std::begin(kKnown), std::end(kKnown), method) !=
+         std::end(kKnown);
+}
+
+bool is_digit(char c) { return c >= '0' && c <= '9'; }
+
+// The request line's outer words; its target is finish_target()'s.
+std::optional<HttpError> check_words(std::string_view method,
+                                     std::string_view version) {
+  for (unsigned char c : method) {
+    if (!is_token_char(c)) {
+      return HttpError{400, "bad-request", "the method is no token"};
+    }
+  }
+  // llhttp knows protocols that are not ours.
+  if (version.size() != 8 || !version.starts_with("HTTP/") ||
+      !is_digit(version[5]) || version[6] != '.' || !is_digit(version[7])) {
+    return HttpError{400, "bad-request",
+                     "the request line's version is not HTTP's"};
+  }
+  if (version[5] != '1' || version[7] > '1') {
+    return HttpError{
+        505, "http-version",
+        std::string(version) + ": only HTTP/1.0 and HTTP/1.1 are spoken"};
+  }
+  if (!known_method(method)) {
+    return HttpError{501, "not-implemented",
+                     "method " + std::string(method.substr(0, 32)) +
+                         ": GET, HEAD, POST, PUT and DELETE are there"};
+  }
+  return std::nullopt;
+}
+
+// A name that some reader before or behind us may take for one of a header that
+// frames the body: the same letters and digits, other characters between.
+bool looks_like_framing(std::string_view field) {
+  if (field.size() < 13) return false;
+  for (std::string_view framing : {"transferencoding", "contentlength"}) {
+    std::size_t at = 0;
+    bool same = true;
+    for (char c : field) {
+      c = lower(c);
+      if (!is_digit(c) && (c < 'a' || c > 'z')) continue;
+      same = same && at < framing.size() && framing[at] == c;
+      ++at;
+    }
+    if (same && at == framing.size()) return true;
+  }
+  return false;
+}
+
 // What the class comment promises beyond llhttp. `bytes` ends in CRLF CRLF.
 std::optional<HttpError> check_lines(std::string_view bytes) {
   std::size_t lines = 0;
@@ -58,10 +114,9 @@ std::optional<HttpError> check_lines(std::string_view bytes) {
         return HttpError{400, "bad-request",
                          "the request line is not METHOD TARGET VERSION"};
       }
-      // llhttp knows protocols that are not ours.
-      if (line.compare(last + 1, 5, "HTTP/") != 0) {
-        return HttpError{400, "bad-request",
-                         "the request line's version is not HTTP's"};
+      if (auto error =
+              check_words(line.substr(0, first), line.substr(last + 1))) {
+        return error;
       }
     } else if (!line.empty()) {
       if (line[0] == ' ' || line[0] == '\t') {
@@ -74,6 +129,15 @@ std::optional<HttpError> check_lines(std::string_view bytes) {
       }
       if (i == 0 || i == line.size() || line[i] != ':') {
         return HttpError{400, "bad-request", "a header line has no valid name"};
+      }
+      std::string_view field = line.substr(0, i);
+      if (looks_like_framing(field) &&
+          !equals_ignoring_case(field, "content-length") &&
+          !equals_ignoring_case(field, "transfer-encoding")) {
+        return HttpError{400, "bad-request",
+                         "header " + std::string(field.substr(0, 64)) +
+                             " only looks like Content-Length or "
+                             "Transfer-Encoding"};
       }
     }
     ++lines;
@@ -181,6 +245,7 @@ bool forbidden_trailer(std::string_view field) {
   for (std::string_view name : kForbidden) {
     if (equals_ignoring_case(field, name)) return true;
   }
+  if (looks_like_framing(field)) return true;
   return field.size() > 10 &&
          equals_ignoring_case(field.substr(0, 10), "x-machina-");
 }
@@ -270,7 +335,10 @@ void HeadParser::Impl::header() {
       break;
     case 6:
       if (is("prefer")) take(kPrefer, "Prefer", &head->prefer, v);
-      if (is("origin")) take(kOrigin, "Origin", &head->origin, v);
+      if (is("origin")) {
+        take(kOrigin, "Origin", &head->origin, v);
+        head->has_origin = true;
+      }
       if (is("expect")) {
         once(kExpect, "Expect");
         if (equals_ignoring_case(v, "100-continue")) {
@@ -370,9 +438,6 @@ void HeadParser::Impl::finish_target() {
 void HeadParser::Impl::finish() {
   head->http11 = parser.http_minor == 1;
   head->method = method_of(parser.method);
-  if (parser.http_major != 1) {
-    refuse(505, "http-version", "only HTTP/1.0 and HTTP/1.1 are spoken");
-  }
   if ((seen & kEncoding) != 0) {
     if ((seen & kLength) != 0) {
       refuse(400, "bad-request",
@@ -557,7 +622,10 @@ ChunkedBody::Step ChunkedBody::next(std::string_view* bytes,
           left_ = left_ << 4 | static_cast<std::uint64_t>(v);
         }
         if (digits == 0 || digits > 15) return bad("a chunk size is not hex");
-        if (digits < line.size() && line[digits] != ';') {
+        // RFC 9112, 7.1.1: there may be blanks before an extension.
+        std::size_t after = line.find_first_not_of(" \t", digits);
+        if (digits < line.size() &&
+            (after == line.npos || line[after] != ';')) {
           return bad("a chunk size is not hex");
         }
         extension_bytes_ += line.size() - digits;

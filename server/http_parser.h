@@ -12,6 +12,7 @@
 //       501. So is each header twice that we take one value of.
 //   P2  A head is at most kHeadBytesMax and kHeaderCountMax headers (431), its
 //       first line at most kRequestLineMax (414).
+//       A name that only looks like one of the two that frame: 400.
 //   P3  Chunked bodies: hex sizes, CRLF only, a line at most kChunkLineMax, all
 //       extensions at most kChunkExtensionsMax; a trailer that would change how
 //       a request is read is refused, others are dropped.
@@ -49,9 +50,17 @@ struct Head {
   bool has_length = false;
   std::uint64_t length = 0;
   bool expect_continue = false;
+  bool has_origin = false;  // also an empty one
   std::string_view host, origin, authorization, content_type, prefer,
       idempotency_key, request_id, traceparent, signature_ts, nonce, signature;
 };
+
+inline constexpr std::string_view Head::*kHeadViews[] = {
+    &Head::method_text,     &Head::target,       &Head::path,
+    &Head::query,           &Head::host,         &Head::origin,
+    &Head::authorization,   &Head::content_type, &Head::prefer,
+    &Head::idempotency_key, &Head::request_id,   &Head::traceparent,
+    &Head::signature_ts,    &Head::nonce,        &Head::signature};
 
 // Why bytes are no request; answered and then the connection ends.
 struct HttpError {

@@ -258,15 +258,24 @@ MaybeProblem set_kind_key(const KindFacts& facts, std::string key,
 
 // --- Single members --------------------------------------------------------
 
+std::string range_text(std::string_view field, std::int64_t min,
+                       std::int64_t max) {
+  const char* unit = field.ends_with("_ms")      ? " ms"
+                     : field.ends_with("_bytes") ? " bytes"
+                     : field.ends_with("_mb")    ? " MB"
+                                                 : "";
+  return std::to_string(min) + ".." + std::to_string(max) + unit;
+}
+
 MaybeProblem read_integer(const JsonValue& v, std::string_view field,
                           std::int64_t min, std::int64_t max,
                           std::int64_t* out) {
   if (!v.is_number()) return wrong_type(field, v, "an integer");
   auto value = v.as_integer();
   if (!value || *value < min || *value > max) {
-    return bad_field(
-        field, std::string(v.raw().substr(0, 40)) + " is not an integer from " +
-                   std::to_string(min) + " to " + std::to_string(max));
+    return bad_field(field, std::string(v.raw().substr(0, 40)) +
+                                " is not an integer in " +
+                                range_text(field, min, max));
   }
   *out = *value;
   return std::nullopt;
@@ -701,6 +710,23 @@ MaybeProblem read_block(const JsonValue& json, BlockCommand* block) {
   return std::nullopt;
 }
 
+MaybeProblem read_session(const JsonValue& v, std::string* secret) {
+  if (v.is_null()) return std::nullopt;
+  if (auto p = read_string(v, "session", kSessionBytesMax, secret)) return p;
+  const bool good = secret->size() >= kSessionBytesMin &&
+                    std::all_of(secret->begin(), secret->end(), [](char c) {
+                      return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') ||
+                             (c >= 'A' && c <= 'Z') || c == '-' || c == '_' ||
+                             c == '.';
+                    });
+  if (good) return std::nullopt;
+  return bad_field("session", std::to_string(kSessionBytesMin) + " to " +
+                                  std::to_string(kSessionBytesMax) +
+                                  " of A-Za-z0-9-_. are needed: what a "
+                                  "lease's answer said, or a secret of your "
+                                  "own");
+}
+
 MaybeProblem read_lease(const JsonValue& json, LeaseBody* lease) {
   if (auto p = not_an_object(json)) return p;
   LeaseCommand& command = lease->command;
@@ -723,6 +749,8 @@ MaybeProblem read_lease(const JsonValue& json, LeaseBody* lease) {
       problem = read_integer(m, name, 0, kWaitMsMax, &lease->wait_ms);
     } else if (name == "isolation_level") {
       problem = read_level(m, name, &command.level);
+    } else if (name == "session") {
+      problem = read_session(m, &lease->session);
     } else if (name == "holding") {
       if (!m.is_array()) return wrong_type(name, m, "an array of tokens");
       lease->holding.emplace();
@@ -868,11 +896,13 @@ void append_forgotten(JsonWriter& json, const JobView& job) {
 
 }  // namespace
 
-void append_job(JsonWriter& json, const JobView& job, Show show) {
+void append_job(JsonWriter& json, const JobView& job, Show show,
+                std::optional<bool> served) {
   if (job.past_retention) return append_forgotten(json, job);
   json.begin_object();
   json.key("id").id(job.id);
   json.key("kind").string(job.kind);
+  if (served) json.key("served").boolean(*served);
   json.key("queue").string(job.queue);
   json.key("tenant").string(job.tenant);
   json.key("state").string(name(job.state));

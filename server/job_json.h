@@ -60,12 +60,17 @@ MaybeProblem read_completion(const JsonValue& json, const JobContext& context,
                              CompleteCommand::Item* item, std::string* token);
 MaybeProblem read_failure(const JsonValue& json, Outcome* outcome);
 MaybeProblem read_block(const JsonValue& json, BlockCommand* block);
+constexpr std::size_t kSessionBytesMin = 16, kSessionBytesMax = 128;
+
 // Tokens of `holding` are left as text.
 struct LeaseBody {
   LeaseCommand command;
   std::optional<std::vector<std::string>> holding;
+  std::string session;  // its secret; empty: a first call
   Millis wait_ms = 0;
 };
+// Of a worker's or a pool's session; null is as absent.
+MaybeProblem read_session(const JsonValue& v, std::string* secret);
 MaybeProblem read_lease(const JsonValue& json, LeaseBody* lease);
 struct HeartbeatBody {
   struct Item {
@@ -79,6 +84,9 @@ struct HeartbeatBody {
 MaybeProblem read_heartbeat(const JsonValue& json, HeartbeatBody* out);
 
 // Single members; `field` is their full name for problems.
+// "0..86400000 ms": the unit is what the field's name ends in.
+std::string range_text(std::string_view field, std::int64_t min,
+                       std::int64_t max);
 MaybeProblem read_integer(const JsonValue& v, std::string_view field,
                           std::int64_t min, std::int64_t max,
                           std::int64_t* out);
@@ -94,6 +102,9 @@ bool valid_artifact_name(std::string_view name);
 // How much of a job is shown: all; without payload (workers' verbs); without
 // payload and result (lists).
 enum class Show { all, no_payload, summary };
-void append_job(JsonWriter& json, const JobView& job, Show show);
+// `served`: whether a worker that is connected serves the kind, where that is
+// said.
+void append_job(JsonWriter& json, const JobView& job, Show show,
+                std::optional<bool> served = std::nullopt);
 
 }  // namespace machina

@@ -60,6 +60,9 @@ class LoopImpl final : public Loop {
   void stop_listening(bool passed_on) override {
     sockets_->stop_listening(passed_on);
   }
+  std::uint64_t unsent_bytes() const override {
+    return sockets_->unsent_bytes();
+  }
   void on_turn(std::function<void()> turn) override {
     on_turn_ = std::move(turn);
   }

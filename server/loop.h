@@ -36,7 +36,9 @@ class SocketEvents {
  public:
   virtual ~SocketEvents() = default;
   virtual void on_bytes(std::string_view bytes) = 0;
-  virtual void on_end() = 0;      // the peer will send no more
+  virtual void on_end() = 0;  // the peer will send no more
+  // The same, seen while reading is paused: on_end() comes when that was read.
+  virtual void on_hangup() {}
   virtual void on_drained() = 0;  // what was written has left
   virtual void on_gone() = 0;     // L2; the Socket is invalid from here on
 };
@@ -89,6 +91,8 @@ class Loop {
   // `passed_on`: somebody else has these sockets too, and their paths stay.
   virtual void stop_listening(bool passed_on = false) = 0;
 
+  // Bytes of all clients that the kernel has not taken, as of the last turn.
+  virtual std::uint64_t unsent_bytes() const = 0;
   virtual void on_turn(std::function<void()> turn) = 0;
   virtual Millis now() const = 0;  // CLOCK_MONOTONIC, as of this iteration
   virtual void post(std::function<void()> run) = 0;  // any thread

@@ -164,8 +164,9 @@ void Metrics::absorb(const ShardStats& stats) {
 }
 
 std::string Metrics::text(const ShardStats& stats, const WorkerNumbers& workers,
-                          int connections, Millis now_ms, Millis uptime_ms,
-                          bool ready, const std::string& version) const {
+                          const ConnectionNumbers& connections, Millis now_ms,
+                          Millis uptime_ms, bool ready,
+                          const std::string& version) const {
   std::string out;
   Lines lines(&out);
 
@@ -304,7 +305,13 @@ std::string Metrics::text(const ShardStats& stats, const WorkerNumbers& workers,
   lines.gauge("machina_live_jobs", "Jobs that have not ended.",
               stats.live_jobs);
   lines.gauge("machina_connections", "Open connections.",
-              static_cast<std::uint64_t>(connections));
+              static_cast<std::uint64_t>(connections.open));
+  lines.gauge("machina_http_unsent_bytes",
+              "Of answers, not yet taken by their clients.",
+              connections.unsent_bytes);
+  lines.counter("machina_http_stalled_cut_total",
+                "Connections cut off that took nothing while room was short.",
+                stalled_cut_);
   lines.head("machina_http_replies_total", "counter", "Replies by class.");
   for (int i = 1; i < 6; ++i) {
     lines.value("machina_http_replies_total",

@@ -44,6 +44,11 @@ struct WorkerNumbers {
   int level = -1;  // the least reported; -1: none reported
 };
 
+struct ConnectionNumbers {
+  int open = 0;
+  std::uint64_t unsent_bytes = 0;  // of their answers
+};
+
 // What a pool says of its sandboxes: sums since the pool began
 // (workers/sandbox_counts.h).
 struct PoolCounts {
@@ -68,11 +73,13 @@ class Metrics {
   // `limit`: an index of kLimitNames.
   void limited(std::size_t limit) { ++limited_[limit]; }
   void connection_refused() { ++connections_refused_; }
+  void cut_off() { ++stalled_cut_; }
 
   // Takes the samples that a ShardStats carries; each is counted once.
   void absorb(const ShardStats& stats);
   std::string text(const ShardStats& stats, const WorkerNumbers& workers,
-                   int connections, Millis now_ms, Millis uptime_ms, bool ready,
+                   const ConnectionNumbers& connections, Millis now_ms,
+                   Millis uptime_ms, bool ready,
                    const std::string& version) const;
 
  private:
@@ -80,7 +87,7 @@ class Metrics {
   std::uint64_t* last_ = nullptr;  // the counter that was used last
   std::pair<std::string, std::string> last_key_;
   std::uint64_t by_status_[6] = {};
-  std::uint64_t unauthorized_ = 0, connections_refused_ = 0;
+  std::uint64_t unauthorized_ = 0, connections_refused_ = 0, stalled_cut_ = 0;
   std::uint64_t limited_[4] = {};
   Histogram enqueue_, sync_;
   std::map<std::string, Histogram> wait_, run_;

@@ -80,6 +80,8 @@ bool Service::read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
       p = read_string(m, "host", 256, &pool->host);
     } else if (m.key() == "wait_ms") {
       p = read_integer(m, "wait_ms", 0, kWaitMsMax, wait_ms);
+    } else if (m.key() == "session") {
+      p = read_session(m, &pool->session);
     } else if (m.key() == "counts") {
       pool->counts.emplace();
       if (!read_counts(m, &*pool->counts)) {
@@ -127,6 +129,7 @@ bool Service::read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
                 "workers", std::string(f.key()) + " is the server's to say"));
           }
         }
+        if (!worker.name.empty()) pool->listed.insert(worker.name);
         pool->workers.push_back(std::move(worker));
       }
     } else {
@@ -137,10 +140,48 @@ bool Service::read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
   return true;
 }
 
-void Service::report_gone(std::vector<std::string> workers, bool ended) {
+namespace {
+
+bool called_after(const std::string& worker, const std::string& pool) {
+  return worker.starts_with(pool + "-");
+}
+
+}  // namespace
+
+// Which leases end. A pool that shows the session that its workers lease with
+// ends just those. One that shows none (of a version before sessions) may speak
+// of workers that it was the first to list, or that are called after it.
+GoneCommand Service::gone_of(const std::string& id, const Pool& said,
+                             std::vector<std::string> gone) const {
+  GoneCommand command;
+  for (std::string& name : gone) {
+    Session session = 0;
+    if (!said.session.empty()) {
+      session = tokens_->session(name, said.session, true);
+    } else {
+      if (!said.listed.contains(name) && !called_after(name, id)) {
+        Saying(Severity::warn, "gone_ignored",
+               "a pool says that a worker is gone which is not its own")
+            .with("pool", id)
+            .with("worker", name);
+        continue;
+      }
+    }
+    command.workers.push_back(std::move(name));
+    command.sessions.push_back(session);
+  }
+  return command;
+}
+
+void Service::report_gone(const std::string& id, const Pool& said,
+                          std::vector<std::string> workers, bool ended) {
   if (workers.empty()) return;
+  GoneCommand command = gone_of(id, said, std::move(workers));
+  if (command.workers.empty()) return;
+  for (const std::string& worker : command.workers) no_longer_serves(worker);
+  command.ended = ended;
   Request request;
-  request.what.emplace<Command>(GoneCommand{std::move(workers), ended});
+  request.what.emplace<Command>(std::move(command));
   ask(std::move(request), [](const Response&) {});
 }
 
@@ -172,8 +213,18 @@ void Service::post_sync(const Exchange& call) {
         call.peer, call.sequence,
         bad_field("pool", "more than " + std::to_string(kPoolsMax) + " pools"));
   }
-  report_gone(std::move(gone), false);
-  report_gone(std::move(ended), true);
+  for (const auto& [other, theirs] : pools_) {
+    if (other == id) continue;
+    std::erase_if(said.listed, [&](const std::string& name) {
+      return theirs.listed.contains(name) || called_after(name, other);
+    });
+  }
+  if (auto known = pools_.find(id); known != pools_.end()) {
+    auto& listed = known->second.listed;
+    if (listed.size() <= kListedMax) said.listed.merge(listed);
+  }
+  report_gone(id, said, std::move(gone), false);
+  report_gone(id, said, std::move(ended), true);
   Pool& pool = pools_[id];
   // A pool has one open sync: an older one was left behind.
   Where old = pool.parked;
@@ -185,14 +236,13 @@ void Service::post_sync(const Exchange& call) {
 
   Pending* pending = call.peer.connection.pending(call.sequence);
   pending->op = static_cast<std::uint8_t>(PendingOp::sync);
-  pending->holds_lease_call = true;
   check_levels();
   // What this connection was told before need not be told again; a new one may
   // be there because the last answer was lost.
   bool news = call.peer.told_pool != id || call.peer.told_target != target_ ||
               call.peer.told_drain != (draining_ && !handover_);
   call.peer.told_pool = id;
-  if (news || wait_ms == 0 || draining_) {
+  if (news || wait_ms == 0 || draining_ || call.peer.hung_up) {
     return answer_sync(call.peer, call.sequence);
   }
   pool.parked = {call.peer.id, call.sequence};
@@ -223,6 +273,14 @@ void Service::answer_parked(bool all) {
     }
     bool silent = now - pool.seen_mono > kPoolSilentMs;
     it = silent ? pools_.erase(it) : std::next(it);
+  }
+}
+
+void Service::answer_parked(Peer& peer) {
+  for (auto& [_, pool] : pools_) {
+    if (pool.parked.peer != peer.id) continue;
+    const Where where = std::exchange(pool.parked, {});
+    answer_sync(peer, where.sequence);
   }
 }
 
@@ -302,7 +360,9 @@ void Service::put_scale(const Exchange& call) {
     return refuse(call.peer, call.sequence,
                   bad_field("count", "it is missing"));
   }
+  if (count > target_) scaled_mono_ = clock_.mono_ms();
   target_ = static_cast<int>(count);
+  served_.clear();
   reply(call.peer, call.sequence, 200,
         "{\"configured\":" + std::to_string(target_) + "}");
   pool_start_at_ = 0;

@@ -21,17 +21,18 @@ const std::vector<Route>& Service::routes() {
       {M::post, "/v1/leases", &S::post_leases, worker},
       {M::post, "/v1/leases/complete", &S::post_complete_many, worker},
       {M::post, "/v1/leases/heartbeat", &S::post_heartbeat, worker},
-      {M::get, "/v1/jobs", &S::list_jobs},
-      {M::get, "/v1/jobs/{}", &S::get_job},
+      {M::get, "/v1/jobs", &S::list_jobs, 0, 0, kListWeight},
+      {M::get, "/v1/jobs/{}", &S::get_job, 0, 0, kJobWeight},
       {M::post, "/v1/jobs/cancel", &S::not_built},
       {M::post, "/v1/jobs/retry", &S::not_built},
       {M::post, "/v1/jobs/delete", &S::not_built},
       {M::post, "/v1/jobs/{}/cancel", &S::cancel_job},
       {M::post, "/v1/jobs/{}/retry", &S::retry_job},
       {M::post, "/v1/jobs/{}/unblock", &S::unblock_job},
-      {M::get, "/v1/jobs/{}/logs", &S::get_logs},
-      {M::get, "/v1/jobs/{}/artifacts", &S::list_artifacts},
-      {M::get, "/v1/jobs/{}/artifacts/{}", &S::get_artifact},
+      {M::get, "/v1/jobs/{}/logs", &S::get_logs, 0, 0, kDownloadPieceBytes},
+      {M::get, "/v1/jobs/{}/artifacts", &S::list_artifacts, 0, 0, kJobWeight},
+      {M::get, "/v1/jobs/{}/artifacts/{}", &S::get_artifact, 0, 0,
+       kDownloadPieceBytes},
       {M::post, "/v1/leases/{}/complete", &S::post_complete, worker},
       {M::post, "/v1/leases/{}/fail", &S::post_fail, worker},
       {M::post, "/v1/leases/{}/block", &S::post_block, worker},
@@ -40,18 +41,19 @@ const std::vector<Route>& Service::routes() {
       {M::put, "/v1/leases/{}/artifacts/{}", &S::put_artifact, stream,
        kArtifactBytesMax},
       {M::post, "/v1/pools/{}/sync", &S::post_sync, worker},
-      {M::get, "/v1/patches", &S::list_patches},
-      {M::get, "/v1/patches/{}", &S::get_patch},
-      {M::get, "/v1/patches/{}/ancestry", &S::get_ancestry},
-      {M::get, "/v1/patches/{}/reverse_diff", &S::get_reverse_diff},
-      {M::get, "/v1/workers", &S::get_workers},
+      {M::get, "/v1/patches", &S::list_patches, 0, 0, kListWeight},
+      {M::get, "/v1/patches/{}", &S::get_patch, 0, 0, kPageWeight},
+      {M::get, "/v1/patches/{}/ancestry", &S::get_ancestry, 0, 0, kPageWeight},
+      {M::get, "/v1/patches/{}/reverse_diff", &S::get_reverse_diff, 0, 0,
+       kDiffWeight},
+      {M::get, "/v1/workers", &S::get_workers, 0, 0, kPageWeight},
       {M::put, "/v1/workers/scale", &S::put_scale},
       {M::post, "/enqueue", &S::post_enqueue, enqueue},
       {M::post, "/run_sync", &S::post_run_sync, run_sync},
       {M::get, "/health", &S::get_health, open},
       {M::get, "/ready", &S::get_ready, open},
-      {M::get, "/stats", &S::get_stats},
-      {M::get, "/metrics", &S::get_metrics, open},
+      {M::get, "/stats", &S::get_stats, 0, 0, kJobWeight},
+      {M::get, "/metrics", &S::get_metrics, open, 0, kJobWeight},
       {M::post, "/shutdown", &S::post_shutdown},
       {M::get, "/", &S::get_root, open},
       {M::get, "/openapi.json", &S::not_built, open},
@@ -90,7 +92,8 @@ bool matches(std::string_view pattern, std::string_view path,
 // on it has open may not. It shows itself by the page's origin, or, where its
 // name was made to point here, by that name.
 bool from_a_page(const Head& head) {
-  if (head.host.empty()) return false;  // HTTP/1.0; no browser
+  // HTTP/1.0: no browser, unless something before us made it of a page's.
+  if (head.host.empty()) return head.has_origin;
   std::string_view host = head.host;
   if (host.front() == '[') {
     host = host.substr(1, std::min(host.find(']'), host.size()) - 1);
@@ -102,8 +105,7 @@ bool from_a_page(const Head& head) {
   if (!is_loopback(std::string(host)) && host.find('.') != host.npos) {
     return true;
   }
-  return !head.origin.empty() &&
-         head.origin != "http://" + std::string(head.host);
+  return head.has_origin && head.origin != "http://" + std::string(head.host);
 }
 
 Problem forbidden() {
@@ -230,23 +232,6 @@ MaybeProblem Service::let_in_signed(Peer& peer, std::uint64_t sequence,
   return std::nullopt;
 }
 
-MaybeProblem Service::reserve(Peer& peer, const Head& head, std::uint64_t max) {
-  if (peer.proved) return std::nullopt;
-  std::uint64_t bytes = head.chunked ? max : std::min(head.length, max);
-  if (unproved_bytes_ + bytes > kUnprovedBytesMax) {
-    Problem p;
-    p.status = 503;
-    p.code = "busy";
-    p.retry_after = 1;
-    p.detail = "bodies of " + std::to_string(kUnprovedBytesMax) +
-               " bytes wait for their signatures, the most that may";
-    return p;
-  }
-  unproved_bytes_ += bytes;
-  peer.reserved = bytes;
-  return std::nullopt;
-}
-
 void Service::release(Peer& peer) {
   unproved_bytes_ -= peer.reserved;
   peer.reserved = 0;
@@ -342,6 +327,24 @@ std::optional<std::string_view> Service::plain_path(const Head& head) {
   return path_;
 }
 
+namespace {
+
+// Two readers could take different ones of two parameters of one name.
+MaybeProblem parameter_twice(std::string_view query) {
+  if (query.empty()) return std::nullopt;
+  auto parameters = parse_query(query);
+  if (!parameters) return std::nullopt;  // whoever reads it says so
+  std::set<std::string_view> seen;
+  for (const auto& [name, value] : *parameters) {
+    if (!seen.insert(name).second) {
+      return bad_field(name, "the parameter is there twice");
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
 MaybeProblem Service::route(const Head& head, const Route** found,
                             std::array<std::string_view, 2>* args) {
   *found = nullptr;
@@ -359,7 +362,7 @@ MaybeProblem Service::route(const Head& head, const Route** found,
     if (!matches(route.pattern, *path, args)) continue;
     if (route.method == method) {
       *found = &route;
-      return std::nullopt;
+      return parameter_twice(head.query);
     }
     std::string_view other = name(route.method);
     if (allow.find(other) == allow.npos) {
@@ -374,6 +377,19 @@ MaybeProblem Service::route(const Head& head, const Route** found,
       allow.empty() ? "there is no such path" : "this path takes " + allow;
   p.allow = allow;
   return p;
+}
+
+// What is brought for a lease that is none, or no more, is not kept.
+MaybeProblem Service::look_at_lease(const Route& route,
+                                    std::string_view token) {
+  if (!route.pattern.starts_with("/v1/leases/{}")) return std::nullopt;
+  Fence fence = 0;
+  if (auto p = check_token(token, &fence)) return p;
+  // Of others a repeated end has the stored answer.
+  if ((route.flags & Route::raw) == 0 || shard_->leased(fence)) {
+    return std::nullopt;
+  }
+  return stale_lease();
 }
 
 // Decided before the body is read: who asks, what for, how much may come.
@@ -395,6 +411,7 @@ BodyPlan Service::head_read(Peer& peer, std::uint64_t sequence,
   if (peer.route != nullptr && peer.route->max_body != 0) {
     plan.max = peer.route->max_body;
   }
+  if (!peer.refusal) peer.refusal = look_at_lease(*peer.route, args[0]);
   bool stream = (flags & Route::stream) != 0;
   if (stream && !peer.refusal) {
     // A streamed body's handler begins here and ends in dispatch().
@@ -407,10 +424,9 @@ BodyPlan Service::head_read(Peer& peer, std::uint64_t sequence,
       plan.kind = BodyPlan::stream;
       if (peer.digest == nullptr) peer.digest = std::make_unique<Sha256>();
       (void)peer.digest->finish();
-    } else if (auto busy = reserve(peer, head, plan.max)) {
-      peer.refusal = std::move(busy);
-      peer.entry = Gate::Entry::granted;  // to be told so, and no more
-      plan.kind = BodyPlan::discard;
+    } else {
+      // What came counts, not what was announced.
+      plan.counted = !peer.proved;
     }
   } else if (peer.refusal) {
     plan.kind = BodyPlan::discard;
@@ -448,10 +464,89 @@ void Service::dispatch(Peer& peer, std::uint64_t sequence, const Head& head,
     pump_upload(peer.upload);
     return;
   }
+  // One that waits long has no answer yet that would need room.
+  if (peer.route->weight != 0 && !peer.local &&
+      preferred_wait(head.prefer) <= 0) {
+    peer.connection.mark_large(sequence);
+    if (crowded(peer.route->weight)) {
+      peer.later = std::make_unique<Later>(sequence, head);
+      crowd_.push_back(peer.id);
+      return;
+    }
+    weigh(peer, peer.route->weight);
+  }
+  handle(peer, sequence, head, body);
+}
+
+void Service::handle(Peer& peer, std::uint64_t sequence, const Head& head,
+                     std::string_view body) {
   std::array<std::string_view, 2> args;
   auto path = plain_path(head);
   matches(peer.route->pattern, *path, &args);
   (this->*peer.route->handle)(Exchange{peer, sequence, head, body, args});
+}
+
+// --- Room for answers -------------------------------------------------------
+
+Later::Later(std::uint64_t which, const Head& from)
+    : sequence(which), head(from) {
+  std::size_t bytes = 0;
+  for (auto view : kHeadViews) bytes += (from.*view).size();
+  text.reserve(bytes);
+  for (auto view : kHeadViews) {
+    const std::size_t at = text.size();
+    text += from.*view;
+    head.*view = std::string_view(text).substr(at);
+  }
+}
+
+// What the peers have not taken yet, what this turn has made for them, and what
+// those may come to that are being made.
+bool Service::crowded(std::uint64_t weight) const {
+  return loop_->unsent_bytes() + made_ + weights_ + weight > kUnsentAllMax;
+}
+
+void Service::weigh(Peer& peer, std::uint64_t weight) {
+  peer.weight = weight;
+  weights_ += weight;
+}
+
+void Service::unweigh(Peer& peer) { weights_ -= std::exchange(peer.weight, 0); }
+
+// Whether the first that waits for room has it, or has gone.
+bool Service::crowd_goes_on() {
+  if (crowd_.empty()) return false;
+  Peer* p = peer(crowd_.front());
+  return p == nullptr || p->later == nullptr || !crowded(p->route->weight);
+}
+
+void Service::let_crowd_in() {
+  while (crowd_goes_on()) {
+    Peer* p = peer(crowd_.front());
+    crowd_.pop_front();
+    if (p == nullptr || p->later == nullptr) continue;
+    auto later = std::move(p->later);
+    if (p->connection.pending(later->sequence) == nullptr) continue;
+    weigh(*p, p->route->weight);
+    handle(*p, later->sequence, later->head, {});
+    after(*p);
+  }
+}
+
+// While room is short it is not for those who do not take what was made.
+void Service::cut_stalled(Peer& peer, Millis now) {
+  const std::uint64_t sent = peer.socket.sent();
+  if (peer.socket.unsent() == 0 || sent != peer.took) {
+    peer.took = sent;
+    peer.took_at = now;
+    return;
+  }
+  if (now - peer.took_at <= kStalledFullMs ||
+      (crowd_.empty() && loop_->unsent_bytes() < kUnsentAllMax / 2)) {
+    return;
+  }
+  metrics_.cut_off();
+  close(peer);
 }
 
 // --- Query strings ---------------------------------------------------------

@@ -13,6 +13,7 @@ namespace {
 
 // A file on its way out.
 struct Download final : PendingExtra {
+  std::unique_ptr<FileSlot> slot;
   std::shared_ptr<OwnedFd> fd;
   std::uint64_t offset = 0, size = 0;
   bool reading = false;
@@ -102,8 +103,8 @@ void Service::post_log(const Exchange& call) {
     if (name != "offset") {
       problem = unknown_field(name);
     } else if (offset = number(value); !offset || *offset > kLogBytesMax) {
-      problem = bad_field("offset", shown(value) + " is not from 0 to " +
-                                        std::to_string(kLogBytesMax));
+      problem = bad_field("offset", shown(value) + " is not an integer in " +
+                                        range_text("_bytes", 0, kLogBytesMax));
     }
   }
   if (!problem && !offset) problem = bad_field("offset", "it is missing");
@@ -144,8 +145,9 @@ void Service::get_logs(const Exchange& call) {
     if (name == "attempt") {
       auto n = number(value);
       if (!n || *n < 1 || *n > kMaxAttemptsMax) {
-        problem = bad_field("attempt", shown(value) + " is not from 1 to " +
-                                           std::to_string(kMaxAttemptsMax));
+        problem =
+            bad_field("attempt", shown(value) + " is not an integer in " +
+                                     range_text("attempt", 1, kMaxAttemptsMax));
       } else {
         attempt = static_cast<int>(*n);
       }
@@ -201,7 +203,12 @@ void Service::put_artifact(const Exchange& call) {
                               "[A-Za-z0-9_][A-Za-z0-9._-]{0,127}");
     return;
   }
+  if (auto busy = no_file_left()) {
+    call.peer.refusal = std::move(busy);
+    return;
+  }
   auto upload = std::make_shared<Peer::Upload>();
+  upload->slot = std::make_unique<FileSlot>(files_);
   upload->peer = call.peer.id;
   upload->sequence = call.sequence;
   upload->fence = fence;
@@ -365,13 +372,27 @@ void Service::get_artifact(const Exchange& call) {
 
 // --- Files out -------------------------------------------------------------
 
+MaybeProblem Service::no_file_left() const {
+  if (*files_ < descriptors_.files) return std::nullopt;
+  Problem p;
+  p.status = 503;
+  p.code = "busy";
+  p.retry_after = 1;
+  p.detail = "artifacts and logs: " + std::to_string(descriptors_.files) +
+             " are on their way, the most that may be";
+  return p;
+}
+
 void Service::send_file(const Where& where, OpenedFile file, Extras extras) {
+  if (auto busy = no_file_left()) return refuse(where, *busy);
   Peer* p = peer(where.peer);
   if (p == nullptr) return;
   Pending* pending = p->connection.pending(where.sequence);
   if (pending == nullptr) return;
   begin_reply(*p, where.sequence, 200, file.size, extras);
+  unweigh(*p);  // its pieces are made as they are taken
   auto download = std::make_unique<Download>();
+  download->slot = std::make_unique<FileSlot>(files_);
   download->fd = std::move(file.fd);
   download->size = p->connection.is_head(where.sequence) ? 0 : file.size;
   pending->op = static_cast<std::uint8_t>(PendingOp::stream);

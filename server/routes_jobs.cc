@@ -39,7 +39,9 @@ bool valid_traceparent(std::string_view text) {
     bool hex = (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f');
     if (dash ? c != '-' : !hex) return false;
   }
-  return text.substr(0, 2) != "ff";
+  return text.substr(0, 2) != "ff" &&
+         text.substr(3, 32).find_first_not_of('0') != text.npos &&
+         text.substr(36, 16).find_first_not_of('0') != text.npos;
 }
 
 bool is_ndjson(std::string_view content_type) {
@@ -353,6 +355,9 @@ void Service::enqueued_many(Peer& peer, std::uint64_t sequence,
         json.key("id").id(answer.id);
         json.key("state").string(name(answer.state));
         json.key("duplicate").boolean(duplicate);
+        if (at < bulk.names.size() && !served(bulk.names[at].first)) {
+          json.key("served").boolean(false);
+        }
       } else {
         problem->index = item.index;
       }
@@ -440,7 +445,13 @@ MaybeProblem read_parameter(const std::string& name, const std::string& value,
       std::size_t end = std::min(left.find(','), left.size());
       auto state = parse_state(left.substr(0, end));
       if (!state) {
-        return bad_field(name, shown(left.substr(0, end)) + " is no state");
+        std::string known;
+        for (int i = 0; i < kStates; ++i) {
+          known += (known.empty() ? "" : ", ") +
+                   std::string(machina::name(static_cast<State>(i)));
+        }
+        return bad_field(name, shown(left.substr(0, end)) +
+                                   " is no state; the states are " + known);
       }
       query->states.push_back(*state);
       left.remove_prefix(std::min(end + 1, left.size()));
@@ -468,8 +479,7 @@ MaybeProblem read_parameter(const std::string& name, const std::string& value,
         std::from_chars(value.data(), value.data() + value.size(), limit);
     if (e != std::errc() || end != value.data() + value.size() || limit < 1 ||
         limit > 1000) {
-      return bad_field(name,
-                       shown(value) + " is not an integer from 1 to 1000");
+      return bad_field(name, shown(value) + " is not an integer in 1..1000");
     }
     query->limit = limit;
     return std::nullopt;
@@ -502,12 +512,7 @@ MaybeProblem read_list(std::string_view text, ListQuery* query,
     p.detail = "query: malformed percent-encoding";
     return p;
   }
-  for (auto at = parameters->begin(); at != parameters->end(); ++at) {
-    const auto& [name, value] = *at;
-    if (std::any_of(parameters->begin(), at,
-                    [&](const auto& other) { return other.first == name; })) {
-      return bad_field(name, "the parameter is there twice");
-    }
+  for (const auto& [name, value] : *parameters) {
     if (auto p = read_parameter(name, value, query)) return p;
   }
   if (!query->labels.empty()) {
@@ -565,7 +570,7 @@ void Service::listed(Peer& peer, std::uint64_t sequence, Pending& pending,
   json.begin_object();
   json.key("jobs").begin_array();
   for (const JobView& view : response.views) {
-    append_job(json, view, Show::summary);
+    append_job(json, view, Show::summary, served(view.kind));
   }
   json.end_array();
   json.key("cursor");

@@ -70,6 +70,17 @@ void Service::get_stats(const Exchange& call) {
     json.end_object();
   }
   json.end_object();
+  // What is ready and waits for a worker that nobody is.
+  json.key("unserved").begin_array();
+  std::size_t unserved = 0;
+  for (const auto& [kind, ready] : shard_->ready_kinds()) {
+    if (served(kind) || ++unserved > kUnservedMax) continue;
+    json.begin_object();
+    json.key("kind").string(kind);
+    json.key("ready").number(ready);
+    json.end_object();
+  }
+  json.end_array();
   json.key("totals").begin_object();
   json.key("enqueued").number(stats.totals.enqueued);
   json.key("duplicates").number(stats.totals.duplicates);
@@ -126,21 +137,31 @@ void Service::get_stats(const Exchange& call) {
   json.key("disk_free_bytes").number(stats.disk_free_bytes);
   json.key("reserved_bytes").number(stats.reserved_bytes);
   json.key("connections").number(connections_);
+  json.key("descriptors").begin_object();
+  json.key("limit").number(descriptors_.limit);
+  json.key("connections").number(descriptors_.connections);
+  json.key("local").number(descriptors_.local);
+  json.key("files").number(descriptors_.files);
+  json.key("own").number(kOwnDescriptors);
+  json.end_object();
   json.end_object();
   reply(call.peer, call.sequence, 200, body);
 }
 
 void Service::get_metrics(const Exchange& call) {
   if (!call.peer.local) scraped_wall_ = clock_.wall_ms();
-  ShardStats stats = shard_->stats();
-  metrics_.absorb(stats);
+  // Made once a turn, however many ask.
+  if (metrics_text_.empty()) {
+    ShardStats stats = shard_->stats();
+    metrics_.absorb(stats);
+    metrics_text_ = metrics_.text(
+        stats, worker_numbers(), {connections_, loop_->unsent_bytes()},
+        clock_.wall_ms(), clock_.mono_ms() - started_mono_, unready().empty(),
+        options_.version);
+  }
   Extras extras;
   extras.content_type = "text/plain; version=0.0.4; charset=utf-8";
-  reply(call.peer, call.sequence, 200,
-        metrics_.text(stats, worker_numbers(), connections_, clock_.wall_ms(),
-                      clock_.mono_ms() - started_mono_, unready().empty(),
-                      options_.version),
-        extras);
+  reply(call.peer, call.sequence, 200, metrics_text_, extras);
 }
 
 void Service::post_shutdown(const Exchange& call) {

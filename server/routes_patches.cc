@@ -179,12 +179,9 @@ void Service::list_patches(const Exchange& call) {
     problem = bad_field("query", "malformed percent-encoding");
     parameters.emplace();
   }
-  std::set<std::string> seen;
   for (const auto& [name, value] : *parameters) {
     if (problem) break;
-    problem = seen.insert(name).second
-                  ? read_filter(name, value, options_.repo_roots, &query)
-                  : bad_field(name, "the parameter is there twice");
+    problem = read_filter(name, value, options_.repo_roots, &query);
   }
   if (problem) return refuse(call.peer, call.sequence, *problem);
   struct Made {

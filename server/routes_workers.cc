@@ -14,15 +14,13 @@ struct TokenBatch final : PendingExtra {
     Fence fence = 0;  // of a completion
   };
   std::vector<Item> items;
+  std::string session;  // of the leases that go with it
 };
 
-Problem stale() {
-  Problem p;
-  p.status = 409;
-  p.code = "stale-lease";
-  p.detail = "token: the lease is no longer current; nothing was changed";
-  return p;
-}
+struct SessionNote final : PendingExtra {
+  explicit SessionNote(std::string text) : session(std::move(text)) {}
+  std::string session;
+};
 
 Problem no_such_token() {
   Problem p;
@@ -34,11 +32,19 @@ Problem no_such_token() {
 
 }  // namespace
 
+Problem stale_lease() {
+  Problem p;
+  p.status = 409;
+  p.code = "stale-lease";
+  p.detail = "token: the lease is no longer current; nothing was changed";
+  return p;
+}
+
 // Ill-formed: 404; not one of ours: 409, as one that is no longer current.
 MaybeProblem Service::check_token(std::string_view text, Fence* fence) {
   Tokens::Checked checked = tokens_->check(text);
   if (!checked.formed) return no_such_token();
-  if (!checked.ours) return stale();
+  if (!checked.ours) return stale_lease();
   *fence = checked.fence;
   return std::nullopt;
 }
@@ -54,7 +60,12 @@ std::optional<Fence> Service::lease_of(const Exchange& call) {
 
 // --- Leasing ---------------------------------------------------------------
 
-MaybeProblem Service::finish_lease(LeaseBody* lease) {
+// A worker that shows no session begins one; its name alone gives no right to
+// what another session of that name holds.
+MaybeProblem Service::finish_lease(const Peer& peer, LeaseBody* lease) {
+  if (lease->session.empty()) lease->session = new_secret();
+  lease->command.session =
+      tokens_->session(lease->command.worker, lease->session, peer.local);
   if (!lease->holding) return std::nullopt;
   lease->command.holding.emplace();
   for (const std::string& token : *lease->holding) {
@@ -67,25 +78,74 @@ MaybeProblem Service::finish_lease(LeaseBody* lease) {
   return std::nullopt;
 }
 
+void Service::note_serving(Peer& peer, const LeaseCommand& lease,
+                           Millis wait_ms) {
+  const Millis now = loop_->now();
+  if (serving_.size() >= kServingMax) {
+    std::erase_if(serving_,
+                  [now](const auto& one) { return one.second->until < now; });
+    if (serving_.size() >= kServingMax) serving_.clear();
+  }
+  std::shared_ptr<Serving>& its = serving_[lease.worker];
+  if (its == nullptr) its = std::make_shared<Serving>();
+  if (its->kinds != lease.kinds || its->until < now) served_.clear();
+  its->kinds = lease.kinds;
+  its->until = now + wait_ms + kServingMs;
+  its->peer = peer.id;
+  peer.serving = its;
+}
+
+void Service::no_longer_serves(const std::string& worker) {
+  if (serving_.erase(worker) != 0) served_.clear();
+}
+
+bool Service::served(const std::string& kind) {
+  if (auto known = served_.find(kind); known != served_.end()) {
+    return known->second;
+  }
+  const Millis now = loop_->now();
+  bool yes = false;
+  for (const auto& [_, its] : serving_) {
+    if (its->until < now) continue;
+    for (const std::string& pattern : its->kinds) {
+      yes = yes || kind_matches(pattern, kind);
+    }
+  }
+  // Whose workers are on their way.
+  if (!yes && target_ > 0 && options_.kinds.contains(kind) &&
+      (!options_.pool_argv.empty() || pool_heard()) &&
+      clock_.mono_ms() - std::max(started_mono_, scaled_mono_) < kPoolComesMs) {
+    yes = true;
+  }
+  if (served_.size() >= kServingMax) served_.clear();
+  served_[kind] = yes;  // housekeeping forgets it
+  return yes;
+}
+
 void Service::post_leases(const Exchange& call) {
   JsonValue json;
   if (!parse_body(call, true, &json)) return;
   LeaseBody lease;
   MaybeProblem p = read_lease(json, &lease);
-  if (!p) p = finish_lease(&lease);
+  if (!p) p = finish_lease(call.peer, &lease);
   if (p) return refuse(call.peer, call.sequence, *p);
   Pending* pending = call.peer.connection.pending(call.sequence);
   pending->op = static_cast<std::uint8_t>(PendingOp::lease);
-  pending->holds_lease_call = true;
+  pending->extra = std::make_unique<SessionNote>(std::move(lease.session));
+  note_serving(call.peer, lease.command, lease.wait_ms);
   Request request = request_of(call);
   request.what.emplace<Command>(std::move(lease.command));
   request.wait_ms = lease.wait_ms;
   submit(std::move(request));
 }
 
-// Writes "leases":[...]; those that would make the reply too long go back.
-void Service::append_leases(JsonWriter& json, std::vector<LeaseView>& leases) {
+// Writes "session" and "leases":[...]; those that would make the reply too long
+// go back.
+void Service::append_leases(Peer& peer, JsonWriter& json,
+                            std::vector<LeaseView>& leases,
+                            std::string_view session) {
   std::vector<Fence> over;
+  if (!session.empty()) json.key("session").string(session);
   json.key("leases").begin_array();
   for (LeaseView& lease : leases) {
     // The escaping of names and labels at most sextuples them; what matters
@@ -107,20 +167,22 @@ void Service::append_leases(JsonWriter& json, std::vector<LeaseView>& leases) {
     json.end_object();
     if (attempts_.size() >= kAttemptsKeptMax) attempts_.clear();
     Attempt& attempt = attempts_[lease.fence];
-    attempt = {lease.job.id, lease.job.attempt, "", clock_.mono_ms()};
+    attempt = {lease.job.id, lease.job.attempt, "", clock_.mono_ms(),
+               peer.serving};
     if (lease.job.kind.starts_with("tool.")) attempt.tool = lease.job.kind;
   }
   json.end_array();
   give_back(std::move(over));
 }
 
-void Service::leased(Peer& peer, std::uint64_t sequence, Pending&,
+void Service::leased(Peer& peer, std::uint64_t sequence, Pending& pending,
                      Response& response) {
   if (response.leases.empty()) return reply(peer, sequence, 204, "");
   std::string body;
   JsonWriter json(body);
   json.begin_object();
-  append_leases(json, response.leases);
+  append_leases(peer, json, response.leases,
+                static_cast<SessionNote&>(*pending.extra).session);
   json.end_object();
   reply(peer, sequence, 200, body);
 }
@@ -139,6 +201,14 @@ void Service::post_heartbeat(const Exchange& call) {
     Fence fence = 0;
     MaybeProblem problem = check_token(item.token, &fence);
     if (!problem) {
+      auto known = attempts_.find(fence);
+      if (known != attempts_.end() && known->second.serving != nullptr) {
+        Millis& until = known->second.serving->until;
+        until = std::max(
+            until,
+            loop_->now() +
+                std::max<Millis>(kServingMs, options_.shard.core.lease_ms));
+      }
       command.items.push_back({fence, item.percent, std::move(item.message)});
     } else {
       all_good = false;
@@ -147,7 +217,6 @@ void Service::post_heartbeat(const Exchange& call) {
   }
   Pending* pending = call.peer.connection.pending(call.sequence);
   pending->op = static_cast<std::uint8_t>(PendingOp::heartbeat);
-  pending->holds_lease_call = true;
   pending->extra = std::move(batch);
   if (command.items.empty()) {
     Response none;
@@ -272,7 +341,7 @@ void Service::post_complete(const Exchange& call) {
 
 void Service::completed(Peer& peer, std::uint64_t sequence, Pending&,
                         Response& response) {
-  if (response.items.empty()) return refuse(peer, sequence, stale());
+  if (response.items.empty()) return refuse(peer, sequence, stale_lease());
   const ItemAnswer& answer = response.items.front();
   if (auto p = problem_of(answer, "lease")) return refuse(peer, sequence, *p);
   if (!response.views.empty() && !response.views.front().id.is_nil()) {
@@ -298,7 +367,7 @@ void Service::post_complete_many(const Exchange& call) {
       with_lease = !m.is_null();
       if (!with_lease) continue;
       MaybeProblem p = read_lease(m, &lease);
-      if (!p) p = finish_lease(&lease);
+      if (!p) p = finish_lease(call.peer, &lease);
       if (p) {
         p->field = "lease." + p->field;
         p->detail = "lease." + p->detail;
@@ -334,12 +403,13 @@ void Service::post_complete_many(const Exchange& call) {
     }
     batch->items.push_back(std::move(entry));
   }
-  if (with_lease) command->lease = std::move(lease.command);
+  if (with_lease) {
+    note_serving(call.peer, lease.command, lease.wait_ms);
+    command->lease = std::move(lease.command);
+    batch->session = std::move(lease.session);
+  }
   Pending* pending = call.peer.connection.pending(call.sequence);
   pending->op = static_cast<std::uint8_t>(PendingOp::complete_many);
-  // A peer that hangs up loses nothing but the leases, which abandon() takes
-  // back; its completions count all the same.
-  pending->holds_lease_call = false;
   pending->extra = std::move(batch);
   Where where{call.peer.id, call.sequence};
   Millis wait = with_lease ? lease.wait_ms : 0;
@@ -427,7 +497,7 @@ void Service::completed_many(Peer& peer, std::uint64_t sequence,
     json.end_object();
   }
   json.end_array();
-  append_leases(json, response.leases);
+  append_leases(peer, json, response.leases, batch.session);
   json.end_object();
   reply(peer, sequence, 200, body);
 }

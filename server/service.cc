@@ -1,6 +1,7 @@
 #include "server/service.h"
 
 #include <fcntl.h>
+#include <malloc.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -92,6 +93,20 @@ int Service::open() {
                " is not a loopback address; without MACHINA_API_TOKEN or "
                "MACHINA_API_HMAC_SECRET only loopback is served");
     return kExitConfiguration;
+  }
+  auto descriptors =
+      take_descriptors(options_.connections_max, options_.workers);
+  if (!descriptors) {
+    Saying(Severity::error, "start_failed", descriptors.error().what);
+    return kExitConfiguration;
+  }
+  descriptors_ = *descriptors;
+  if (descriptors_.fewer) {
+    Saying(
+        Severity::warn, "descriptors_few",
+        "MACHINA_API_CONNECTIONS: " + std::to_string(options_.connections_max) +
+            " is cut to " + std::to_string(descriptors_.connections) +
+            ", for want of descriptors (ulimit -Hn, LimitNOFILE=)");
   }
   auto loop = Loop::make(options_.io_uring);
   if (!loop) {
@@ -205,7 +220,8 @@ int Service::listen() {
          "listening on http://" + options_.host + ":" + std::to_string(port_) +
              ", profile " + (options_.prod ? "prod" : "dev") + ", durability " +
              (options_.shard.log.fsync ? "fsync" : "os") + ", io_uring " +
-             (loop_->together() ? "on" : "off") + ", root " + options_.root);
+             (loop_->together() ? "on" : "off") + ", root " + options_.root +
+             ", " + descriptors_.text());
   if (!options_.not_promised.empty()) {
     Saying(Severity::warn, "not_promised",
            "not promised: " + options_.not_promised);
@@ -233,6 +249,9 @@ void Service::turn() {
     arm_timer();
   }
   if (draining_) advance_drain();
+  made_ = 0;  // what is left of it is in unsent_bytes() after this turn
+  metrics_text_.clear();
+  if (crowd_goes_on()) loop_->post([this] { let_crowd_in(); });
   gone_peers_.clear();
 }
 
@@ -253,6 +272,7 @@ void Service::housekeeping() {
       if (p != nullptr && !p->closed) check_peer(*p, loop_->now());
     }
     check_levels();
+    served_.clear();
     if (std::string why = gate_->trouble(); !why.empty()) {
       Saying(Severity::error, "nonces_not_kept",
              "nonces are not kept on disk any more; the next start refuses "
@@ -260,6 +280,7 @@ void Service::housekeeping() {
                  why);
     }
   }
+  give_memory_back();
   // Samples are bounded: taken often, none is lost between two scrapes.
   if (!poisoned_) metrics_.absorb(shard_->stats());
   if (now - last_sweep_ >= kSweepEveryMs) {
@@ -272,12 +293,23 @@ void Service::housekeeping() {
   pulse();
 }
 
+// Large answers leave holes in the heap that it would keep.
+void Service::give_memory_back() {
+  const std::uint64_t unsent = loop_->unsent_bytes();
+  unsent_peak_ = std::max(unsent_peak_, unsent);
+  if (unsent_peak_ < kTrimBytes || unsent > kTrimBytes / 8) return;
+  unsent_peak_ = 0;
+  ::malloc_trim(0);
+}
+
 void Service::check_peer(Peer& peer, Millis now) {
   std::uint64_t sent = peer.socket.sent();
   if (peer.socket.unsent() == 0 || sent - peer.sent >= kStalledBytes) {
     peer.sent = sent;
     peer.sent_at = now;
   }
+  cut_stalled(peer, now);
+  if (peer.closed) return;
   if (now - peer.sent_at > kStalledMs ||
       peer.connection.check_deadline(now) == Connection::Due::close) {
     close(peer);
@@ -408,14 +440,15 @@ Peer::Peer(Service& owner, Socket& its_socket, bool is_local, Millis now)
       socket(its_socket),
       local(is_local),
       connection(*this, its_socket.out(), now),
-      sent_at(now) {}
+      sent_at(now),
+      took_at(now) {}
 
 SocketEvents* Service::accept(Socket& socket, bool local) {
   // Workers come by the Unix socket: a flood of clients must not shut them out,
   // nor do they take clients' places.
   const bool full =
-      local ? local_connections_ >= kLocalConnectionsMax
-            : connections_ - local_connections_ >= options_.connections_max;
+      local ? local_connections_ >= descriptors_.local
+            : connections_ - local_connections_ >= descriptors_.connections;
   int* of_address = nullptr;
   if (!local) {
     of_address = &per_address_[ClientKey{socket.address().counted(), 0}];
@@ -427,9 +460,30 @@ SocketEvents* Service::accept(Socket& socket, bool local) {
       per_address_.erase(ClientKey{socket.address().counted(), 0});
     }
     metrics_.connection_refused();
+    Problem p;
+    p.status = 503;
+    p.code = "busy";
+    p.detail = finishing_ ? "connection: the server is stopping"
+               : full
+                   ? "connection: " +
+                         std::to_string(local ? descriptors_.local
+                                              : descriptors_.connections) +
+                         " are open" + (local ? " over the Unix socket" : "") +
+                         ", the most that may be: the server has no descriptor "
+                         "left for more" +
+                         (local || descriptors_.fewer
+                              ? ""
+                              : " clients (MACHINA_API_CONNECTIONS)")
+                   : "connection: " +
+                         std::to_string(options_.connections_per_address) +
+                         " of this address are open, the most that may be "
+                         "(MACHINA_API_CONNECTIONS_PER_ADDRESS)";
+    std::string body;
+    append_problem(&body, p);
     socket.out() +=
         "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n"
-        "Content-Length: 0\r\nConnection: close\r\n\r\n";
+        "Content-Type: application/problem+json\r\nContent-Length: " +
+        std::to_string(body.size()) + "\r\nConnection: close\r\n\r\n" + body;
     return nullptr;
   }
   std::uint32_t index;
@@ -459,6 +513,11 @@ void Service::forget(Peer& peer) {
   if (peer.closed) return;
   peer.closed = true;
   release(peer);
+  weights_ -= std::exchange(peer.weight, 0);
+  if (peer.serving != nullptr && peer.serving->peer == peer.id) {
+    peer.serving->until =
+        std::min(peer.serving->until, loop_->now() + kServingGoneMs);
+  }
   if (peer.upload != nullptr) peer.upload->dead = true;
   if (shard_ != nullptr && !poisoned_) shard_->abandon(0, peer.id);
 }
@@ -490,13 +549,48 @@ void Peer::on_bytes(std::string_view bytes) {
 
 void Peer::on_end() {
   if (closed) return;
-  if (connection.end()) service.close(*this);
+  on_hangup();
+  if (upload != nullptr && !upload->complete) {
+    upload->dead = true;  // its body will never be whole
+    upload.reset();
+  }
+  service.release(*this);
+  connection.end();
+  service.after(*this);
+}
+
+// Whoever ends its sending side may be gone, or may still read: nobody can tell
+// before it is sent something. So what it waits for is not waited for any more,
+// and it is answered at once with how things are.
+void Peer::on_hangup() {
+  if (closed || hung_up) return;
+  hung_up = true;
+  if (service.poisoned_ || service.shard_ == nullptr) return;
+  service.shard_->hurry(0, id);
+  service.answer_parked(*this);
 }
 
 void Peer::on_drained() {
   if (closed) return;
   if (!streams.empty()) service.pump_streams(*this);
+  service.resume_later(*this);
   service.after(*this);  // it may have been paused for what was unsent
+}
+
+// Before an answer is made: is what was made for it taken?
+bool Peer::may_take() {
+  return socket.unsent() <= kUnsentMax && connection.large_open() == 0;
+}
+
+std::optional<HttpError> Peer::on_held(std::size_t bytes) {
+  if (service.unproved_bytes_ + bytes > kUnprovedBytesMax) {
+    return HttpError{503, "busy",
+                     "bodies of " + std::to_string(kUnprovedBytesMax) +
+                         " bytes wait for their signatures, the most that may"};
+  }
+  service.unproved_bytes_ += bytes;
+  reserved += bytes;
+  return std::nullopt;
 }
 
 BodyPlan Peer::on_head(std::uint64_t sequence, const Head& head) {
@@ -523,12 +617,14 @@ void Peer::on_error(std::uint64_t sequence, const Head& head,
   p.status = error.status;
   p.code = error.code;
   p.detail = error.detail;
+  if (error.status == 503) p.retry_after = 1;
   if (error.status == 413 && head.path == "/v1/jobs") p.detail += kLargeDiff;
   service.refuse(*this, sequence, p);
 }
 
 void Service::after(Peer& peer) {
   if (peer.closed) return;
+  if (peer.connection.over() && peer.socket.unsent() == 0) return close(peer);
   if (peer.connection.lingering()) {
     peer.socket.touch();
     peer.socket.end();
@@ -605,6 +701,7 @@ void Service::refresh_date() {
 
 void Service::begin_reply(Peer& peer, std::uint64_t sequence, int status,
                           std::uint64_t body_bytes, const Extras& extras) {
+  made_ += std::min(body_bytes, std::uint64_t{kListWeight}) + 512;
   Pending* pending = peer.connection.pending(sequence);
   std::string& out = peer.connection.reply(sequence);
   out += "HTTP/1.1 ";
@@ -647,6 +744,7 @@ void Service::reply(Peer& peer, std::uint64_t sequence, int status,
     peer.connection.reply(sequence) += body;
   }
   peer.connection.finish(sequence, extras.close);
+  if (peer.connection.large_open() == 0) unweigh(peer);
   peer.socket.touch();
   if (peer.connection.lingering()) peer.socket.end();
   resume_later(peer);
@@ -741,7 +839,9 @@ void Service::reply_job(Peer& peer, std::uint64_t sequence, int status,
                         const JobView& view, Show show, std::string headers) {
   scratch_.clear();
   JsonWriter json(scratch_);
-  append_job(json, view, show);
+  append_job(json, view, show,
+             show == Show::no_payload ? std::nullopt
+                                      : std::optional(served(view.kind)));
   Extras extras;
   extras.headers = std::move(headers);
   reply(peer, sequence, status, scratch_, extras);
@@ -762,6 +862,11 @@ void Service::submit(Request request) {
     response.status = Response::Status::poisoned;
     on_response(std::move(response));
     return;
+  }
+  // Who has hung up may still read, but is not waited for.
+  if (Peer* p = peer(request.from.connection); p != nullptr && p->hung_up) {
+    request.wait_ms = 0;
+    if (auto* get = std::get_if<GetQuery>(&request.what)) get->wait_ms = 0;
   }
   shard_->submit(std::move(request));
 }
@@ -837,10 +942,7 @@ std::optional<Problem> Service::problem_of(const ItemAnswer& answer,
       if (!answer.detail.empty()) p.detail += "; " + answer.detail;
       return p;
     case Answer::stale_lease:
-      p.status = 409;
-      p.code = "stale-lease";
-      p.detail = "token: the lease is no longer current; nothing was changed";
-      return p;
+      return stale_lease();
     case Answer::dedup_mismatch:
       p.status = 422;
       p.code = "dedup-mismatch";

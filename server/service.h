@@ -13,9 +13,12 @@
 #pragma once
 
 #include <array>
+#include <atomic>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -24,6 +27,7 @@
 #include "queue/say.h"
 #include "queue/shard.h"
 #include "server/connection.h"
+#include "server/descriptors.h"
 #include "server/gate.h"
 #include "server/job_json.h"
 #include "server/json.h"
@@ -39,12 +43,11 @@
 namespace machina {
 
 constexpr int kRunSyncWaitMs = 300'000;
-// Over the Unix socket: 64 workers have three each, the pool one.
-constexpr int kLocalConnectionsMax = 256;
 constexpr int kWaitSecondsMax = 300;  // of Prefer: wait
 constexpr std::size_t kPoolsMax = 64;
 constexpr std::size_t kFactsBytesMax = 16 * 1024;  // of one worker
 constexpr int kWorkersMax = 64;                    // of one pool
+constexpr std::size_t kListedMax = 4096;           // names, of one pool
 constexpr std::size_t kAttemptsKeptMax = 65'536;
 constexpr std::size_t kUploadHeldMax = 1u << 20;  // then reading stops
 constexpr std::size_t kDownloadPieceBytes = 256 * 1024;
@@ -52,11 +55,21 @@ constexpr Millis kSweepEveryMs = 10'000;  // all 256 buckets: 43 minutes
 // A reader must take this much in this time, while anything waits for it.
 constexpr Millis kStalledMs = 60'000;
 constexpr std::uint64_t kStalledBytes = 64 * 1024;
-constexpr std::size_t kUnsentMax = 1u << 20;  // then no more requests are read
+// Of a connection: then its next request is not begun.
+constexpr std::size_t kUnsentMax = 64u << 10;
+// Of all connections together: then no request whose answer may be large is
+// begun, and who has taken nothing for kStalledFullMs is cut off.
+constexpr std::uint64_t kUnsentAllMax = 32u << 20;
+constexpr Millis kStalledFullMs = 2'000;
+// What is kept free of kUnsentAllMax for a large answer that is being made.
+constexpr std::uint64_t kListWeight = 4u << 20, kJobWeight = 128u << 10,
+                        kPageWeight = 1u << 20, kDiffWeight = 16u << 20;
+constexpr std::uint64_t kTrimBytes = 8u << 20;  // memory worth giving back
 // Wrong credentials from one address: this many at once, and a minute.
 constexpr std::uint32_t kWrongCredentialsPerMinute = 600;
 constexpr Millis kCauseEveryMs = 10'000;  // a log line on refused credentials
-// Of bodies that are kept until their signature can be checked, all together.
+// Of bodies that are kept until their signature can be checked: bytes that
+// came, all together.
 constexpr std::uint64_t kUnprovedBytesMax = 64u << 20;
 constexpr Millis kPoolGraceMs = 2'000;
 constexpr Millis kPoolSilentMs = 45'000;  // a pool not heard of is gone
@@ -66,6 +79,18 @@ constexpr Millis kPoolLookMs = 500;     // whether a pool that left is gone
 constexpr Millis kPoolHearMs = 500;     // until a drain is told by signal, too
 constexpr Millis kPoolLeaveMs = 3'000;  // how long a drain waits for pools
 constexpr Millis kDrainLookMs = 20;     // between two looks at what is left
+
+// Which kinds a worker asked for, and until when that is believed: it asks or
+// renews a lease before then, and a while more; less where it has hung up.
+struct Serving {
+  std::vector<std::string> kinds;
+  Millis until = 0;
+  std::uint64_t peer = 0;  // where it asked last
+};
+constexpr std::size_t kServingMax = 4096;
+constexpr Millis kServingMs = 60'000, kServingGoneMs = 15'000;
+constexpr Millis kPoolComesMs = 30'000;    // until a pool's workers may ask
+constexpr std::size_t kUnservedMax = 100;  // kinds, of /stats
 
 class Service;
 struct Peer;
@@ -112,6 +137,15 @@ struct Route {
   };
   std::uint8_t flags = none;
   std::uint64_t max_body = 0;  // 0: the configured one
+  std::uint64_t weight = 0;    // how large its answer may be; 0: small
+};
+
+// A request without a body whose answer there is no room for yet.
+struct Later {
+  Later(std::uint64_t which, const Head& from);
+  std::uint64_t sequence;
+  std::string text;
+  Head head;  // its views point into `text`
 };
 
 // A reply's parts beside its status and body.
@@ -136,7 +170,10 @@ struct Peer final : SocketEvents, ConnectionSink {
   void on_end() override;
   void on_drained() override;
   void on_gone() override;
+  void on_hangup() override;
 
+  bool may_take() override;
+  std::optional<HttpError> on_held(std::size_t bytes) override;
   BodyPlan on_head(std::uint64_t sequence, const Head& head) override;
   void on_piece(std::uint64_t sequence, std::string_view piece) override;
   void on_request(std::uint64_t sequence, const Head& head,
@@ -155,17 +192,23 @@ struct Peer final : SocketEvents, ConnectionSink {
   MaybeProblem refusal;
   Gate::Entry entry = Gate::Entry::granted;
   Millis head_wall_ms = 0;
-  std::unique_ptr<Sha256> digest;  // of a signed body that comes in pieces
-  std::uint64_t reserved = 0;      // of kUnprovedBytesMax
-  bool proved = false;             // a credential was right on this connection
-  std::uint8_t credential = 0;     // 1: token, 2: signature
+  std::shared_ptr<Serving> serving;  // of the worker that asked here last
+  std::unique_ptr<Sha256> digest;    // of a signed body that comes in pieces
+  std::uint64_t reserved = 0;        // of kUnprovedBytesMax
+  std::uint64_t weight = 0;          // of its large answer that is being made
+  bool hung_up = false;              // it will send no more
+  std::unique_ptr<Later> later;      // waits for room, by way of crowd_
+  bool proved = false;          // a credential was right on this connection
+  std::uint8_t credential = 0;  // 1: token, 2: signature
   // An artifact that is coming in.
   struct Upload;
   std::shared_ptr<Upload> upload;
   std::vector<std::uint64_t> streams;  // sequences of open downloads
   std::uint64_t sent = 0;              // when last enough was taken, and
   Millis sent_at;                      // when that was
-  std::string told_pool;               // the pool that syncs here
+  std::uint64_t took = 0;              // the same of any byte
+  Millis took_at;
+  std::string told_pool;  // the pool that syncs here
   int told_target = -1;
   bool told_drain = false;
 };
@@ -190,6 +233,7 @@ class Service {
   void begin_drain(bool handover);
   void advance_drain();
   void check_poison();
+  void give_memory_back();
   void check_peer(Peer& peer, Millis now);
   int finish();
   void stop(int code);
@@ -206,12 +250,22 @@ class Service {
   void forget(Peer& peer);  // tells the shard; the id is dead from here on
   void close(Peer& peer);
   void after(Peer& peer);  // replies were written: flush, linger, resume
+  // --- room for answers (routes.cc) ---
+  bool crowded(std::uint64_t weight) const;
+  void weigh(Peer& peer, std::uint64_t weight);
+  void unweigh(Peer& peer);
+  bool crowd_goes_on();
+  void let_crowd_in();
+  void cut_stalled(Peer& peer, Millis now);
 
   // --- dispatch (routes.cc) ---
   BodyPlan head_read(Peer& peer, std::uint64_t sequence, const Head& head);
   void dispatch(Peer& peer, std::uint64_t sequence, const Head& head,
                 std::string_view body);
+  void handle(Peer& peer, std::uint64_t sequence, const Head& head,
+              std::string_view body);
   // Finds the route; `args` point into the head or into path_.
+  MaybeProblem look_at_lease(const Route& route, std::string_view token);
   MaybeProblem route(const Head& head, const Route** route,
                      std::array<std::string_view, 2>* args);
   // The path as routes see it: decoded. Nothing where it is no path of ours.
@@ -221,8 +275,6 @@ class Service {
                       bool open);
   MaybeProblem let_in_signed(Peer& peer, std::uint64_t sequence,
                              const Head& head, const HexDigest& body);
-  // Room for a body that is kept before it is known who sent it.
-  MaybeProblem reserve(Peer& peer, const Head& head, std::uint64_t max);
   void release(Peer& peer);
   MaybeProblem unauthorized(Peer& peer, Gate::Cause cause, bool presented);
   MaybeProblem spend(Peer& peer, std::uint64_t sequence, const Head& head);
@@ -299,7 +351,7 @@ class Service {
   void post_release(const Exchange& call);
   std::optional<Fence> lease_of(const Exchange& call);
   MaybeProblem check_token(std::string_view text, Fence* fence);
-  MaybeProblem finish_lease(LeaseBody* lease);
+  MaybeProblem finish_lease(const Peer& peer, LeaseBody* lease);
   // Looks whether what completions claim was staged, then goes on.
   void check_artifacts(
       const Where& where,
@@ -307,7 +359,12 @@ class Service {
       std::function<void(std::vector<MaybeProblem>)> then);
   void leased(Peer& peer, std::uint64_t sequence, Pending& pending,
               Response& response);
-  void append_leases(JsonWriter& json, std::vector<LeaseView>& leases);
+  void append_leases(Peer& peer, JsonWriter& json,
+                     std::vector<LeaseView>& leases, std::string_view session);
+  void note_serving(Peer& peer, const LeaseCommand& lease, Millis wait_ms);
+  void no_longer_serves(const std::string& worker);
+  // Whether a worker that is connected, or about to be, leases this kind.
+  bool served(const std::string& kind);
   void heartbeaten(Peer& peer, std::uint64_t sequence, Pending& pending,
                    Response& response);
   void completed(Peer& peer, std::uint64_t sequence, Pending& pending,
@@ -331,6 +388,7 @@ class Service {
                 std::function<void(JobView&)> then);
   void with_artifacts(const Where& where, const JobId& id,
                       std::function<void(std::vector<Artifact>)> then);
+  MaybeProblem no_file_left() const;
   void send_file(const Where& where, OpenedFile file, Extras extras);
   void pump_streams(Peer& peer);
   void sweep();
@@ -381,6 +439,8 @@ class Service {
       bool busy = false;
     };
     std::vector<Worker> workers;
+    std::string session;           // of this sync
+    std::set<std::string> listed;  // its workers, also those that are no more
     std::optional<PoolCounts> counts;
     Millis seen_mono = 0, seen_wall = 0;
     Where parked;  // its waiting sync
@@ -392,10 +452,15 @@ class Service {
   bool read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
                  std::vector<std::string>* gone,
                  std::vector<std::string>* ended, Millis* wait_ms);
-  // Their leases end, or go back where they were `ended`.
-  void report_gone(std::vector<std::string> workers, bool ended);
+  GoneCommand gone_of(const std::string& id, const Pool& said,
+                      std::vector<std::string> gone) const;
+  // The leases of workers that `id`, which says `said`, says are no more: they
+  // end, or go back where they were `ended`.
+  void report_gone(const std::string& id, const Pool& said,
+                   std::vector<std::string> workers, bool ended);
   void answer_sync(Peer& peer, std::uint64_t sequence);
   void answer_parked(bool all);
+  void answer_parked(Peer& peer);  // its own
   bool pool_stays(Millis now);
   void end_pool_left_behind();
   void supervise_pool();
@@ -417,6 +482,11 @@ class Service {
   Limits limits_, wrong_;  // of requests; of wrong credentials (bucket 0)
   std::unordered_map<ClientKey, int, ClientKeyHash> per_address_;
   std::uint64_t unproved_bytes_ = 0;
+  std::uint64_t weights_ = 0;        // of large answers that are being made
+  std::uint64_t made_ = 0;           // bytes of answers of this turn
+  std::uint64_t unsent_peak_ = 0;    // since memory was last given back
+  std::deque<std::uint64_t> crowd_;  // peers that wait for room
+  std::string metrics_text_;         // of this turn; empty: not made yet
   Millis cause_said_ms_ = -kCauseEveryMs;
   std::uint64_t causes_unsaid_ = 0;
   std::string path_;  // decoded
@@ -435,6 +505,11 @@ class Service {
   std::vector<std::unique_ptr<Peer>> gone_peers_;  // freed at the turn's end
   std::uint64_t peer_generation_ = 0;
   int connections_ = 0, local_connections_ = 0;  // all; over the Unix socket
+  Descriptors descriptors_;
+  // Of artifacts and logs that come in or go out, wherever their last holder
+  // is.
+  std::shared_ptr<std::atomic<int>> files_ =
+      std::make_shared<std::atomic<int>>(0);
 
   std::uint64_t next_ask_ = 0;
   std::unordered_map<std::uint64_t, std::function<void(Response)>> asked_;
@@ -443,8 +518,11 @@ class Service {
     int number = 0;
     std::string tool;  // its kind, where that is a tool
     Millis since = 0;
+    std::shared_ptr<Serving> serving = nullptr;
   };
   std::unordered_map<Fence, Attempt> attempts_;  // of leases handed out
+  std::unordered_map<std::string, std::shared_ptr<Serving>> serving_;
+  std::unordered_map<std::string, bool> served_;  // what served() found
 
   JsonDoc doc_;
   std::string scratch_, date_;
@@ -460,7 +538,8 @@ class Service {
 
   std::map<std::string, Pool> pools_;
   int target_ = 0;
-  pid_t pool_pid_ = 0;  // of the child, while pool_running_
+  Millis scaled_mono_ = 0;  // when workers were last asked for
+  pid_t pool_pid_ = 0;      // of the child, while pool_running_
   bool pool_running_ = false;
   Millis pool_started_ = 0, pool_start_at_ = 0, pool_backoff_ = 0,
          pool_looked_ = 0;
@@ -477,7 +556,22 @@ class Service {
   int asked_to_stop_ = 0;  // by signal
 };
 
+// One of descriptors_.files, until its last holder is gone.
+class FileSlot {
+ public:
+  explicit FileSlot(std::shared_ptr<std::atomic<int>> open)
+      : open_(std::move(open)) {
+    ++*open_;
+  }
+  ~FileSlot() { --*open_; }
+  FileSlot(const FileSlot&) = delete;
+
+ private:
+  std::shared_ptr<std::atomic<int>> open_;
+};
+
 struct Peer::Upload {
+  std::unique_ptr<FileSlot> slot;
   std::uint64_t peer = 0, sequence = 0;
   Fence fence = 0;
   std::string name;
@@ -507,6 +601,7 @@ void Service::on_store(const Where& where, std::function<T()> work,
   refuse(where, p);
 }
 
+Problem stale_lease();  // 409
 // CLOCK_MONOTONIC, for how long things took.
 std::uint64_t mono_us();
 // The N of "wait=N" in a Prefer header; -1: it has none.

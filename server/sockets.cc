@@ -31,6 +31,15 @@ constexpr int kBacklog = 1024;
 // A socket's buffer that grew past this is given back once it is empty.
 constexpr std::size_t kKeepBytes = 64 * 1024;
 
+// All that can be told to who connects when there is no descriptor to keep.
+constexpr std::string_view kNoDescriptor =
+    "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n"
+    "Content-Type: application/problem+json\r\nContent-Length: 141\r\n"
+    "Connection: close\r\n\r\n"
+    "{\"type\":\"/problems/busy\",\"title\":\"busy\",\"status\":503,"
+    "\"detail\":\"connection: the server has no descriptor left; try again "
+    "later\",\"code\":\"busy\"}";
+
 constexpr std::uint32_t kToRead = EPOLLIN | EPOLLRDHUP | EPOLLET;
 
 union SocketAddress {
@@ -113,6 +122,11 @@ class SocketImpl final : public Socket, public Sockets::Watched {
 
   void ready(std::uint32_t events) override {
     if (events & EPOLLOUT) flush();
+    if (paused_ && !closing_) {
+      // Nobody reads, so this is the only word of it.
+      if ((events & EPOLLERR) != 0) return close();
+      if ((events & (EPOLLRDHUP | EPOLLHUP)) != 0) events_->on_hangup();
+    }
     if (events & ~std::uint32_t{EPOLLOUT}) {
       // After the last bytes comes the end, which has no edge of its own.
       wants_read((events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0);
@@ -136,6 +150,10 @@ class SocketImpl final : public Socket, public Sockets::Watched {
     return !closing_ && rest_.empty() && !out_.empty();
   }
   bool send_rest();
+  void count() {
+    owner_.unsent_bytes_ += unsent() - counted_;
+    counted_ = unsent();
+  }
   void sent_out(ssize_t n, bool had);
   void watch(bool for_room);
 
@@ -144,6 +162,7 @@ class SocketImpl final : public Socket, public Sockets::Watched {
   int fd_;
   std::string rest_;  // what the kernel did not take, from rest_at_ on
   std::size_t rest_at_ = 0;
+  std::size_t counted_ = 0;  // of this one in unsent_bytes_
   std::uint64_t sent_ = 0;
   const bool local_;
   bool dirty_ = false, closing_ = false, ending_ = false, shut_ = false,
@@ -232,7 +251,10 @@ void SocketImpl::flush() {
   dirty_ = false;
   if (closing_) return;
   const bool had = unsent() != 0;
-  if (!rest_.empty() && !send_rest()) return;
+  if (!rest_.empty() && !send_rest()) {
+    if (!closing_) count();
+    return;
+  }
   ssize_t n = 0;
   if (!out_.empty()) {
     n = ::send(fd_, out_.data(), out_.size(), MSG_NOSIGNAL);
@@ -251,6 +273,7 @@ void SocketImpl::sent_out(ssize_t n, bool had) {
   if (taken < out_.size()) {
     rest_ = std::exchange(out_, {});
     rest_at_ = taken;
+    count();
     return watch(true);
   }
   if (out_.capacity() > kKeepBytes) {
@@ -258,6 +281,7 @@ void SocketImpl::sent_out(ssize_t n, bool had) {
   } else {
     out_.clear();
   }
+  count();
   if (for_room_) watch(false);
   if (ending_ && !shut_) {
     shut_ = true;
@@ -278,6 +302,7 @@ void SocketImpl::watch(bool for_room) {
 void SocketImpl::close() {
   if (closing_) return;
   closing_ = true;
+  owner_.unsent_bytes_ -= std::exchange(counted_, 0);
   // By name: a child that was just forked may hold it open for a moment.
   epoll_ctl(owner_.epoll_, EPOLL_CTL_DEL, fd_, nullptr);
   ::close(fd_);
@@ -486,8 +511,12 @@ void Sockets::accept(Listener& listener) {
       admit(fd, listener);
     } else if ((errno == EMFILE || errno == ENFILE) && spare_ >= 0) {
       ::close(std::exchange(spare_, -1));
-      fd = accept4(listener.fd, nullptr, nullptr, SOCK_CLOEXEC);
-      if (fd >= 0) ::close(fd);
+      fd = accept4(listener.fd, nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC);
+      if (fd >= 0) {
+        (void)!::send(fd, kNoDescriptor.data(), kNoDescriptor.size(),
+                      MSG_NOSIGNAL);
+        ::close(fd);
+      }
       spare_ = spare_descriptor();
       if (fd < 0) return;
     } else if (errno == EMFILE || errno == ENFILE) {

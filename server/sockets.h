@@ -67,6 +67,7 @@ class Sockets {
   void flush();  // sends what was put out since the last time
   void reap();   // X1
   bool unsent() const;
+  std::uint64_t unsent_bytes() const { return unsent_bytes_; }
   void close_all();  // clients; then reap()
 
  private:
@@ -92,6 +93,7 @@ class Sockets {
   std::vector<SocketImpl*> reads_;  // of this serve()
   std::vector<epoll_event> events_;
   int events_ready_ = 0;
+  std::uint64_t unsent_bytes_ = 0;  // of all; SocketImpl::count()
   SocketCalls calls_;
   std::array<SocketCalls::Call, SocketCalls::kMax> call_;
   std::array<SocketImpl*, SocketCalls::kMax> called_{};

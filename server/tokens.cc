@@ -103,20 +103,51 @@ Result<std::unique_ptr<Tokens>> Tokens::open(const std::string& path) {
   return tokens;
 }
 
-void Tokens::mac(Fence fence, char hex[16]) {
-  unsigned char bytes[8], out[32];
-  for (int i = 0; i < 8; ++i) {
-    bytes[i] = static_cast<unsigned char>(fence >> (8 * (7 - i)));
-  }
+std::uint64_t Tokens::mac(std::string_view bytes) {
+  unsigned char out[32];
   std::size_t size = 0;
   // Without a key: the one that the context was made with, used again.
   CHECK(EVP_MAC_init(impl_->context, nullptr, 0, nullptr) == 1);
-  CHECK(EVP_MAC_update(impl_->context, bytes, sizeof bytes) == 1);
+  CHECK(EVP_MAC_update(impl_->context,
+                       reinterpret_cast<const unsigned char*>(bytes.data()),
+                       bytes.size()) == 1);
   CHECK(EVP_MAC_final(impl_->context, out, &size, sizeof out) == 1);
+  std::uint64_t head = 0;
+  for (int i = 0; i < 8; ++i) head = head << 8 | out[i];
+  return head;
+}
+
+void Tokens::mac(Fence fence, char hex[16]) {
+  char bytes[8];
   for (int i = 0; i < 8; ++i) {
-    hex[2 * i] = "0123456789abcdef"[out[i] >> 4];
-    hex[2 * i + 1] = "0123456789abcdef"[out[i] & 15];
+    bytes[i] = static_cast<char>(fence >> (8 * (7 - i)));
   }
+  const std::uint64_t head = mac({bytes, sizeof bytes});
+  for (int i = 0; i < 16; ++i) {
+    hex[i] = "0123456789abcdef"[head >> (60 - 4 * i) & 15];
+  }
+}
+
+std::uint64_t Tokens::session(std::string_view worker, std::string_view secret,
+                              bool local) {
+  // Longer than a fence, and a name has no newline: no two have one text.
+  std::string text = "session\n";
+  text += worker;
+  text += '\n';
+  text += secret;
+  const std::uint64_t number = (mac(text) & ~std::uint64_t{1}) | local;
+  return number != 0 ? number : 2;
+}
+
+std::string new_secret() {
+  unsigned char bytes[16];
+  CHECK(getrandom(bytes, sizeof bytes, 0) == sizeof bytes);
+  std::string text;
+  for (unsigned char byte : bytes) {
+    text += "0123456789abcdef"[byte >> 4];
+    text += "0123456789abcdef"[byte & 15];
+  }
+  return text;
 }
 
 void Tokens::append(std::string* out, Fence fence) {

@@ -34,6 +34,7 @@
 #include "workers/retry.h"
 #include "workers/sandbox/sandbox.h"
 #include "workers/sandbox_counts.h"
+#include "workers/worker.h"
 
 namespace machina {
 namespace {
@@ -43,6 +44,7 @@ using Steady = std::chrono::steady_clock;
 
 constexpr int kExitLocked = 75;
 constexpr int kLockTries = 20;
+constexpr int kSessionDigits = 32;
 constexpr Millis kSyncWaitMs = 10'000;
 constexpr Millis kRefusedMs = 200;    // after an answer that was none of ours
 constexpr Millis kSyncEveryMs = 200;  // for news that can wait
@@ -110,12 +112,15 @@ int take_root(const PoolOptions& options, Root& root) {
 }
 
 // What pool.lock holds beside the lock: a line with the pool's pid, one with
-// its spawner's, one for each worker that the server may believe in: its name,
-// and what became of it. A line more says that the pool was asked to leave
-// (tools/ops.h: whoever kills it writes that, too): who lived then was ended by
-// whoever operates it. A pool that was killed leaves it to its successor.
+// its spawner's, one with "=" and the secret of the workers' sessions, one for
+// each worker that the server may believe in: its name, and what became of it. A
+// line more says that the pool was asked to leave (tools/ops.h: whoever kills it
+// writes that, too): who lived then was ended by whoever operates it. A pool that
+// was killed leaves it to its successor, which must know the secret to say what
+// became of the workers.
 struct Predecessor {
   int spawner = -1;
+  std::string session;
   std::vector<std::string> gone, ended;
 };
 
@@ -137,6 +142,10 @@ Predecessor read_predecessor(const Root& root) {
     return true;
   };
   while (std::getline(lines, line)) {
+    if (line.starts_with('=')) {
+      out.session = line.substr(1);
+      continue;
+    }
     asked = asked || line == kAskedToLeave;
     if (take(kDied, &out.gone) || take(kEnded, &out.ended)) continue;
     take("", &lived);
@@ -146,10 +155,10 @@ Predecessor read_predecessor(const Root& root) {
   return out;
 }
 
-void write_successor(const Root& root, int spawner, const PoolSlots& slots,
-                     bool asked) {
-  std::string text =
-      std::to_string(getpid()) + "\n" + std::to_string(spawner) + "\n";
+void write_successor(const Root& root, int spawner, const std::string& session,
+                     const PoolSlots& slots, bool asked) {
+  std::string text = std::to_string(getpid()) + "\n" + std::to_string(spawner) +
+                     "\n=" + session + "\n";
   if (asked) text.append(kAskedToLeave) += '\n';
   for (const std::string& line : slots.unreported()) text += line + "\n";
   (void)!pwrite(root.lock, text.data(), text.size(), 0);
@@ -276,6 +285,9 @@ class Pool {
         spawner_(spawner),
         program_(std::move(program)),
         id_("p" + random_hex(8)),
+        session_(predecessor.session.size() == kSessionDigits
+                     ? predecessor.session
+                     : random_hex(kSessionDigits)),
         client_([this] { return connect(); }),
         target_(std::clamp(options.count, 0, kSlotsMax)) {
     char host[256] = "localhost";
@@ -301,7 +313,7 @@ class Pool {
 
   // With mutex_ held.
   void remember() const {
-    write_successor(root_, spawner_.pid(), slots_, asked_);
+    write_successor(root_, spawner_.pid(), session_, slots_, asked_);
   }
 
   // --- the sync thread ---
@@ -346,6 +358,7 @@ class Pool {
   sandbox::Spawner& spawner_;
   const Program program_;
   const std::string id_;
+  const std::string session_;  // a secret: whose leases the workers' are
   std::string host_;
   HttpClient client_;
   int signal_fd_ = -1, news_fd_ = -1;
@@ -429,7 +442,8 @@ void Pool::sync_loop() {
     const Millis wait_ms = parked ? kSyncWaitMs : 200;
     SandboxCounts counts = counts_;
     counts.log_dropped += said_dropped();
-    const std::string body = slots_.sync_body(host_, counts.json(), wait_ms);
+    const std::string body =
+        slots_.sync_body(host_, session_, counts.json(), wait_ms);
     dirty_ = false;
     in_call_ = true;
     synced_ms_ = now_ms();
@@ -730,7 +744,9 @@ void Pool::start_worker(int slot) {
       "--facts",         std::to_string(kWorkerFactsFd),
       "--root",          options_.root,
   };
-  const auto pid = program_.start(argv, options_.worker_env, *channel, pipe[1]);
+  std::vector<std::string> env = options_.worker_env;
+  env.push_back(std::string(kWorkerSessionVariable) + "=" + session_);
+  const auto pid = program_.start(argv, env, *channel, pipe[1]);
   close(*channel);
   close(pipe[1]);
   if (!pid) {

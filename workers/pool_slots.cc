@@ -185,9 +185,11 @@ void PoolSlots::reported(const std::vector<std::string>& names) {
 }
 
 std::string PoolSlots::sync_body(const std::string& host,
+                                 const std::string& session,
                                  const std::string& counts,
                                  Millis wait_ms) const {
-  std::string out = "{\"host\":" + json::quoted(host) + ",\"workers\":[";
+  std::string out = "{\"host\":" + json::quoted(host) +
+                    ",\"session\":" + json::quoted(session) + ",\"workers\":[";
   bool first = true;
   for (int i = 0; i < kSlotsMax; ++i) {
     const Slot& slot = slots_[static_cast<std::size_t>(i)];

@@ -87,8 +87,8 @@ class PoolSlots {
   void reported(const std::vector<std::string>& names);
 
   // The body of a sync; `counts` is raw JSON.
-  std::string sync_body(const std::string& host, const std::string& counts,
-                        Millis wait_ms) const;
+  std::string sync_body(const std::string& host, const std::string& session,
+                        const std::string& counts, Millis wait_ms) const;
 
  private:
   int staying() const;

@@ -95,8 +95,11 @@ Result<std::vector<Lease>> parse_leases(std::string_view reply) {
 }
 
 std::string write_lease_request(const LeaseAsk& request) {
-  std::string out =
-      "{\"worker\":" + json::quoted(request.worker) + ",\"kinds\":[";
+  std::string out = "{\"worker\":" + json::quoted(request.worker) +
+                    (request.session.empty()
+                         ? ""
+                         : ",\"session\":" + json::quoted(request.session)) +
+                    ",\"kinds\":[";
   for (std::size_t i = 0; i < request.kinds.size(); ++i) {
     if (i > 0) out += ',';
     json::quote(out, request.kinds[i]);

@@ -29,6 +29,7 @@ Result<std::vector<Lease>> parse_leases(std::string_view reply);
 
 struct LeaseAsk {
   std::string worker;
+  std::string session;  // the secret by which its leases are its own
   std::vector<std::string> kinds;
   int max = 1;
   Millis wait_ms = 0;

@@ -323,6 +323,7 @@ class Worker::Impl : public kinds::Host {
                          Millis wait_ms) const {
     LeaseAsk request;
     request.worker = options_.name;
+    request.session = options_.session;
     request.kinds = kinds;
     request.max = max;
     request.wait_ms = wait_ms;

@@ -29,8 +29,12 @@
 
 namespace machina {
 
+// In a worker's environment: WorkerOptions::session.
+constexpr const char* kWorkerSessionVariable = "WORKER_SESSION";
+
 struct WorkerOptions {
   std::string name;     // unique per process: <pool>-<slot>-<start>
+  std::string session;  // the pool's secret; empty: leases only expire
   int channel_fd = -1;  // to the spawner
   int facts_fd = -1;    // a pipe to the pool: JSON lines; -1: none
   std::string root;

@@ -300,6 +300,59 @@ TEST(CoreLease, HoldingReleasesTheWorkersOtherLeases) {
   EXPECT_EQ(h.core.look(mine[0].id)->view.attempt, 1);
 }
 
+// A worker's name is no credential: its session is.
+TEST(CoreLease, F20_ANameAloneReleasesNothing) {
+  CoreHarness h;
+  for (int i = 0; i < 2; ++i) h.add(CoreHarness::job());
+  LeaseCommand mine = CoreHarness::lease_command("w");
+  mine.session = 10;
+  const Fence first = h.run(mine).grants.at(0).fence;
+  auto holds = [](Core& core, Fence fence) {
+    return !core.leased_job(fence).is_nil();
+  };
+  for (Session session : {Session{0}, Session{11}, Session{12}}) {
+    LeaseCommand thief = CoreHarness::lease_command("w");
+    thief.kinds = {"none"};
+    thief.session = session;
+    thief.holding.emplace();
+    h.run(thief);
+    EXPECT_TRUE(holds(h.core, first)) << session;
+  }
+  // What is kept of a lease has its session, too.
+  Core again(h.options);
+  ASSERT_TRUE(again.load(h.image()));
+  again.set_epoch(2);
+  mine.kinds = {"none"};
+  mine.holding.emplace();
+  EXPECT_EQ(again.decide(h.now, 1, mine).records.size(), 1u);
+  EXPECT_EQ(h.image(), CoreHarness::image_of(again));
+  h.run(mine);
+  EXPECT_FALSE(holds(h.core, first));
+}
+
+TEST(CoreLease, F20_GoneEndsLeasesOfTheSessionThatIsShown) {
+  CoreHarness h;
+  for (int i = 0; i < 3; ++i) h.add(CoreHarness::job());
+  auto lease = [&](Session session) {
+    LeaseCommand c = CoreHarness::lease_command("w");
+    c.session = session;
+    return h.run(c).grants.at(0).fence;
+  };
+  const Fence by_tcp = lease(10), local = lease(20 | kLocalSession),
+              shown = lease(30 | kLocalSession);
+  auto held = [&] {
+    return std::vector<bool>{!h.core.leased_job(by_tcp).is_nil(),
+                             !h.core.leased_job(local).is_nil(),
+                             !h.core.leased_job(shown).is_nil()};
+  };
+  h.run(GoneCommand{{"w"}, {40 | kLocalSession}});
+  EXPECT_EQ(held(), (std::vector<bool>{true, true, true}));
+  h.run(GoneCommand{{"w"}, {30 | kLocalSession}});
+  EXPECT_EQ(held(), (std::vector<bool>{true, true, false}));
+  h.run(GoneCommand{{"w"}, {0}});
+  EXPECT_EQ(held(), (std::vector<bool>{true, false, false}));
+}
+
 TEST(CoreLease, AStaleTokenChangesNothing) {
   CoreHarness h;
   h.add(CoreHarness::job());

@@ -69,6 +69,7 @@ std::vector<Record> samples() {
   };
   add(full_enqueue(1));
   add(GrantRecord{id_of(2), make_fence(7, 9), 3, 4, "worker-1"});
+  add(GrantRecord{id_of(2), make_fence(7, 9), 3, 4, "worker-1", ~0ULL});
   EndRecord end{id_of(3),
                 make_fence(7, 9),
                 State::failed,
@@ -160,11 +161,21 @@ TEST(Record, EveryTruncationAndExtensionIsRefused) {  // R2
 
 TEST(Record, AnUnknownTypeIsNewer) {  // R3
   std::vector<std::byte> bytes(64);
-  for (int type : {0, 11, 127, 128, 255}) {
+  for (int type : {0, 12, 127, 128, 255}) {
     Result<Record> r = decode(static_cast<RecordType>(type), bytes);
     ASSERT_FALSE(r);
     EXPECT_EQ(r.error().code, Code::newer);
   }
+}
+
+TEST(Record, F20_ASessionMakesAGrantNewerAndIsNeverNought) {
+  Record record;
+  record.body = GrantRecord{id_of(2), 1, 1, 0, "w", 7};
+  EXPECT_EQ(type_of(record), RecordType::session_grant);
+  auto bytes = bytes_of(record);
+  EXPECT_FALSE(decode(RecordType::grant, bytes));
+  std::fill(bytes.end() - 8, bytes.end(), std::byte{0});
+  EXPECT_FALSE(decode(RecordType::session_grant, bytes));
 }
 
 TEST(Record, ALengthIsNotBelieved) {

@@ -728,6 +728,58 @@ TEST_F(ShardTest, ListPagesOverLiveThenFinished) {
   EXPECT_EQ(call(bad).status, Status::bad_cursor);
 }
 
+// After a burst the places of the jobs that ended come first, and a filter may
+// match none of very many: a page without jobs is the end all the same.
+TEST_F(ShardTest, F24_APageIsEmptyOnlyAtTheEnd) {
+  open();
+  EnqueueCommand many;
+  for (int i = 0; i < 2 * 2000 + 500; ++i) many.jobs.push_back(noop());
+  ASSERT_EQ(call(Command(std::move(many))).status, Status::done);
+  NewJob late_one = noop();
+  late_one.kind = "late";
+  const JobId last = enqueued(late_one);
+  auto pages = [&](ListQuery query, std::size_t most) {
+    std::size_t jobs = 0;
+    for (std::size_t page = 0; page < most; ++page) {
+      Response r = call(query);
+      EXPECT_EQ(r.status, Status::done) << r.detail;
+      jobs += r.views.size();
+      if (r.cursor.empty()) return jobs;
+      EXPECT_FALSE(r.views.empty()) << "page " << page << " " << r.cursor;
+      EXPECT_GT(r.scanned, 0u);
+      query.cursor = r.cursor;
+    }
+    ADD_FAILURE() << "no end";
+    return jobs;
+  };
+  ListQuery late;
+  late.kind = "late";
+  EXPECT_EQ(pages(late, 2), 1u);  // live ones that do not match come first
+  for (int left = 4500; left > 0;) {
+    LeaseCommand lease = lease_command(256);
+    lease.kinds = {"noop"};
+    Response leased = call(Command(lease));
+    ASSERT_FALSE(leased.leases.empty());
+    left -= static_cast<int>(leased.leases.size());
+    CompleteCommand ends;
+    for (const LeaseView& view : leased.leases) {
+      ends.items.push_back({view.fence, {}, {}});
+    }
+    call(Command(std::move(ends)));
+  }
+  ListQuery ready;
+  ready.states = {State::ready};
+  Response r = call(ready);  // the places before it are free by now
+  ASSERT_EQ(r.views.size(), 1u);
+  EXPECT_EQ(r.views[0].id, last);
+  ListQuery failed;
+  failed.states = {State::failed};
+  EXPECT_EQ(pages(failed, 1), 0u);  // all that ended was looked at
+  ListQuery any;
+  any.limit = 1000;
+  EXPECT_EQ(pages(any, 12), 4501u);
+}
+
 // --- restarts ---
 
 TEST_F(ShardTest, KilledWithoutCloseKeepsJobsDedupAndLeases) {

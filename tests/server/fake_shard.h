@@ -80,6 +80,19 @@ class FakeShard final : public Shard {
     });
   }
 
+  void hurry(std::uint32_t, std::uint64_t connection) override {
+    for (Parked& p : parked_) {
+      if (p.request.from.connection == connection) p.until = 0;
+    }
+  }
+  std::map<std::string, std::uint64_t> ready_kinds() const override {
+    std::map<std::string, std::uint64_t> kinds;
+    for (const auto& [_, job] : jobs_) {
+      if (job.view.state == State::ready) ++kinds[job.view.kind];
+    }
+    return kinds;
+  }
+  bool leased(Fence fence) const override { return leases_.contains(fence); }
   void turn() override {
     wait_over();
     if (control_.hold) return;

@@ -86,12 +86,12 @@ TEST_F(JobRoutes, EachBadMemberIsNamedWithItsBound) {
       {R"({"kind":"a","kind":"a"})", "unknown-field", "kind", "twice"},
       {R"({"kind":"a","payload":{"z":{"y":1,"y":2}}})", "unknown-field", "y",
        "twice"},
-      {R"({"kind":"a","priority":10})", "bad-request", "priority", "0 to 9"},
+      {R"({"kind":"a","priority":10})", "bad-request", "priority", "0..9"},
       {R"({"kind":"a","priority":1.5})", "bad-request", "priority", "1.5"},
       {R"({"kind":"a","priority":"1"})", "bad-request", "priority", "string"},
       {R"({"kind":"a","max_attempts":0})", "bad-request", "max_attempts",
-       "1 to 1000"},
-      {R"({"kind":"a","delay_ms":-1})", "bad-request", "delay_ms", "0 to"},
+       "1..1000"},
+      {R"({"kind":"a","delay_ms":-1})", "bad-request", "delay_ms", "0.."},
       {R"({"kind":"a","run_at":"tomorrow"})", "bad-request", "run_at",
        "tomorrow"},
       {R"({"kind":"a","run_at":"2026-01-01T00:00:00Z","delay_ms":1})",
@@ -109,7 +109,7 @@ TEST_F(JobRoutes, EachBadMemberIsNamedWithItsBound) {
       {R"({"kind":"a","sandbox":{"min_level":"L9"}})", "bad-request",
        "sandbox.min_level", "L0 to L4"},
       {R"({"kind":"a","sandbox":{"pids":0}})", "bad-request", "sandbox.pids",
-       "1 to"},
+       "1.."},
       {R"({"kind":"a","sandbox":{"x":0}})", "unknown-field", "sandbox.x", ""},
       {R"({"kind":"a","sandbox":{"profile":"net"}})", "not-implemented",
        "sandbox.profile", "egress"},
@@ -122,7 +122,7 @@ TEST_F(JobRoutes, EachBadMemberIsNamedWithItsBound) {
       {R"({"kind":"a","concurrency_limit":2})", "bad-request",
        "concurrency_limit", "concurrency_key"},
       {R"({"kind":"a","concurrency_key":"k","concurrency_limit":0})",
-       "bad-request", "concurrency_limit", "1 to 10000"},
+       "bad-request", "concurrency_limit", "1..10000"},
       {R"({"kind":"a","concurrency_key":"k","concurrency_limit":10001})",
        "bad-request", "concurrency_limit", "10001"},
       {R"({"kind":"a","concurrency_key":"k","concurrency_limit":"2"})",
@@ -370,6 +370,97 @@ TEST_F(JobRoutes, RunSyncWaits) {
   EXPECT_EQ(r.json()["error"]["code"], "verdict");
 }
 
+TEST_F(JobRoutes, F22_WhatAPageSendsIsRefusedInEveryForm) {
+  const std::string body = "Content-Length: 12\r\n\r\n{\"kind\":\"a\"}";
+  for (const char* head :
+       {"POST /v1/jobs HTTP/1.0\r\nOrigin: http://evil.com\r\n",
+        "POST /v1/jobs HTTP/1.0\r\nOrigin:\r\n",
+        "POST /v1/jobs HTTP/1.0\r\nHost:\r\nOrigin: null\r\n",
+        "POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nOrigin:\r\n",
+        "POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nOrigin: null\r\n",
+        "POST /v1/jobs HTTP/1.0\r\nHost: evil.com\r\n"}) {
+    Client c = tcp();
+    c.send(head + body);
+    EXPECT_EQ(c.reply().status, 403) << head;
+  }
+  Client c = tcp();
+  c.send("POST /v1/jobs HTTP/1.0\r\n" + body);
+  EXPECT_EQ(c.reply().status, 201);
+}
+
+TEST_F(JobRoutes, F22_AParameterTwiceIsRefused) {
+  Client c = tcp();
+  const std::string id = c.post("/v1/jobs", R"({"kind":"a"})").json()["id"];
+  for (const std::string& path :
+       {std::string("/v1/jobs?limit=1&limit=2"),
+        std::string("/v1/jobs?kind=a&%6bind=a"),
+        "/v1/jobs/" + id + "/logs?attempt=1&attempt=9",
+        "/v1/jobs/" + id + "?x=1&x=1",
+        std::string("/v1/patches?limit=1&limit=1"),
+        std::string("/stats?a&a")}) {
+    Reply r = c.get(path);
+    EXPECT_EQ(r.status, 400) << path;
+    EXPECT_NE(r.body.find("twice"), std::string::npos) << r.body;
+  }
+  EXPECT_EQ(
+      c.post("/v1/leases/" + leased_token(c) + "/log?offset=0&offset=0", "x")
+          .status,
+      400);
+}
+
+TEST_F(JobRoutes, F22_AnInvalidTraceparentIsDropped) {
+  Client c = tcp();
+  const std::string id(32, '4'), parent(16, '7'), zero(32, '0');
+  auto kept = [&](const std::string& text) {
+    return c
+        .post("/v1/jobs", R"({"kind":"a"})", "traceparent: " + text + "\r\n")
+        .json()["traceparent"];
+  };
+  const std::string good = "00-" + id + "-" + parent + "-01";
+  EXPECT_EQ(kept(good), good);
+  for (const std::string& bad :
+       {"00-" + zero + "-" + parent + "-01",
+        "00-" + id + "-" + zero.substr(16) + "-01",
+        "ff-" + id + "-" + parent + "-01", "00-" + id + "-" + parent + "-1",
+        "00-" + id + "-" + parent + "-011", "00-" + id.substr(1) + "-" + parent,
+        "00-" + id + "-" + parent.substr(1) + "A-01", std::string("00-")}) {
+    EXPECT_TRUE(kept(bad).is_null()) << bad;
+  }
+}
+
+TEST_F(JobRoutes, F28_AnAnswerSaysWhetherAnybodyServesTheKind) {
+  Client c = tcp();
+  Json job = c.post("/v1/jobs", R"({"kind":"ext.a"})").json();
+  EXPECT_EQ(job["served"], false);
+  const std::string path = "/v1/jobs/" + std::string(job["id"]);
+  Json bulk = c.post("/v1/jobs", R"([{"kind":"ext.a"}])").json();
+  EXPECT_EQ(bulk["jobs"][0]["served"], false);
+  EXPECT_EQ(c.get("/stats").json()["unserved"],
+            Json::parse(R"([{"kind":"ext.a","ready":2}])"));
+  Client w = tcp();
+  w.start("POST", "/v1/leases",
+          R"({"worker":"w","kinds":["ext.b","ext.*"],"wait_ms":1})");
+  EXPECT_EQ(w.reply().status, 200);
+  EXPECT_EQ(c.get(path).json()["served"], true);
+  EXPECT_EQ(c.get("/stats").json()["unserved"], Json::array());
+  EXPECT_EQ(c.get("/v1/jobs").json()["jobs"][0]["served"], true);
+  EXPECT_EQ(c.post("/v1/jobs", R"({"kind":"other"})").json()["served"], false);
+}
+
+TEST_F(JobRoutes, F28_AWrongValueIsToldWhatIsRight) {
+  Client c = tcp();
+  Reply r = c.get("/v1/jobs?state=failed,no.such");
+  EXPECT_EQ(r.status, 400);
+  for (const char* state :
+       {"waiting", "scheduled", "ready", "running", "blocked", "succeeded",
+        "failed", "cancelled", "dead"}) {
+    EXPECT_NE(r.body.find(state), std::string::npos) << state;
+  }
+  r = c.post("/v1/leases", R"({"worker":"w","kinds":["a"],"wait_ms":99999})");
+  EXPECT_EQ(r.status, 400);
+  EXPECT_NE(r.body.find("0..30000 ms"), std::string::npos) << r.body;
+}
+
 TEST_F(JobRoutes, PathsAndMethods) {
   Client c = tcp();
   EXPECT_EQ(c.get("/nope").status, 404);
@@ -472,7 +563,7 @@ TEST_F(Ceilings, SandboxStaysBelowTheOperatorsMaximum) {
       c.post("/v1/jobs", R"({"kind":"noop","sandbox":{"memory_mb":101}})");
   EXPECT_EQ(r.status, 400);
   EXPECT_EQ(r.field(), "sandbox.memory_mb");
-  EXPECT_NE(r.body.find("1 to 100"), std::string::npos);
+  EXPECT_NE(r.body.find("1..100"), std::string::npos);
 }
 
 TEST_F(Ceilings, BuiltInKindsGetTheOperatorsLevel) {
@@ -804,7 +895,12 @@ TEST_F(WorkerRoutes, PoolsReportAndAreScaled) {
   EXPECT_EQ(r.status, 200);
   EXPECT_EQ(r.json()["target"], 0);
   EXPECT_EQ(r.json()["drain"], false);
-  EXPECT_EQ(control_.gone, 1);
+  EXPECT_EQ(control_.gone, 0);  // w0 is not known to be this pool's
+  EXPECT_EQ(
+      pool.post(sync, R"({"workers":[{"name":"w0"}],"gone":["w0","p1-7"]})")
+          .status,
+      200);
+  EXPECT_EQ(control_.gone, 2);
   pool.start("POST", sync, body);
   EXPECT_TRUE(pool.quiet(100));
   r = c.call("PUT", "/v1/workers/scale", R"({"count":3})");
@@ -830,6 +926,45 @@ TEST_F(WorkerRoutes, PoolsReportAndAreScaled) {
   const int before = control_.gone;
   EXPECT_EQ(c.post(sync, R"({"gone":["w1"]})").status, 501);
   EXPECT_EQ(control_.gone, before);
+}
+
+TEST_F(WorkerRoutes, F20_APoolEndsOnlyLeasesOfItsOwnWorkers) {
+  Client a = local(), b = local();
+  auto gone = [&](Client& pool, const std::string& id,
+                  const std::string& body) {
+    const int before = control_.gone;
+    EXPECT_EQ(pool.post("/v1/pools/" + id + "/sync", body).status, 200);
+    return control_.gone - before;
+  };
+  EXPECT_EQ(gone(a, "a", R"({"workers":[{"name":"w1"}]})"), 0);
+  EXPECT_EQ(gone(b, "b", R"({"gone":["w1","a-1","w2"]})"), 0);
+  EXPECT_EQ(gone(b, "b", R"({"workers":[{"name":"w1"}],"gone":["w1"]})"), 0);
+  EXPECT_EQ(gone(b, "b", R"({"gone":["b-1"]})"), 1);
+  EXPECT_EQ(gone(a, "a", R"({"gone":["w1","a-1"]})"), 2);
+  // The session says more than any list: the core compares it.
+  EXPECT_EQ(gone(b, "b", R"({"session":"0123456789abcdef","gone":["x"]})"), 1);
+  EXPECT_EQ(a.post("/v1/pools/a/sync", R"({"session":"short"})").status, 400);
+}
+
+TEST_F(WorkerRoutes, F20_ALeasesAnswerSaysItsSession) {
+  Client c = tcp();
+  c.post("/v1/jobs", R"([{"kind":"a"},{"kind":"a"},{"kind":"a"}])");
+  const std::string ask = R"({"worker":"w","kinds":["a"])";
+  const std::string first = c.post("/v1/leases", ask + "}").json()["session"];
+  EXPECT_EQ(first.size(), 32u);
+  const std::string again = c.post("/v1/leases", ask + "}").json()["session"];
+  EXPECT_NE(first, again);
+  Reply r =
+      c.post("/v1/leases/complete", R"({"items":[],"lease":)" + ask +
+                                        R"(,"session":")" + first + "\"}}");
+  EXPECT_EQ(r.json()["session"], first);
+  for (const char* bad :
+       {"\"fifteen-letters\"", "\"0123456789 abcdef\"", "7"}) {
+    r = c.post("/v1/leases", ask + ",\"session\":" + bad + "}");
+    EXPECT_EQ(r.status, 400) << bad;
+    EXPECT_EQ(r.field(), "session");
+  }
+  EXPECT_EQ(c.post("/v1/leases", ask + ",\"session\":null}").status, 204);
 }
 
 TEST_F(WorkerRoutes, AnIsolationReportSaysALevelThatExists) {

@@ -4,6 +4,7 @@
 
 #include <fstream>
 
+#include "server/service.h"
 #include "server/tokens.h"
 #include "tests/server/server_fixture.h"
 
@@ -371,6 +372,145 @@ TEST_F(ServerLife, HalfClosedClientStillGetsItsAnswer) {
   c.end();
   EXPECT_EQ(c.reply().status, 201);
   EXPECT_TRUE(c.at_end());
+}
+
+// Requests and end in one packet, so that they are read in one turn; answers
+// that are made at once are sent all the same.
+TEST_F(ServerLife, F09_TheEndInTheSameTurnLosesNoAnswer) {
+  start();
+  for (int i = 0; i < 20; ++i) {
+    for (const auto& [text, status] : std::vector<std::pair<std::string, int>>{
+             {"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 200},
+             {"GET /nope HTTP/1.1\r\nHost: localhost\r\n\r\n", 404},
+             {"GET /health HTTP/1.1\r\nHost: a b\r\n\r\n", 400},
+             {"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\n"
+              "Content-Length: 99999999\r\n\r\n{",
+              413}}) {
+      for (bool over_tcp : {true, false}) {
+        Client c = over_tcp ? tcp() : local();
+        c.send(text);
+        c.end();
+        EXPECT_EQ(c.reply().status, status) << text;
+        EXPECT_TRUE(c.at_end());
+      }
+    }
+  }
+}
+
+// A bare end is all that is seen of one that is gone; one that still reads is
+// told how things are. Either way nothing is waited for.
+TEST_F(ServerLife, F09_AHalfClosedWaitIsAnsweredAtOnce) {
+  start();
+  Client a = tcp();
+  a.start("POST", "/v1/jobs", R"({"kind":"zzz.a"})", "Prefer: wait=60\r\n");
+  a.end();
+  EXPECT_EQ(a.reply(5000).status, 202);
+  EXPECT_TRUE(a.at_end());
+  Client b = tcp();
+  b.start("POST", "/v1/leases",
+          R"({"worker":"w","kinds":["none"],"wait_ms":30000})");
+  EXPECT_TRUE(b.quiet(50));
+  b.end();
+  EXPECT_EQ(b.reply(5000).status, 204);
+  Client w = tcp();
+  const std::string token = leased_token(w);
+  Client h = tcp();
+  h.start("POST", "/v1/leases/heartbeat",
+          R"({"items":[{"token":")" + token + R"("}],"wait_ms":30000})");
+  EXPECT_TRUE(h.quiet(50));
+  h.end();
+  EXPECT_EQ(h.reply(5000).status, 200);
+  Client p = local();
+  p.post("/v1/pools/p/sync", "{}");
+  p.start("POST", "/v1/pools/p/sync", R"({"wait_ms":30000})");
+  EXPECT_TRUE(p.quiet(50));
+  p.end();
+  EXPECT_EQ(p.reply(5000).status, 200);
+}
+
+// Also where nothing is read any more: 64 requests are open.
+TEST_F(ServerLife, F09_AnEndIsSeenWhileReadingIsPaused) {
+  start();
+  Client c = tcp();
+  const std::string ask = R"({"worker":"w","kinds":["none"],"wait_ms":30000})";
+  for (int i = 0; i < 100; ++i) c.start("POST", "/v1/leases", ask);
+  EXPECT_TRUE(c.quiet(50));
+  c.end();
+  for (int i = 0; i < 100; ++i) ASSERT_EQ(c.reply(5000).status, 204) << i;
+  EXPECT_TRUE(c.at_end());
+}
+
+TEST_F(ServerLife, F09_WhatIsBroughtForNoLeaseIsNotKept) {
+  start();
+  Client w = tcp();
+  const std::string token = leased_token(w);
+  EXPECT_EQ(w.post("/v1/leases/" + token + "/complete", "").status, 200);
+  const std::string never = "0123456789abcdef-0123456789abcdef";
+  const std::string many(1u << 20, 'x');
+  auto files = [&] {
+    int n = 0;
+    for (const auto& each :
+         std::filesystem::recursive_directory_iterator(root_)) {
+      n += each.is_regular_file() && each.file_size() >= kUploadHeldMax / 4;
+    }
+    return n;
+  };
+  for (const std::string& of : {token, never}) {
+    Client asks = tcp();
+    asks.send("PUT /v1/leases/" + of +
+              "/artifacts/a HTTP/1.1\r\nHost: localhost\r\n"
+              "Expect: 100-continue\r\nContent-Length: 60000000\r\n\r\n");
+    EXPECT_EQ(asks.reply().status, 409);
+    Client c = tcp();
+    EXPECT_EQ(c.call("PUT", "/v1/leases/" + of + "/artifacts/a", many).status,
+              409);
+    EXPECT_EQ(c.post("/v1/leases/" + of + "/log?offset=0", "text").status, 409);
+  }
+  EXPECT_EQ(files(), 0);
+  // An end that is told again has its stored answer.
+  EXPECT_EQ(w.post("/v1/leases/" + token + "/complete", "").status, 200);
+  EXPECT_EQ(w.post("/v1/leases/" + never + "/complete", "").status, 409);
+  EXPECT_EQ(w.post("/v1/leases/nonsense/complete", "").status, 404);
+}
+
+// Pipelined, unread: each connection holds a bounded part, and others do not
+// wait for it.
+TEST_F(ServerLife, F08_UnreadAnswersAreBounded) {
+  start();
+  std::string jobs;
+  for (int i = 0; i < 300; ++i) {
+    jobs += R"({"kind":"a","labels":{"k":")" + std::string(250, 'v') + R"("}})";
+    jobs += '\n';
+  }
+  Client c = tcp();
+  ASSERT_EQ(
+      c.call("POST", "/v1/jobs", jobs, "Content-Type: application/x-ndjson\r\n")
+          .status,
+      200);
+  auto unsent = [&] {
+    Client m = local();
+    const std::string text = m.get("/metrics").body;
+    const std::string name = "\nmachina_http_unsent_bytes ";
+    return std::stoull(text.substr(text.find(name) + name.size()));
+  };
+  std::string lists, metrics;
+  for (int i = 0; i < 64; ++i) {
+    lists += "GET /v1/jobs?limit=300 HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    metrics += "GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n";
+  }
+  std::vector<Client> deaf;
+  for (int i = 0; i < 60; ++i) {
+    deaf.push_back(tcp());
+    deaf.back().send(i % 2 == 0 ? lists : metrics);
+  }
+  for (int i = 0; i < 20; ++i) {
+    EXPECT_EQ(c.get("/health").status, 200);
+    EXPECT_LT(unsent(), kUnsentAllMax + (8u << 20));
+  }
+  // Who reads gets all of them.
+  int got = 0;
+  while (got < 64 && deaf.front().reply().status == 200) ++got;
+  EXPECT_EQ(got, 64);
 }
 
 }  // namespace

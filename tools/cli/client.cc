@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <ctime>
 #include <type_traits>
 
@@ -234,10 +235,15 @@ Result<Client::Answer> Client::call(const Request& request) {
   if (code == CURLE_OK) return answer;
   if (code == CURLE_COULDNT_CONNECT && !socket_.empty()) {
     // What libcurl says is of the host in the URL, which nobody asked for.
+    long why_not = 0;
+    lib.info(handle, CURLINFO_OS_ERRNO, &why_not);
     return Error{Code::unavailable,
                  "cannot reach the socket " + socket_ +
-                     (is_socket(socket_) ? ": nobody listens there"
-                                         : ": there is none")};
+                     (!is_socket(socket_) ? ": there is none"
+                      : why_not == EAGAIN
+                          ? ": the server takes no connection now; it has no "
+                            "descriptor left, or too much to do"
+                          : ": nobody listens there")};
   }
   std::string what = *why != '\0' ? why : lib.text(code);
   return Error{never_arrived(code) ? Code::unavailable : Code::io,

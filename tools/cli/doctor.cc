@@ -28,6 +28,7 @@
 #include <sstream>
 #include <thread>
 
+#include "server/descriptors.h"
 #include "tools/checklist.h"
 #include "tools/cli/cli.h"
 #include "tools/cli/client.h"
@@ -627,6 +628,11 @@ int doctor(const Settings& settings) {
   TempDir dir;
   auto report = examine(*config, dir);  // forks: before curl or a thread is
   Json host = host_facts(config->text("MACHINA_ROOT"));
+  // As a server would share them out that is started from here.
+  auto files = take_descriptors(
+      static_cast<int>(config->number("MACHINA_API_CONNECTIONS")),
+      static_cast<int>(config->number("MACHINA_WORKERS")));
+  host["open_files"] = files ? files->text() : files.error().what;
   Json isolation;
   if (report) {
     isolation = isolation_facts(*report);

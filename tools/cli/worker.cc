@@ -8,6 +8,7 @@
 #include <CLI/App.hpp>
 #include <CLI/Config.hpp>
 #include <CLI/Formatter.hpp>
+#include <cstdlib>
 
 #include "queue/job.h"
 #include "tools/cli/cli.h"
@@ -59,6 +60,11 @@ int worker(const Given& given) {
   const std::string& root = config->text("MACHINA_ROOT");
   WorkerOptions options;
   options.name = given.name;
+  // Not an argument: those are for everybody on the host to read.
+  if (const char* session = std::getenv(kWorkerSessionVariable)) {
+    options.session = session;
+    ::unsetenv(kWorkerSessionVariable);
+  }
   options.channel_fd = given.channel;
   options.facts_fd = given.facts;
   options.root = root;

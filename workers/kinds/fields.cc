@@ -137,8 +137,13 @@ std::int64_t Fields::number(const char* name, std::int64_t least,
                                      value->get<std::uint64_t>() <= INT64_MAX);
   if (!fits || value->get<std::int64_t>() < least ||
       value->get<std::int64_t>() > most) {
+    const std::string_view field = name;
     fail(name, shown(*value) + " is not an integer in " +
-                   std::to_string(least) + ".." + std::to_string(most));
+                   std::to_string(least) + ".." + std::to_string(most) +
+                   (field.ends_with("_ms")      ? " ms"
+                    : field.ends_with("_bytes") ? " bytes"
+                    : field.ends_with("_mb")    ? " MB"
+                                                : ""));
     return absent;
   }
   return value->get<std::int64_t>();
