@@ -159,7 +159,7 @@ TEST_P(CanaryTest, EveryAttackIsWithstood) {
     const auto report = run_canary(*stand.slot);
     ASSERT_TRUE(report) << report.error().what;
     for (const auto& [name, held] : report->attacks) EXPECT_TRUE(held) << name;
-    EXPECT_EQ(report->attacks.size(), 15U);
+    EXPECT_EQ(report->attacks.size(), 18U);
     EXPECT_GE(report->level, as_root() ? 3 : 2) << attacks_of(*report);
     const std::string json = isolation_json(*report, 3);
     EXPECT_NE(json.find("\"requested\":\"L3\""), std::string::npos) << json;

@@ -8,15 +8,20 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <linux/capability.h>
+#include <linux/netlink.h>
+#include <linux/rtnetlink.h>
 #include <linux/sched.h>
+#include <linux/sock_diag.h>
 #include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/uio.h>
@@ -30,6 +35,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <sstream>
+#include <vector>
 
 #include "workers/sandbox/launch.h"
 
@@ -40,7 +46,7 @@ std::vector<Mechanism> mechanisms_of(const MechWire (&mechs)[kMechs]);
 
 namespace {
 
-constexpr Limits kLimits{64, 4, 16, 0, 1 << 16};
+constexpr Limits kLimits{32, 4, 16, 0, 1 << 16};
 
 // --- the attacks, inside the sandbox ---
 
@@ -67,15 +73,24 @@ bool cannot_open(const char* path, int flags) {
 
 bool fails(long result) { return result < 0; }
 
-// Runs `act` in a child; true where it was killed or reports refusal (exit 0).
+// The wait status of a child that runs `act` and exits 0 where it says so.
+template <class Act>
+int status_of(Act act) {
+  const pid_t pid = fork();
+  if (pid == 0) _exit(act() ? 0 : 1);
+  int status = 1 << 8;
+  if (pid > 0) waitpid(pid, &status, 0);
+  return status;
+}
+template <class Act>
+bool child_agrees(Act act) {
+  return status_of(act) == 0;
+}
+// Killed, or it reports refusal.
 template <class Act>
 bool child_withstands(Act act) {
-  const pid_t pid = fork();
-  if (pid < 0) return false;
-  if (pid == 0) _exit(act() ? 0 : 1);
-  int status = 0;
-  waitpid(pid, &status, 0);
-  return WIFSIGNALED(status) || WEXITSTATUS(status) == 0;
+  const int status = status_of(act);
+  return WIFSIGNALED(status) || status == 0;
 }
 
 bool reach_host(const Bait& bait) {
@@ -234,6 +249,224 @@ bool disk_capped(const Bait&) {
   return full;
 }
 
+// EROFS is said before anybody's rights are looked at: of the mount alone.
+bool read_only(const char* path) {
+  return fails(chmod(path, 0755)) && errno == EROFS;
+}
+
+bool has_flags(const char* path, unsigned long wanted) {
+  struct statvfs fs {};
+  return statvfs(path, &fs) == 0 && (fs.f_flag & wanted) == wanted;
+}
+
+// Nodev and nosuid cannot be attacked alone: Landlock and no_new_privs stand
+// before them. So the kernel is asked what it enforces.
+bool mount_flags_hold(const Bait&) {
+  constexpr unsigned long kShown = ST_RDONLY | ST_NOSUID | ST_NODEV;
+  return read_only("/") && read_only("/usr") && read_only("/etc/passwd") &&
+         read_only("/dev/null") && read_only("/proc/self") &&
+         has_flags("/", kShown) && has_flags("/usr", kShown) &&
+         has_flags("/work", ST_NOSUID | ST_NODEV) &&
+         has_flags("/tmp", ST_NOSUID | ST_NODEV) &&
+         has_flags("/dev/shm", ST_NOSUID | ST_NODEV) &&
+         has_flags("/dev/null", ST_RDONLY | ST_NOSUID | ST_NOEXEC) &&
+         has_flags("/proc", kShown | ST_NOEXEC) &&
+         fails(mknod("/tmp/.node", S_IFCHR | 0600, makedev(1, 1)));
+}
+
+// Goes beyond each limit; as a child, whose signals and descriptors are its
+// own.
+bool limits_hold(const Bait&) {
+  const auto files = [] {
+    int n = 0;
+    while (n <= static_cast<int>(kOpenFilesMax) && dup(0) >= 0) ++n;
+    return errno == EMFILE && n <= static_cast<int>(kOpenFilesMax);
+  };
+  const auto file_size = [] {
+    signal(SIGXFSZ, SIG_IGN);
+    const auto beyond = static_cast<off_t>(file_bytes_max(kLimits));
+    const int fd = open("/tmp/big", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    const bool held = fd >= 0 && fails(pwrite(fd, "x", 1, beyond)) &&
+                      errno == EFBIG && fails(ftruncate(fd, beyond + 1)) &&
+                      errno == EFBIG;
+    unlink("/tmp/big");
+    return held;
+  };
+  const auto locked = [] {
+    constexpr std::size_t kSize = kLockedBytesMax + (1 << 20);
+    void* memory = mmap(nullptr, kSize, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return memory != MAP_FAILED && fails(mlock(memory, kSize));
+  };
+  const auto pending = [] {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGRTMIN);
+    sigprocmask(SIG_BLOCK, &set, nullptr);
+    std::uint64_t n = 0;
+    while (n <= kPendingSignalsMax &&
+           sigqueue(getpid(), SIGRTMIN, sigval{}) == 0) {
+      ++n;
+    }
+    return n <= kPendingSignalsMax;
+  };
+  const auto core = [] {
+    prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
+    const pid_t pid = fork();
+    if (pid == 0) {
+      signal(SIGABRT, SIG_DFL);
+      abort();
+    }
+    int status = 0;
+    return waitpid(pid, &status, 0) == pid && WIFSIGNALED(status) &&
+           !WCOREDUMP(status);
+  };
+  // None can be taken back, nor a better place among the host's processes.
+  const auto raised = [] {
+    for (const auto what : {RLIMIT_NOFILE, RLIMIT_FSIZE, RLIMIT_CORE,
+                            RLIMIT_MEMLOCK, RLIMIT_NPROC, RLIMIT_SIGPENDING}) {
+      rlimit limit{};
+      if (getrlimit(what, &limit) < 0 || limit.rlim_max == RLIM_INFINITY) {
+        return false;
+      }
+      ++limit.rlim_max;
+      if (setrlimit(what, &limit) == 0) return false;
+    }
+    const sched_param first{1};
+    return fails(setpriority(PRIO_PROCESS, 0, -1)) &&
+           fails(sched_setscheduler(0, SCHED_FIFO, &first));
+  };
+  return child_agrees(files) && child_agrees(file_size) &&
+         child_agrees(locked) && child_agrees(pending) && child_agrees(core) &&
+         child_agrees(raised);
+}
+
+// Sockets whose buffers are filled, and what the kernel holds in them.
+class Hoard {
+ public:
+  ~Hoard() {
+    for (int fd : fds_) close(fd);
+  }
+  std::uint64_t bytes() const {
+    std::uint64_t sum = 0;
+    for (int fd : fds_) sum += held(fd);
+    return sum;
+  }
+  bool full() const { return bytes() > kMost || fds_.size() > 1000; }
+
+  // False where no socket of the kind can be had.
+  bool add_udp() {
+    sockaddr_in self{};
+    const int fd = bound(SOCK_DGRAM, &self);
+    if (fd < 0) return false;
+    static const char block[16 << 10] = {};
+    fill(fd, [&] {
+      return sendto(fd, block, sizeof(block), MSG_DONTWAIT,
+                    reinterpret_cast<sockaddr*>(&self), sizeof(self));
+    });
+    return true;
+  }
+
+  bool add_tcp() {
+    sockaddr_in self{};
+    const int listener = bound(SOCK_STREAM, &self);
+    if (listener < 0 || listen(listener, 1) < 0) return false;
+    const int out = keep(socket(AF_INET, SOCK_STREAM, 0));
+    if (out < 0 ||
+        connect(out, reinterpret_cast<sockaddr*>(&self), sizeof(self)) < 0) {
+      return false;
+    }
+    const int in = keep(accept(listener, nullptr, nullptr));
+    static const char block[64 << 10] = {};
+    if (in < 0) return false;
+    fill(in, [&] { return send(out, block, sizeof(block), MSG_DONTWAIT); });
+    return true;
+  }
+
+  // Answers that nobody reads.
+  bool add_netlink() {
+    const int fd = keep(socket(AF_NETLINK, SOCK_RAW, NETLINK_ROUTE));
+    if (fd < 0) return false;
+    struct {
+      nlmsghdr head{};
+      ifinfomsg link{};
+    } ask;
+    ask.head.nlmsg_len = sizeof(ask);
+    ask.head.nlmsg_type = RTM_GETLINK;
+    ask.head.nlmsg_flags = NLM_F_REQUEST;
+    ask.link.ifi_index = 1;
+    fill(fd, [&] { return send(fd, &ask, sizeof(ask), MSG_DONTWAIT); });
+    return true;
+  }
+
+ private:
+  static std::uint64_t held(int fd) {
+    std::uint32_t info[SK_MEMINFO_VARS] = {};
+    socklen_t size = sizeof(info);
+    return getsockopt(fd, SOL_SOCKET, SO_MEMINFO, info, &size) == 0
+               ? info[SK_MEMINFO_RMEM_ALLOC] + info[SK_MEMINFO_WMEM_QUEUED]
+               : 0;
+  }
+
+  // Until it is refused, or nothing more arrives at `to`.
+  template <class Send>
+  static void fill(int to, Send send_one) {
+    for (std::uint64_t before = 0, now = 1; now > before;) {
+      before = now;
+      for (int i = 0; i < 64; ++i) {
+        if (send_one() < 0) return;
+      }
+      now = held(to);
+    }
+  }
+
+  // More than the job may have in all.
+  static constexpr std::uint64_t kMost =
+      (kLimits.memory_mb + kLimits.disk_mb + 24) << 20;
+
+  int keep(int fd) {
+    if (fd >= 0) {
+      const int most = 1 << 30;
+      setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &most, sizeof(most));
+      setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &most, sizeof(most));
+      fds_.push_back(fd);
+    }
+    return fd;
+  }
+  int bound(int type, sockaddr_in* self) {
+    const int fd = keep(socket(AF_INET, type, 0));
+    self->sin_family = AF_INET;
+    self->sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t size = sizeof(*self);
+    auto* address = reinterpret_cast<sockaddr*>(self);
+    return fd >= 0 && ::bind(fd, address, size) == 0 &&
+                   getsockname(fd, address, &size) == 0
+               ? fd
+               : -1;
+  }
+  std::vector<int> fds_;
+};
+
+// False where the kernel held it all and nobody minded within the time in which
+// a watchdog looks.
+bool sockets_capped() {
+  for (auto add : {&Hoard::add_udp, &Hoard::add_tcp, &Hoard::add_netlink}) {
+    Hoard hoard;
+    // What is dropped instead of kept makes no progress.
+    std::uint64_t before = 0;
+    for (int idle = 0; idle < 4 && !hoard.full();) {
+      if (!(hoard.*add)()) break;
+      const std::uint64_t now = hoard.bytes();
+      idle = now > before + (64 << 10) ? 0 : idle + 1;
+      before = now;
+    }
+    if (!hoard.full()) continue;
+    usleep(300'000);
+    return false;
+  }
+  return true;
+}
+
 // Not an attack: leaves a process that should not survive this step.
 void leave_daemon() {
   if (fork() == 0) {
@@ -271,6 +504,8 @@ void fill_memory() {
   sleep(2);
 }
 
+constexpr int kNotCapped = 4;  // the exit code
+
 struct Attack {
   const char* name;
   bool (*act)(const Bait&);
@@ -282,7 +517,8 @@ constexpr Attack kAttacks[] = {
     {"touch_others", touch_others},   {"syscalls", seccomp_holds},
     {"landlock", landlock_holds},     {"privilege", no_rights},
     {"descriptors", only_own_files},  {"fork_cap", fork_capped},
-    {"disk_cap", disk_capped},
+    {"disk_cap", disk_capped},        {"mount_flags", mount_flags_hold},
+    {"limits", limits_hold},
 };
 
 // --- outside ---
@@ -354,9 +590,15 @@ Level judge(Report* report, const KeeperReply& reply) {
   needs("mount", Mech::caps);
   needs("new_namespace", Mech::caps);
   needs("landlock", Mech::landlock);
+  needs("mount_flags", Mech::mountns);
+  needs("limits", Mech::rlimits);
   needs("disk_cap", Mech::rlimits);
   needs("fork_cap", Mech::cgroup_pids);
   needs("memory_cap", Mech::cgroup_memory);
+  auto& memory = mechs[static_cast<std::size_t>(Mech::cgroup_memory)];
+  if (!withstood(*report, "socket_cap") && memory.state == 0) {
+    memory.state = static_cast<std::uint8_t>(MechanismState::degraded);
+  }
   if (!withstood(*report, "fork_cap")) needs("fork_cap", Mech::rlimits);
   for (const char* name : {"syscalls", "foreign_sockets"}) {
     auto& seccomp = mechs[static_cast<std::size_t>(Mech::seccomp)];
@@ -378,6 +620,7 @@ int canary_builtin(int in_fd, int out_fd) {
     fill_memory();
     return 0;
   }
+  if (bait.mode == 's') return sockets_capped() ? 0 : kNotCapped;
   std::string lines;
   if (bait.mode == 'a') {
     for (const auto& attack : kAttacks) {
@@ -437,6 +680,14 @@ Result<Report> run_canary(Slot& slot) {
     return Error{Code::unavailable, "canary: ended early: " + memory.detail};
   }
   report.attacks.emplace_back("memory_cap", memory.ended == Ended::oom);
+  const StepResult sockets = attack(**session, planted.bait, 's', 10'000);
+  if (sockets.ended == Ended::failed) {
+    return Error{Code::unavailable, "canary: ended early: " + sockets.detail};
+  }
+  report.attacks.emplace_back(
+      "socket_cap",
+      sockets.ended == Ended::oom ||
+          (sockets.ended == Ended::exited && sockets.exit_code != kNotCapped));
   report.level = judge(&report, reply);
   return report;
 }

@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -20,6 +21,7 @@ namespace machina::sandbox {
 namespace {
 
 constexpr char kPrefix[] = "machina.";
+constexpr char kSocketLimit[] = "/memory.kmem.tcp.limit_in_bytes";
 
 int write_file(const std::string& path, const std::string& text) {
   const int fd = open(path.c_str(), O_WRONLY | O_CLOEXEC);
@@ -182,11 +184,55 @@ Counters read_counters(const CounterFds& fds) {
   return c;
 }
 
+namespace {
+
+std::uint64_t number_in(int fd) {
+  char text[64];
+  return read_at(fd, text, sizeof(text)) ? std::strtoull(text, nullptr, 10) : 0;
+}
+
+std::uint64_t less(std::uint64_t a, std::uint64_t b) {
+  return a > b ? a - b : 0;
+}
+
+}  // namespace
+
+std::uint64_t MemoryMeter::cached() const {
+  char text[8192];
+  if (!read_at(fds_.memory_stat, text, sizeof(text))) return 0;
+  // Both hold what lies in a tmpfs or a memfd, which is the job's.
+  return less(number_after(text, fds_.v2 ? "file" : "cache"),
+              number_after(text, "shmem"));
+}
+
+void MemoryMeter::set_base() {
+  if (works()) base_ = less(number_in(fds_.memory), cached());
+}
+
+void MemoryMeter::begin() {
+  peak_ = most_cached_ = 0;
+  peak_was_reset_ = works() && fds_.memory_peak >= 0 &&
+                    pwrite(fds_.memory_peak, "0", 1, 0) == 1;
+}
+
+void MemoryMeter::look() {
+  if (!works()) return;
+  const std::uint64_t files = cached();
+  most_cached_ = std::max(most_cached_, files);
+  const std::uint64_t now =
+      less(number_in(fds_.memory), files) + number_in(fds_.sockets);
+  std::uint64_t found = now;
+  if (peak_was_reset_) {
+    found = std::max(found, less(number_in(fds_.memory_peak), most_cached_));
+  }
+  peak_ = std::max(peak_, less(found, base_));
+}
+
 std::string Cgroups::slot_dir(const Hierarchy& h, int slot) const {
   return h.base + "/slot-" + std::to_string(slot);
 }
 
-void Cgroups::find(bool no_memory, bool no_pids) {
+void Cgroups::find(bool no_memory, bool no_pids, bool no_cpu) {
   hierarchies_.clear();
   // Our own place in each hierarchy: "4:memory:/path", "0::/path".
   std::map<std::string, std::string> own;
@@ -217,8 +263,9 @@ void Cgroups::find(bool no_memory, bool no_pids) {
     add_v1(v1["memory"], own["memory"], "memory");
   }
   if (v1.count("pids") && !no_pids) add_v1(v1["pids"], own["pids"], "pids");
-  if (v1.count("cpuacct")) add_v1(v1["cpuacct"], own["cpuacct"], "cpuacct");
-  if (!v2_mount.empty()) add_v2(v2_mount, own["2"], no_memory, no_pids);
+  if (v1.count("cpuacct") && !no_cpu)
+    add_v1(v1["cpuacct"], own["cpuacct"], "cpuacct");
+  if (!v2_mount.empty()) add_v2(v2_mount, own["2"], no_memory, no_pids, no_cpu);
   if (memory_error_ && memory_why_.empty()) {
     memory_why_ = "no memory controller that this process may use";
   }
@@ -276,7 +323,7 @@ int Cgroups::make_again(Hierarchy* h) {
 }
 
 void Cgroups::add_v2(const std::string& mount, const std::string& own,
-                     bool no_memory, bool no_pids) {
+                     bool no_memory, bool no_pids, bool no_cpu) {
   std::vector<std::string> parents;
   if (geteuid() != 0 || own.empty()) {
     parents = {mount + (own == "/" ? "" : own)};
@@ -314,7 +361,7 @@ void Cgroups::add_v2(const std::string& mount, const std::string& own,
         h.has_pids = !failed;
       }
     }
-    h.has_cpu = true;  // cpu.stat has usage_usec without any controller
+    h.has_cpu = !no_cpu;  // cpu.stat has usage_usec without any controller
     hierarchies_.push_back(h);
     return;
   }
@@ -342,7 +389,7 @@ int Cgroups::join(int slot) const {
 }
 
 int Cgroups::limit(int slot, std::uint64_t memory_bytes,
-                   std::uint64_t pids) const {
+                   std::uint64_t socket_bytes, std::uint64_t pids) const {
   for (const auto& h : hierarchies_) {
     const std::string dir = slot_dir(h, slot);
     int error = 0;
@@ -361,6 +408,17 @@ int Cgroups::limit(int slot, std::uint64_t memory_bytes,
       if (!error && has_swap) {
         error = write_file(swap, std::to_string(memory_bytes));
       }
+      // Busy while more than that is charged: sockets of the sandbox before
+      // go a moment after it.
+      const std::string sockets = dir + kSocketLimit;
+      if (!error && exists(sockets)) {
+        const std::string most = std::to_string(socket_bytes);
+        for (int round = 0; round < 200; ++round) {
+          error = write_file(sockets, most);
+          if (error != EBUSY) break;
+          usleep(5000);
+        }
+      }
     }
     if (!error && h.has_pids) {
       error = write_file(dir + "/pids.max", std::to_string(pids));
@@ -374,11 +432,17 @@ CounterFds Cgroups::open_counters(int slot) const {
   CounterFds fds;
   for (const auto& h : hierarchies_) {
     const std::string dir = slot_dir(h, slot);
-    const auto get = [&](const char* name) {
-      return open((dir + name).c_str(), O_RDONLY | O_CLOEXEC);
+    const auto get = [&](const char* name, int how = O_RDONLY) {
+      return open((dir + name).c_str(), how | O_CLOEXEC);
     };
     if (h.has_memory && fds.oom < 0) {
       fds.oom = get(h.v2 ? "/memory.events" : "/memory.oom_control");
+      fds.v2 = h.v2;
+      fds.memory = get(h.v2 ? "/memory.current" : "/memory.usage_in_bytes");
+      fds.memory_stat = get("/memory.stat");
+      fds.memory_peak =
+          get(h.v2 ? "/memory.peak" : "/memory.max_usage_in_bytes", O_RDWR);
+      if (!h.v2) fds.sockets = get("/memory.kmem.tcp.usage_in_bytes");
     }
     if (h.has_pids && fds.pids < 0) fds.pids = get("/pids.events");
     if (h.has_cpu && fds.cpu < 0) {

@@ -14,12 +14,15 @@
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
 
+#include "workers/sandbox/census.h"
 #include "workers/sandbox/launch.h"
 
 namespace machina::sandbox {
@@ -31,11 +34,14 @@ constexpr std::uint64_t kForkBombHits = 1000;
 // Without a pids cgroup: looks in a row that found the step at its cap.
 constexpr int kForkBombLooks = 40;
 constexpr int kWatchMs = 50;
+constexpr int kFirstMs = 20;  // sooner at first: most steps are short
+// Without a memory cgroup: looks for each exact sum.
+constexpr int kExactEvery = 2;
 
 class Init {
  public:
   Init(const Host& host, const Ground& ground, const InitFds& fds)
-      : host_(host), ground_(ground), fds_(fds) {}
+      : host_(host), ground_(ground), fds_(fds), meter_(fds.counters) {}
 
   [[noreturn]] void run() {
     build();
@@ -71,6 +77,7 @@ class Init {
     prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
     Failure failure = build_root(host_, ground_, &inside_);
     if (failure.ok()) failure = give_up_rights();
+    meter_.set_base();
     if (failure.ok()) {
       sigset_t chld;
       sigemptyset(&chld);
@@ -105,9 +112,12 @@ class Init {
   StepDone step(const StepRequest& request, std::span<const int> passed) {
     StepDone done;
     before_ = read_counters(fds_.counters);
-    reaped_cpu_us_ = max_rss_kb_ = 0;
-    looks_at_cap_ = 0;
+    reaped_cpu_us_ = cpu_us_ = seen_bytes_ = 0;
+    looks_at_cap_ = looks_ = 0;
     seen_at_cap_ = false;
+    census_ = Census(inside_.proc);
+    census_.begin();
+    meter_.begin();
     int pipe_fds[2] = {-1, -1};
     const std::size_t wanted = request.merge_stderr ? 3 : 4;
     if (passed.size() != wanted || pipe2(pipe_fds, O_CLOEXEC) < 0) {
@@ -141,10 +151,14 @@ class Init {
     if (pipe_fds[1] >= 0) close(pipe_fds[1]);
     if (done.stage == Stage::none) {
       watch(&done);
-      // A step that failed for want of processes has left them behind.
-      if (fds_.counters.pids < 0 &&
-          add_up(false).threads + 1 >= ground_.limits.pids) {
-        seen_at_cap_ = true;
+      if (!alone()) {
+        // A step that failed for want of processes has left them behind.
+        if (fds_.counters.pids < 0 &&
+            census_.count(false).threads + 1 >= ground_.limits.pids) {
+          seen_at_cap_ = true;
+        }
+        // Those that live on are to be in it before they are killed.
+        if (fds_.counters.cpu < 0) measure_cpu(Counters{}, false);
       }
       sweep(&done);
       Failure failure;
@@ -161,9 +175,11 @@ class Init {
   // Until the step's own process has ended.
   void watch(StepDone* done) {
     ended_ = false;
+    look_at_ = now_ms() + kFirstMs;
     while (!ended_) {
       pollfd items[2] = {{fds_.control, POLLIN, 0}, {signals_, POLLIN, 0}};
-      poll(items, 2, kWatchMs);
+      poll(items, 2,
+           static_cast<int>(std::max<Millis>(look_at_ - now_ms(), 0)));
       if (items[0].revents) obey();
       if (items[1].revents) {
         signalfd_siginfo ignored[8];
@@ -171,8 +187,19 @@ class Init {
         }
       }
       reap(done, false);
-      if (!ended_ && done->killed_by == Kill::none) look(done);
+      if (ended_ || done->killed_by != Kill::none || now_ms() < look_at_) {
+        if (done->killed_by != Kill::none) look_at_ = now_ms() + kWatchMs;
+        continue;
+      }
+      look(done);
+      look_at_ = now_ms() + kWatchMs;
     }
+  }
+
+  static Millis now_ms() {
+    timespec t{};
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000 + t.tv_nsec / 1'000'000;
   }
 
   void obey() {
@@ -201,8 +228,9 @@ class Init {
                static_cast<std::uint64_t>(t.tv_usec);
       };
       reaped_cpu_us_ += us(usage.ru_utime) + us(usage.ru_stime);
-      const auto rss = static_cast<std::uint64_t>(usage.ru_maxrss);
-      if (rss > max_rss_kb_) max_rss_kb_ = rss;
+      // Of one process, and without a look too.
+      seen_bytes_ = std::max(seen_bytes_,
+                             static_cast<std::uint64_t>(usage.ru_maxrss) << 10);
       if (pid == job_) {
         ended_ = true;
         done->wait_status = status;
@@ -226,42 +254,75 @@ class Init {
     }
   }
 
+  void measure_cpu(const Counters& now, bool dead) {
+    cpu_us_ = fds_.counters.cpu >= 0 ? now.cpu_us - before_.cpu_us
+                                     : census_.cpu_us(reaped_cpu_us_, dead);
+  }
+
+  // No child is left, dead or alive.
+  static bool alone() {
+    siginfo_t info{};
+    return waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT | __WALL) < 0 &&
+           errno == ECHILD;
+  }
+
   // The limits that no signal of the kernel's enforces.
   void look(StepDone* done) {
+    ++looks_;
     const Counters now = read_counters(fds_.counters);
+    measure_cpu(now, false);
+    meter_.look();
+    const Limits& l = ground_.limits;
     Kill why = Kill::none;
     if (now.pids_hits - before_.pids_hits > kForkBombHits) why = Kill::pids;
-    const std::uint64_t cpu_us =
-        fds_.counters.cpu >= 0 ? now.cpu_us - before_.cpu_us : reaped_cpu_us_;
-    if (ground_.limits.cpu_ms && cpu_us / 1000 > ground_.limits.cpu_ms) {
-      why = Kill::cpu;
-    }
+    if (cpu_limit_passed()) why = Kill::cpu;
     if (fds_.counters.oom < 0 || fds_.counters.pids < 0) {
       const Kill found = look_at_processes();
       if (found != Kill::none) why = found;
+    }
+    // Of those that no group charges (without one: look_at_processes()).
+    if (fds_.counters.oom >= 0 && uncharged_bytes() > socket_bytes(l)) {
+      why = Kill::sockets;
     }
     if (why == Kill::none) return;
     done->killed_by = why;
     kill(-1, SIGKILL);
   }
 
-  // Without cgroups: counts threads and adds up memory, from outside.
-  struct Sum {
-    std::uint64_t kilobytes = 0, threads = 0;
-  };
+  bool cpu_limit_passed() const {
+    const Millis limit = static_cast<Millis>(ground_.limits.cpu_ms);
+    return limit > 0 && static_cast<Millis>(cpu_us_ / 1000) > limit;
+  }
 
+  // Without cgroups: counts threads and adds up memory, from outside.
   Kill look_at_processes() {
-    const Sum sum = add_up(false);
+    Census::Sum sum = census_.count(false);
     const Limits& l = ground_.limits;
     const bool at_cap = sum.threads >= l.pids;
     if (at_cap) seen_at_cap_ = true;
     looks_at_cap_ = at_cap ? looks_at_cap_ + 1 : 0;
-    const std::uint64_t most = l.memory_mb << 10;
-    // What forks share is counted once per process at first; only a sum that
-    // is too high is worth the exact one.
-    if (fds_.counters.oom < 0 && sum.kilobytes > most &&
-        add_up(true).kilobytes > most) {
-      return Kill::oom;
+    if (fds_.counters.oom < 0) {
+      const std::uint64_t files = scratch_bytes();
+      const std::uint64_t sockets = uncharged_bytes();
+      const std::uint64_t most = l.memory_mb << 20;
+      // What is mapped of the tmpfs's files is in both sums.
+      const auto bytes = [&] {
+        return (sum.anon_kb << 10) + std::max(sum.shmem_kb << 10, files) +
+               sockets;
+      };
+      const auto own = [&] {
+        return ((sum.anon_kb + sum.shmem_kb) << 10) + sockets;
+      };
+      // What forks share is counted once per process at first; only a sum that
+      // is higher than any before, or too high, is worth the exact one.
+      if (own() > most || (bytes() > seen_bytes_ + seen_bytes_ / 64 &&
+                           looks_ % kExactEvery == 0)) {
+        const std::uint64_t threads = sum.threads;
+        sum = census_.count(true);
+        sum.threads = threads;
+        seen_bytes_ = std::max(seen_bytes_, bytes());
+      }
+      if (own() > most) return Kill::oom;
     }
     if (fds_.counters.pids < 0 && looks_at_cap_ > kForkBombLooks) {
       return Kill::pids;
@@ -269,58 +330,17 @@ class Init {
     return Kill::none;
   }
 
-  // Over all processes but ourselves.
-  Sum add_up(bool exactly) const {
-    Sum sum;
-    const int dir =
-        openat(inside_.proc, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (dir < 0) return sum;
-    alignas(8) char names[8192];
-    for (;;) {
-      const long n = syscall(SYS_getdents64, dir, names, sizeof(names));
-      if (n <= 0) break;
-      for (long at = 0; at < n;) {
-        unsigned short length;
-        std::memcpy(&length, names + at + 16, sizeof(length));
-        const char* name = names + at + 19;
-        if (name[0] >= '1' && name[0] <= '9' && std::strcmp(name, "1") != 0) {
-          add_process(dir, name, exactly, &sum);
-        }
-        at += length;
-      }
-    }
-    close(dir);
-    return sum;
+  // Netlink's everywhere; UDP's and TCP's where no group charges them. Those of
+  // Unix sockets are charged where there is a group, else not counted.
+  std::uint64_t uncharged_bytes() const {
+    return queued_bytes(inside_.proc, !fds_.counters.sockets_charged());
   }
 
-  static void add_process(int dir, const char* name, bool exactly, Sum* sum) {
-    char text[4096];
-    const auto value = [&](const char* key) -> std::uint64_t {
-      const char* at = std::strstr(text, key);
-      return at ? std::strtoull(at + std::strlen(key), nullptr, 10) : 0;
-    };
-    if (exactly && read_of(dir, name, "/smaps_rollup", text, sizeof(text))) {
-      sum->kilobytes += value("\nPss_Anon:") + value("\nPss_Shmem:");
-    } else if (read_of(dir, name, "/status", text, sizeof(text))) {
-      sum->kilobytes += value("\nRssAnon:") + value("\nRssShmem:");
-      sum->threads += value("\nThreads:");
-    }
-  }
-
-  static bool read_of(int dir, const char* name, const char* file, char* text,
-                      std::size_t size) {
-    char path[64];
-    const std::size_t n = std::strlen(name);
-    if (n > 20) return false;
-    std::memcpy(path, name, n);
-    std::memcpy(path + n, file, std::strlen(file) + 1);
-    const int fd = openat(dir, path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return false;
-    const ssize_t got = read(fd, text, size - 1);
-    close(fd);
-    if (got <= 0) return false;
-    text[got] = 0;
-    return true;
+  // Of the whole tmpfs behind /work, /tmp and /dev/shm.
+  std::uint64_t scratch_bytes() const {
+    struct statvfs fs {};
+    if (fstatvfs(inside_.scratch, &fs) < 0) return 0;
+    return (fs.f_blocks - fs.f_bfree) * fs.f_frsize;
   }
 
   void fill_in(StepDone* done) {
@@ -328,10 +348,11 @@ class Init {
     done->oom_kills = now.oom_kills - before_.oom_kills;
     done->pids_hits = now.pids_hits - before_.pids_hits;
     if (seen_at_cap_ && fds_.counters.pids < 0) ++done->pids_hits;
-    done->cpu_us =
-        fds_.counters.cpu >= 0 ? now.cpu_us - before_.cpu_us : reaped_cpu_us_;
-    done->max_rss_kb = max_rss_kb_;
-    // The whole tmpfs behind /work, /tmp and /dev/shm.
+    measure_cpu(now, true);
+    meter_.look();
+    done->cpu_us = cpu_us_;
+    done->cpu_over = cpu_limit_passed();
+    done->memory_bytes = std::max(meter_.peak_bytes(), seen_bytes_);
     struct statvfs fs {};
     if (fstatvfs(inside_.scratch, &fs) == 0) {
       done->disk_bytes = (fs.f_blocks - fs.f_bfree) * fs.f_frsize;
@@ -348,8 +369,13 @@ class Init {
   pid_t job_ = -1;
   bool ended_ = false;
   Counters before_;
-  std::uint64_t reaped_cpu_us_ = 0, max_rss_kb_ = 0;
-  int looks_at_cap_ = 0;
+  Census census_{-1};
+  MemoryMeter meter_;
+  // cpu_us_: of the tree, as last measured. seen_bytes_: the most memory that
+  // was seen without a control group.
+  std::uint64_t reaped_cpu_us_ = 0, cpu_us_ = 0, seen_bytes_ = 0;
+  int looks_at_cap_ = 0, looks_ = 0;
+  Millis look_at_ = 0;
   bool seen_at_cap_ = false;
 };
 

@@ -131,9 +131,8 @@ class Keeper {
     ground_.mirror = text_of(request.mirror, sizeof(request.mirror));
     if (control < 0) return {Stage::request, EBADF};
     const Limits& l = ground_.limits;
-    constexpr std::uint64_t kMegabytesMax = 1 << 24;
     if (l.memory_mb == 0 || l.memory_mb > kMegabytesMax || l.disk_mb == 0 ||
-        l.disk_mb > kMegabytesMax || l.pids == 0 || l.pids > 1 << 22) {
+        l.disk_mb > kMegabytesMax || l.pids == 0 || l.pids > kPidsMax) {
       return {Stage::request, ERANGE};
     }
     if (!ground_.mirror.empty() && !hex_name(ground_.mirror)) {
@@ -142,7 +141,7 @@ class Keeper {
     if (const int error = choose_identity()) return {Stage::paths, error};
     if (const int error = host_.cgroups.limit(
             slot_, ((l.memory_mb + l.disk_mb) << 20) + kSlackBytes,
-            l.pids + kSlackPids)) {
+            socket_bytes(l), l.pids + kSlackPids)) {
       return {Stage::cgroup, error};
     }
     return clone_init(control);
@@ -282,12 +281,14 @@ class Keeper {
     const long pid = syscall(SYS_clone3, &args, sizeof(args));
     const int clone_error = errno;
     if (pid == 0) {
-      close_all_but({fds.control, fds.report, fds.release, fds.counters.oom,
-                     fds.counters.pids, fds.counters.cpu});
+      const auto c = fds.counters.all();
+      close_all_but({fds.control, fds.report, fds.release, c[0], c[1], c[2],
+                     c[3], c[4], c[5], c[6]});
       init_main(host_, ground_, fds);
     }
-    for (int fd : {release[0], report[1], fds.counters.oom, fds.counters.pids,
-                   fds.counters.cpu}) {
+    close(release[0]);
+    close(report[1]);
+    for (int fd : fds.counters.all()) {
       if (fd >= 0) close(fd);
     }
     Failure failure;
@@ -360,8 +361,9 @@ class Keeper {
 
 }  // namespace
 
-void keeper_main(const Host& host, int slot, int channel, pid_t* init_pid) {
+void keeper_main(Host& host, int slot, int channel, pid_t* init_pid) {
   if (host.cgroups.join(slot)) _exit(2);
+  host.own_inodes = make_host_tree(host);
   Keeper(host, slot, channel, init_pid).run();
 }
 

@@ -13,7 +13,9 @@
 
 #include <sys/types.h>
 
+#include <algorithm>
 #include <string>
+#include <vector>
 
 #include "workers/sandbox/cgroup.h"
 #include "workers/sandbox/sandbox.h"
@@ -30,6 +32,8 @@ struct Host {
   int landlock_abi = 0;
   Bpf allow, deny;  // empty: not to be installed
   Cgroups cgroups;
+  std::vector<std::string> mounts;  // where the host had any at our start
+  bool own_inodes = false;          // make_host_tree() has succeeded
   MechWire mechs[kMechs];
   Level level = 0;  // of the mechanisms alone; the canary has the last word
 
@@ -61,6 +65,22 @@ struct Ground {
   gid_t gid = 0;
 };
 
+// What the kernel may keep in the buffers of a job's sockets, where these are
+// not charged to its memory.
+constexpr std::uint64_t socket_bytes(const Limits& l) {
+  constexpr std::uint64_t kLeast = 4, kMost = 64;  // MiB
+  return std::min(std::max(l.memory_mb / 4, kLeast), kMost) << 20;
+}
+
+// Limits that are the same for every step.
+constexpr std::uint64_t kOpenFilesMax = 4096;
+constexpr std::uint64_t kLockedBytesMax = 8 << 20;
+constexpr std::uint64_t kPendingSignalsMax = 1024;
+// Above the tmpfs's size: ENOSPC comes first, and a sparse file stops here.
+constexpr std::uint64_t file_bytes_max(const Limits& l) {
+  return (l.disk_mb + 1) << 20;
+}
+
 constexpr uid_t kInnerUid = 1000;  // inside a user namespace
 
 // What stage 1 leaves for the steps.
@@ -69,6 +89,13 @@ struct Inside {
   int scratch = -1;  // /work, to ask how full it is
   int landlock = -1;
 };
+
+// As root, in the keeper: the files that its sandboxes are shown, as inodes
+// that neither the host nor another slot opens. A lock, a lease or a watch that
+// a job puts on one holds against its own slot alone, and a pipe or a socket
+// that lies there leads nowhere. False where the kernel gives none: then they
+// are shown the host's own.
+bool make_host_tree(const Host& host);
 
 Failure build_root(const Host& host, const Ground& ground, Inside* inside);
 
@@ -86,7 +113,7 @@ struct InitFds {
                             const InitFds& fds);
 
 // The keeper of a slot; `init_pid` lies in memory shared with the spawner.
-[[noreturn]] void keeper_main(const Host& host, int slot, int channel,
+[[noreturn]] void keeper_main(Host& host, int slot, int channel,
                               pid_t* init_pid);
 
 struct StepPlan {

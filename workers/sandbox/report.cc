@@ -14,7 +14,11 @@ const char* const kNames[kMechs] = {
     "uid",    "caps",    "rlimits"};
 
 // What to do about a mechanism that is missing; for doctor.
-const char* hint(const std::string& name) {
+const char* hint(const std::string& name, MechanismState state) {
+  if (name == "cgroup_memory" && state == MechanismState::degraded) {
+    return "buffers of sockets are not charged here: use cgroup v2, or a "
+           "kernel with memory.kmem.tcp";
+  }
   if (name == "userns") {
     return "allow unprivileged user namespaces (sysctl, AppArmor profile)";
   }
@@ -84,7 +88,7 @@ std::vector<Mechanism> mechanisms_of(const MechWire (&mechs)[kMechs]) {
     if (m.state == MechanismState::degraded ||
         m.state == MechanismState::unavailable) {
       if (m.error) m.why = std::string(std::strerror(m.error)) + ": ";
-      m.why += hint(m.name);
+      m.why += hint(m.name, m.state);
     }
     all.push_back(std::move(m));
   }

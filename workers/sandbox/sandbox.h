@@ -49,6 +49,9 @@ struct Limits {
                                          // beyond 16 times this it is killed
 };
 
+// More than any host has: beyond these a session is not opened.
+constexpr std::uint64_t kMegabytesMax = 1 << 24, kPidsMax = 4'000'000;
+
 // Who runs in a session, and what it sees beside its own root.
 enum class Role : std::uint8_t {
   job,      // the slot's uid; workspace at /work; mirror read-only at /mirror
@@ -106,8 +109,11 @@ enum class Ended : std::uint8_t {
 };
 
 // `detail` where a limit has more than one bound: oom by the processes' own
-// memory alone (no cgroup), disk by the number of files instead of bytes.
+// memory alone (no cgroup) or by what lies in socket buffers that no group
+// charges; disk by the number of files instead of bytes.
 inline constexpr char kDetailOwnMemory[] = "memory_mb";
+inline constexpr char kDetailSockets[] = "sockets";
+inline constexpr char kDetailCpu[] = "cpu_ms";  // of a timeout
 inline constexpr char kDetailInodes[] = "inodes";
 // How many files, directories and links a workspace can hold.
 constexpr std::uint64_t inodes_max(std::uint64_t disk_mb) {
@@ -118,8 +124,13 @@ struct StepResult {
   Ended ended = Ended::failed;
   int exit_code = -1, signal = 0;
   std::string detail;
-  Millis wall_ms = 0, cpu_ms = 0;
-  std::uint64_t max_rss_bytes = 0, output_bytes = 0, disk_bytes = 0;
+  Millis wall_ms = 0, cpu_ms = 0;  // cpu_ms: of the whole tree
+  // The peak of what the whole tree held at one time: memory of its own, files
+  // in its tmpfs, memfds, socket buffers, the kernel's tables for it. Not the
+  // pages of files on disk. As the control group counts, else as its processes
+  // were seen every 50 ms.
+  std::uint64_t max_rss_bytes = 0;
+  std::uint64_t output_bytes = 0, disk_bytes = 0;
   std::string out, err;  // head and tail within limits.output_bytes, with a
                          // line between them that says how much is missing
   bool truncated = false;

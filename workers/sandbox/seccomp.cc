@@ -228,6 +228,11 @@ Result<Bpf> compile_deny_filter() {
                                0x540eu /* TIOCSCTTY */}) {
     b.rule(kErrno(EPERM), "ioctl", {Builder::low(1, request)});
   }
+  // Leases and directory notices on files that others use too.
+  for (scmp_datum_t order :
+       {1024u /* F_SETLEASE */, 1026u /* F_NOTIFY */, 1040u /* F_SETDELEG */}) {
+    b.rule(kErrno(EPERM), "fcntl", {Builder::low(1, order)});
+  }
   for (scmp_datum_t option : {35u /* SET_MM */, 0x59616d61u /* SET_PTRACER */,
                               28u /* SECUREBITS */, 47u /* CAP_AMBIENT */}) {
     b.rule(kErrno(EPERM), "prctl", {Builder::low(0, option)});

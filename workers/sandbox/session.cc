@@ -323,7 +323,7 @@ void verdict(const StepDone& done, std::optional<Ended> killed,
   if (WIFSIGNALED(status)) result->signal = WTERMSIG(status);
   result->ended = exited ? Ended::exited : Ended::signalled;
   result->cpu_ms = static_cast<Millis>(done.cpu_us / 1000);
-  result->max_rss_bytes = done.max_rss_kb << 10;
+  result->max_rss_bytes = done.memory_bytes;
   result->disk_bytes = done.disk_bytes;
   const bool succeeded = exited && result->exit_code == 0;
   if (done.stage == Stage::exec || done.stage == Stage::cwd) {
@@ -348,12 +348,14 @@ void verdict(const StepDone& done, std::optional<Ended> killed,
   } else if (done.killed_by == Kill::oom) {
     result->ended = Ended::oom;
     result->detail = kDetailOwnMemory;
+  } else if (done.killed_by == Kill::sockets) {
+    result->ended = Ended::oom;
+    result->detail = kDetailSockets;
   } else if (done.killed_by == Kill::pids) {
     result->ended = Ended::pids;
-  } else if (done.killed_by == Kill::cpu ||
-             (!exited && result->signal == SIGXCPU)) {
+  } else if (done.killed_by == Kill::cpu) {
     result->ended = Ended::timeout;
-    result->detail = "cpu_ms";
+    result->detail = kDetailCpu;
   } else if (succeeded) {
   } else if (done.oom_kills) {
     result->ended = Ended::oom;
@@ -362,6 +364,10 @@ void verdict(const StepDone& done, std::optional<Ended> killed,
   } else if (done.disk_full || (!exited && result->signal == SIGXFSZ)) {
     result->ended = Ended::disk;
     if (done.inodes_full) result->detail = kDetailInodes;
+  } else if (done.cpu_over) {
+    // By the counter: SIGXCPU alone may have been sent by the program.
+    result->ended = Ended::timeout;
+    result->detail = kDetailCpu;
   }
 }
 

@@ -15,6 +15,8 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
+#include <fstream>
+#include <sstream>
 
 #include "queue/say.h"
 #include "workers/sandbox/landlock.h"
@@ -304,6 +306,23 @@ Builtin find_builtin(BuiltinId id) {
   return index < builtins().size() ? builtins()[index] : nullptr;
 }
 
+namespace {
+
+// A blank in a name stands there as an escape: such a path is none of those
+// that a sandbox is shown.
+std::vector<std::string> mount_points() {
+  std::vector<std::string> all;
+  std::ifstream in("/proc/self/mounts");
+  for (std::string line; std::getline(in, line);) {
+    std::istringstream words(line);
+    std::string device, where;
+    if (words >> device >> where) all.push_back(where);
+  }
+  return all;
+}
+
+}  // namespace
+
 bool Host::forced_off(const char* name) const {
   const auto& off = options.force_off;
   return std::find(off.begin(), off.end(), name) != off.end();
@@ -347,11 +366,13 @@ Host find_host(const SpawnerOptions& options) {
     set(Mech::seccomp, options.seccomp_enable ? active : degraded);
   }
   host.cgroups.find(host.forced_off("cgroup_memory"),
-                    host.forced_off("cgroup_pids"));
+                    host.forced_off("cgroup_pids"),
+                    host.forced_off("cgroup_cpu"));
   set(Mech::cgroup_memory, host.cgroups.memory() ? active : unavailable,
       host.cgroups.memory_error());
   set(Mech::cgroup_pids, host.cgroups.pids() ? active : unavailable,
       host.cgroups.pids_error());
+  host.mounts = mount_points();
   // Not as root all slots share one uid, parted by their user namespaces.
   set(Mech::uid, host.root ? active : degraded);
   set(Mech::caps, active);

@@ -28,6 +28,9 @@ namespace {
 
 constexpr std::uint64_t kReadOnly =
     MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV;
+// Where a keeper has the host's tree with other inodes. Every /proc has it.
+constexpr char kHostTree[] = "/proc/fs";
+constexpr char kNothing[] = "nothing";  // an empty directory of the new root
 
 // Attaches a copy of the mount tree at `from` to `to`, its flags already set
 // in every submount.
@@ -68,9 +71,37 @@ int write_new(const char* path, const std::string& text) {
   return error;
 }
 
+// An overlay of `lower` alone at `to`. Without an upper layer the kernel wants
+// two lower ones.
+int overlay_at(const std::string& to, const std::string& lower,
+               const std::string& empty) {
+  const int context = fsopen("overlay", FSOPEN_CLOEXEC);
+  if (context < 0) return errno;
+  const std::string layers = lower + ":" + empty;
+  int made = -1, error = 0;
+  if (fsconfig(context, FSCONFIG_SET_STRING, "lowerdir", layers.c_str(), 0) ==
+          0 &&
+      fsconfig(context, FSCONFIG_CMD_CREATE, nullptr, nullptr, 0) == 0) {
+    made = fsmount(context, FSMOUNT_CLOEXEC, 0);
+  }
+  if (made < 0 ||
+      move_mount(made, "", AT_FDCWD, to.c_str(), MOVE_MOUNT_F_EMPTY_PATH) < 0) {
+    error = errno;
+  }
+  if (made >= 0) close(made);
+  close(context);
+  return error;
+}
+
+// Read-only at `to`.
+int bind_host(const Host& host, const std::string& path, const char* to) {
+  return bind(((host.own_inodes ? kHostTree : "") + path).c_str(), to,
+              kReadOnly);
+}
+
 // Read-only copy of a host file, directory or symbolic link, absent where the
 // host has none.
-int copy_in(const std::string& path) {
+int copy_in(const Host& host, const std::string& path) {
   const char* to = path.c_str() + 1;  // relative: the new root is our cwd
   struct stat st {};
   if (lstat(path.c_str(), &st) < 0) return errno == ENOENT ? 0 : errno;
@@ -86,7 +117,7 @@ int copy_in(const std::string& path) {
   } else {
     return 0;
   }
-  return bind(path.c_str(), to, kReadOnly);
+  return bind_host(host, path, to);
 }
 
 // --- in the order in which build_root calls them ---
@@ -97,18 +128,19 @@ int new_root() {
             "size=1m,nr_inodes=512,mode=755") < 0) {
     return errno;
   }
-  return chdir("/tmp") < 0 ? errno : 0;
+  if (chdir("/tmp") < 0) return errno;
+  return make_dir(kNothing, 0555);
 }
 
-int programs() {
+int programs(const Host& host) {
   for (const char* path :
        {"/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"}) {
-    if (const int error = copy_in(path)) return error;
+    if (const int error = copy_in(host, path)) return error;
   }
   return 0;
 }
 
-int own_etc(const Ground& ground) {
+int own_etc(const Host& host, const Ground& ground) {
   const std::string uid = std::to_string(ground.uid);
   const std::string gid = std::to_string(ground.gid);
   std::string passwd, group;
@@ -143,7 +175,7 @@ int own_etc(const Ground& ground) {
                            "/etc/ssl/certs",       "/etc/ssl/openssl.cnf",
                            "/etc/java-17-openjdk", "/etc/fonts",
                            "/etc/matplotlibrc"}) {
-    if (!error) error = copy_in(name);
+    if (!error) error = copy_in(host, name);
   }
   return error;
 }
@@ -152,10 +184,15 @@ int own_dev() {
   int error = make_dir("dev");
   for (const char* name : {"null", "zero", "full", "random", "urandom"}) {
     const std::string host = std::string("/dev/") + name;
-    if (!error) error = write_new(host.c_str() + 1, "");
+    // A node of our own; without the right to make one (in a user namespace)
+    // the host's.
+    struct stat st {};
+    const bool ours = stat(host.c_str(), &st) == 0 &&
+                      mknod(host.c_str() + 1, S_IFCHR | 0666, st.st_rdev) == 0;
+    if (!error && !ours) error = write_new(host.c_str() + 1, "");
     // Not nodev: these five are the devices. Read-only bars chmod, not writes.
     if (!error) {
-      error = bind(host.c_str(), host.c_str() + 1,
+      error = bind(host.c_str() + (ours ? 1 : 0), host.c_str() + 1,
                    MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC);
     }
   }
@@ -209,11 +246,10 @@ int own_proc(Inside* inside) {
       error = bind("dev/null", path.c_str(), 0);
     }
   }
-  if (!error) error = make_dir("proc-empty", 0555);
   for (const char* name : {"acpi", "asound", "bus", "irq", "scsi"}) {
     const std::string path = std::string("proc/") + name;
     if (!error && access(path.c_str(), F_OK) == 0) {
-      error = bind("proc-empty", path.c_str(), kReadOnly);
+      error = bind(kNothing, path.c_str(), kReadOnly);
     }
   }
   return error;
@@ -273,12 +309,25 @@ struct Trees {
                         role == Role::land ? writable : kReadOnly);
       }
     }
+    if (mirror >= 0 && !error) error = make_dir("mirror");
     if (mirror >= 0 && !error) {
-      error = make_dir("mirror");
-      if (!error) {
-        error = bind_fd(mirror, "", "mirror",
-                        role == Role::prepare ? writable : kReadOnly);
-      }
+      error = role == Role::prepare ? bind_fd(mirror, "", "mirror", writable)
+                                    : attach_objects();
+    }
+    return error;
+  }
+
+  // A job reads objects. The rest of the mirror, its lock above all, is between
+  // `prepare` sessions: a lock needs no more than a descriptor that reads.
+  int attach_objects() const {
+    int error = make_dir("mirror/objects");
+    if (!error) error = bind_fd(mirror, "objects", "mirror/objects", kReadOnly);
+    struct stat st {};
+    if (!error && fstatat(mirror, "shallow", &st, AT_SYMLINK_NOFOLLOW) == 0 &&
+        S_ISREG(st.st_mode)) {
+      error = write_new("mirror/shallow", "");
+      if (!error)
+        error = bind_fd(mirror, "shallow", "mirror/shallow", kReadOnly);
     }
     return error;
   }
@@ -344,6 +393,34 @@ int open_mirror(const Host& host, const std::string& name) {
   return open_below((host.options.root + "/mirrors").c_str(), name);
 }
 
+// What is mounted elsewhere an overlay of the root directory does not show: it
+// is laid over likewise, and where that fails the host's is bound there.
+bool make_host_tree(const Host& host) {
+  if (!host.root || unshare(CLONE_NEWNS) < 0) return false;
+  // What the host unmounts is to go here too.
+  if (mount("", "/", nullptr, MS_REC | MS_SLAVE, nullptr) < 0) return false;
+  if (mount("nothing", kHostTree, "tmpfs", MS_RDONLY, "size=4k") < 0) {
+    return false;
+  }
+  const int nothing = open(kHostTree, O_PATH | O_DIRECTORY | O_CLOEXEC);
+  const std::string empty = "/proc/self/fd/" + std::to_string(nothing);
+  const bool made = nothing >= 0 && overlay_at(kHostTree, "/", empty) == 0;
+  for (const std::string& path : host.mounts) {
+    if (!made) break;
+    const bool shown = path.starts_with("/usr") || path.starts_with("/lib") ||
+                       path.starts_with("/bin") || path.starts_with("/sbin") ||
+                       path.starts_with("/etc/");
+    if (!shown) continue;
+    const std::string to = kHostTree + path;
+    struct stat st {};
+    if (stat(path.c_str(), &st) < 0) continue;
+    if (S_ISDIR(st.st_mode) && overlay_at(to, path, empty) == 0) continue;
+    (void)bind(path.c_str(), to.c_str(), 0);
+  }
+  if (nothing >= 0) close(nothing);
+  return made;
+}
+
 Failure build_root(const Host& host, const Ground& ground, Inside* inside) {
   umask(0);
   Failure f;
@@ -358,8 +435,8 @@ Failure build_root(const Host& host, const Ground& ground, Inside* inside) {
   });
   stage(Stage::repo, [&] { return trees.open(host, ground); });
   stage(Stage::root_fs, new_root);
-  stage(Stage::binds, programs);
-  stage(Stage::etc, [&] { return own_etc(ground); });
+  stage(Stage::binds, [&] { return programs(host); });
+  stage(Stage::etc, [&] { return own_etc(host, ground); });
   stage(Stage::dev, own_dev);
   stage(Stage::proc, [&] { return own_proc(inside); });
   stage(Stage::scratch, [&] { return own_scratch(ground); });

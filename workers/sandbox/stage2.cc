@@ -59,14 +59,13 @@ int set_limits(const StepPlan& plan) {
   // 1, not 0: with a pipe as core_pattern the kernel starts the host's handler
   // at 0, and gives up at 1.
   int error = set_limit(RLIMIT_CORE, 1);
-  if (!error) error = set_limit(RLIMIT_NOFILE, 4096);
-  // Above the tmpfs's size: ENOSPC comes first, and a sparse file stops here.
-  if (!error) error = set_limit(RLIMIT_FSIZE, (l.disk_mb + 1) << 20);
-  if (!error) error = set_limit(RLIMIT_MEMLOCK, 8 << 20);
+  if (!error) error = set_limit(RLIMIT_NOFILE, kOpenFilesMax);
+  if (!error) error = set_limit(RLIMIT_FSIZE, file_bytes_max(l));
+  if (!error) error = set_limit(RLIMIT_MEMLOCK, kLockedBytesMax);
   if (!error) error = set_limit(RLIMIT_MSGQUEUE, 0);
   if (!error) error = set_limit(RLIMIT_NICE, 0);
   if (!error) error = set_limit(RLIMIT_RTPRIO, 0);
-  if (!error) error = set_limit(RLIMIT_SIGPENDING, 1024);
+  if (!error) error = set_limit(RLIMIT_SIGPENDING, kPendingSignalsMax);
   if (!error && l.cpu_ms) {
     // Per process; the whole tree's sum is watched by init.
     error = set_limit(RLIMIT_CPU, l.cpu_ms / 1000 + 2);

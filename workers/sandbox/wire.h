@@ -144,7 +144,7 @@ struct StepSignal {
 
 // What killed a step beside its own end. Decided by init from the kernel's
 // counters.
-enum class Kill : std::uint8_t { none, oom, pids, cpu };
+enum class Kill : std::uint8_t { none, oom, sockets, pids, cpu };
 
 struct StepDone {
   Stage stage = Stage::none;  // not none: the step never ran; error says why
@@ -152,9 +152,10 @@ struct StepDone {
   std::int32_t wait_status = 0;
   Kill killed_by = Kill::none;
   std::uint8_t disk_full = 0;
-  std::uint8_t inodes_full = 0;                // disk_full, and bytes were left
+  std::uint8_t inodes_full = 0;  // disk_full, and bytes were left
+  std::uint8_t cpu_over = 0;     // by the time that was counted at the end
   std::uint64_t oom_kills = 0, pids_hits = 0;  // during this step
-  std::uint64_t cpu_us = 0, max_rss_kb = 0, disk_bytes = 0;
+  std::uint64_t cpu_us = 0, memory_bytes = 0, disk_bytes = 0;
   std::int32_t survivors = 0;  // processes that had to be killed after it
 };
 
