@@ -194,6 +194,7 @@ bool Warmed::receive(const std::vector<Planned>& plan, std::size_t from,
     End end;
     if (take_reply(end, plan[i].payload.request.sequence)) {
       const bool broken = end.code == EndCode::sandbox;
+      end.usage.shared = true;
       end.usage.wall_ms = since(start);
       ends[i] = std::move(end);
       if (broken) {

@@ -349,9 +349,7 @@ Applied apply_diff(const std::string& text, const Diff& diff,
   auto session = host.open(spec);
   if (!session) return broken(out, EndCode::sandbox, session.error().what);
   if (auto put = (*session)->put("patch.diff", text); !put) {
-    return broken(
-        out, put.error().code == Code::full ? EndCode::disk : EndCode::sandbox,
-        "apply: " + put.error().what);
+    return broken(out, code_of_put(put.error()), "apply: " + put.error().what);
   }
   sandbox::Step step;
   step.argv = {"/bin/sh",
@@ -402,12 +400,10 @@ Applied apply_diff(const std::string& text, const Diff& diff,
                     "repo: the tree of " + base.commit +
                         " cannot be read; git says: " +
                         git_said(ran.err, "the repository"));
-    default: {
-      const bool full = ran.err.find("No space left") != std::string::npos;
-      return broken(out, full ? EndCode::disk : EndCode::sandbox,
+    default:
+      return broken(out, code_of_git(ran.err),
                     "apply: git exited with " + std::to_string(ran.exit_code) +
                         ": " + git_said(ran.err, "the repository"));
-    }
   }
   const auto facts = (*session)->collect("out/facts", kFactsBytesMax);
   if (!facts || !read_facts(*facts, out.files) || out.files.empty()) {

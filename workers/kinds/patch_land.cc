@@ -629,9 +629,7 @@ Landed land(const std::string& branch, const std::string& old,
   watch.on_output = nullptr;
   if (!check_only) {
     if (auto put = (*session)->put(kPack, pack_of(bundle)); !put) {
-      return broken(
-          put.error().code == Code::full ? EndCode::disk : EndCode::sandbox,
-          put.error().what);
+      return broken(code_of_put(put.error()), put.error().what);
     }
     sandbox::Step verify;
     verify.argv = {"/bin/sh", "-c",   std::string(kAlive) + kVerifyScript,
@@ -647,9 +645,9 @@ Landed land(const std::string& branch, const std::string& old,
                      ": submit the patch again for a commit that is there");
     }
     if (ran.exit_code != 0) {
-      return broken(EndCode::sandbox, "git exited with " +
-                                          std::to_string(ran.exit_code) + ": " +
-                                          git_said(ran.err, base.repo));
+      return broken(code_of_git(ran.err),
+                    "git exited with " + std::to_string(ran.exit_code) + ": " +
+                        git_said(ran.err, base.repo));
     }
   }
   sandbox::Step link;

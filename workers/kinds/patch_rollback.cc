@@ -998,9 +998,7 @@ class RollbackRun {
   MaybeEnd put(const std::string& name, std::string_view bytes) {
     auto done = session_->put(name, bytes);
     if (done) return std::nullopt;
-    return failed(
-        done.error().code == Code::full ? EndCode::disk : EndCode::sandbox,
-        name + ": " + done.error().what);
+    return failed(code_of_put(done.error()), name + ": " + done.error().what);
   }
 
   // An end where it did not simply exit.
@@ -1017,8 +1015,7 @@ class RollbackRun {
   }
 
   End git_trouble(const std::string& what, const sandbox::StepResult& ran) {
-    const bool full = ran.err.find("No space left") != std::string::npos;
-    return failed(full ? EndCode::disk : EndCode::sandbox,
+    return failed(code_of_git(ran.err),
                   what + ": git exited with " + std::to_string(ran.exit_code) +
                       ": " + git_said(ran.err, known_.repo));
   }

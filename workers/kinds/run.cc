@@ -36,6 +36,12 @@ void Usage::add(const Usage& part) {
 }
 
 std::string Usage::json() const {
+  if (shared) {
+    return "{\"wall_ms\":" + std::to_string(wall_ms) +
+           ",\"cpu_ms\":\"unavailable\",\"max_rss_bytes\":\"unavailable\","
+           "\"disk_bytes\":\"unavailable\","
+           "\"output_bytes\":\"unavailable\"}";
+  }
   return "{\"wall_ms\":" + std::to_string(wall_ms) +
          ",\"cpu_ms\":" + std::to_string(cpu_ms) +
          ",\"max_rss_bytes\":" + std::to_string(max_rss_bytes) +
@@ -77,6 +83,35 @@ EndCode code_of(Ended ended) {
   return EndCode::sandbox;
 }
 
+EndCode code_of_put(const Error& error) {
+  switch (error.code) {
+    case Code::full:
+    case Code::too_large:
+      return EndCode::disk;
+    case Code::invalid:
+    case Code::not_found:
+      return EndCode::invalid_payload;
+    default:
+      return EndCode::sandbox;
+  }
+}
+
+bool passing_trouble(const std::string& err) {
+  static constexpr const char* kSigns[] = {
+      "No space left",       "annot allocate memory",
+      "ut of memory",        "Resource temporarily unavailable",
+      "Input/output error",  "unable to create temporary",
+      "Too many open files", "died of signal"};
+  return std::any_of(std::begin(kSigns), std::end(kSigns), [&](auto* sign) {
+    return err.find(sign) != std::string::npos;
+  });
+}
+
+EndCode code_of_git(const std::string& err) {
+  if (err.find("No space left") != std::string::npos) return EndCode::disk;
+  return passing_trouble(err) ? EndCode::sandbox : EndCode::invalid_payload;
+}
+
 std::string describe(const sandbox::StepResult& step,
                      const sandbox::Limits& limits, Millis timeout_ms) {
   const auto mib = [](std::uint64_t n) { return std::to_string(n) + " MiB"; };
@@ -100,6 +135,9 @@ std::string describe(const sandbox::StepResult& step,
       if (step.detail == sandbox::kDetailOwnMemory) {
         return "over its memory limit of " + mib(limits.memory_mb) +
                " (memory_mb)";
+      }
+      if (step.detail == sandbox::kDetailSockets) {
+        return "over the memory that its sockets may hold";
       }
       text = "over its memory limit of " +
              mib(limits.memory_mb + limits.disk_mb) + " (memory_mb " +
@@ -142,11 +180,16 @@ namespace {
 
 // A positive integer member; false with `problem` set where it is not.
 bool limit(std::string_view key, std::string_view value, std::uint64_t least,
-           std::uint64_t& into, std::string& problem) {
+           std::uint64_t& into, std::string& problem,
+           std::uint64_t most = std::uint64_t{1} << 62) {
   const auto number = json::integer(value);
-  if (!number || *number < static_cast<std::int64_t>(least)) {
+  if (!number || *number < static_cast<std::int64_t>(least) ||
+      *number > static_cast<std::int64_t>(most)) {
     problem = "sandbox." + std::string(key) + ": " + std::string(value) +
               " is not an integer of at least " + std::to_string(least);
+    if (most < std::uint64_t{1} << 62) {
+      problem += " and at most " + std::to_string(most);
+    }
     return false;
   }
   into = static_cast<std::uint64_t>(*number);
@@ -161,10 +204,16 @@ Result<void> apply_sandbox(const std::string& text, sandbox::Limits& limits,
   std::string problem;
   bool net = false;
   const bool good = json::members(text, [&](auto key, auto value) {
-    if (key == "memory_mb")
-      return limit(key, value, 1, limits.memory_mb, problem);
-    if (key == "disk_mb") return limit(key, value, 1, limits.disk_mb, problem);
-    if (key == "pids") return limit(key, value, 1, limits.pids, problem);
+    constexpr std::uint64_t kMost = sandbox::kMegabytesMax;
+    if (key == "memory_mb") {
+      return limit(key, value, 1, limits.memory_mb, problem, kMost);
+    }
+    if (key == "disk_mb") {
+      return limit(key, value, 1, limits.disk_mb, problem, kMost);
+    }
+    if (key == "pids") {
+      return limit(key, value, 1, limits.pids, problem, sandbox::kPidsMax);
+    }
     if (key == "cpu_ms") return limit(key, value, 0, limits.cpu_ms, problem);
     if (key == "output_bytes") {
       return limit(key, value, 1, limits.output_bytes, problem);

@@ -35,6 +35,8 @@ std::vector<std::string> trace_variables(const Attempt& attempt);
 struct Usage {
   Millis wall_ms = 0, cpu_ms = 0;
   std::uint64_t max_rss_bytes = 0, disk_bytes = 0, output_bytes = 0;
+  // In a process that others share: all but wall_ms is "unavailable".
+  bool shared = false;
   void add(const sandbox::StepResult& step);
   void add(const Usage& part);
   std::string json() const;
@@ -83,6 +85,15 @@ class Host {
 
 // The code of a step that did not simply exit; none where it did.
 EndCode code_of(sandbox::Ended ended);
+// The code of a put() that failed: `disk`; `invalid_payload` where no workspace
+// can hold such a file; `sandbox` only where the sandbox failed.
+EndCode code_of_put(const Error& error);
+// The code of git's end, by what it said: `disk` of the workspace; `sandbox`
+// where another attempt may find it otherwise; else `invalid_payload`, since
+// what the repository holds is the same each time.
+EndCode code_of_git(const std::string& err);
+// What git says where a second attempt may see another state.
+bool passing_trouble(const std::string& err);
 // A sentence about it: "killed by signal 9", "ran longer than 500 ms".
 std::string describe(const sandbox::StepResult& step,
                      const sandbox::Limits& limits, Millis timeout_ms);

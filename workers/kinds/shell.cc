@@ -176,9 +176,8 @@ End run_shell(const Attempt& attempt, Host& host) {
   if (!session) return failed(EndCode::sandbox, session.error().what);
   for (const auto& [path, text] : payload->files) {
     if (auto put = (*session)->put(path, text); !put) {
-      return failed(
-          put.error().code == Code::full ? EndCode::disk : EndCode::sandbox,
-          "files." + path + ": " + put.error().what);
+      return failed(code_of_put(put.error()),
+                    "files." + path + ": " + put.error().what);
     }
   }
 

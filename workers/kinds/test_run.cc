@@ -209,9 +209,8 @@ class SuiteRunner {
     if (!checkout_.commit.empty()) {
       if (!checkout_.pack.empty()) {
         if (auto put = session_->put(kPackFile, checkout_.pack); !put) {
-          return failed(
-              put.error().code == Code::full ? EndCode::disk : EndCode::sandbox,
-              "check-out: " + put.error().what);
+          return failed(code_of_put(put.error()),
+                        "check-out: " + put.error().what);
         }
       }
       const auto ran = step(checkout_step(checkout_), false);
@@ -219,17 +218,15 @@ class SuiteRunner {
         return end;
       }
       if (ran.exit_code == 0) return {};
-      const bool full = ran.err.find("No space left") != std::string::npos;
-      return failed(full ? EndCode::disk : EndCode::sandbox,
-                    "check-out: git exited with " +
-                        std::to_string(ran.exit_code) + ": " +
-                        head_and_tail(ran.err, 500));
+      return failed(code_of_git(ran.err), "check-out: git exited with " +
+                                              std::to_string(ran.exit_code) +
+                                              ": " +
+                                              head_and_tail(ran.err, 500));
     }
     for (const auto& [path, text] : payload_.files) {
       if (auto put = session_->put("repo/" + path, text); !put) {
-        return failed(
-            put.error().code == Code::full ? EndCode::disk : EndCode::sandbox,
-            "files." + path + ": " + put.error().what);
+        return failed(code_of_put(put.error()),
+                      "files." + path + ": " + put.error().what);
       }
     }
     return {};

@@ -159,18 +159,6 @@ std::string commit_in(const std::string& out) {
   return is_commit_name(line) ? line : "";
 }
 
-// What a second attempt can see in another state: the worker's own side.
-bool passing_trouble(const std::string& err) {
-  static constexpr const char* kSigns[] = {
-      "No space left",       "annot allocate memory",
-      "ut of memory",        "Resource temporarily unavailable",
-      "Input/output error",  "unable to create temporary",
-      "Too many open files", "died of signal"};
-  return std::any_of(std::begin(kSigns), std::end(kSigns), [&](auto* sign) {
-    return err.find(sign) != std::string::npos;
-  });
-}
-
 void replace_all(std::string& text, const std::string& from,
                  const std::string& to) {
   for (std::size_t at = 0; (at = text.find(from, at)) != std::string::npos;
@@ -379,9 +367,13 @@ Prepared prepare_repo(const std::string& repo, const std::string& base_rev,
                          "(extensions.objectFormat): only SHA-1 repositories "
                          "are taken");
   } else {
-    out.end = failed(EndCode::sandbox, "prepare: git exited with " +
-                                           std::to_string(ran.exit_code) +
-                                           ": " + git_said(ran.err, repo));
+    // Of the mirror, or for a time: our side. Else it is the repository's.
+    const bool ours = passing_trouble(ran.err) ||
+                      ran.err.find("/mirror/") != std::string::npos;
+    out.end = failed(
+        ours ? EndCode::sandbox : EndCode::invalid_payload,
+        "repo: \"" + repo + "\" cannot be prepared: git exited with " +
+            std::to_string(ran.exit_code) + ": " + git_said(ran.err, repo));
   }
   out.end.usage.add(ran);
   return out;
