@@ -14,6 +14,7 @@ namespace machina {
 namespace {
 
 constexpr int kPoolLocked = 75;
+constexpr std::size_t kGrantedMax = 4096;
 constexpr Millis kBackoffMinMs = 250, kBackoffMaxMs = 30'000;
 constexpr Millis kLockedRetryMs = 5'000, kRanWellMs = 10'000;
 
@@ -114,7 +115,6 @@ bool Service::read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
                                                " bytes"));
         }
         Pool::Worker worker;
-        worker.facts = v.raw();
         for (JsonValue f = v.first(); f; f = f.next()) {
           if ((f.key() == "worker" || f.key() == "name") && f.is_string()) {
             worker.name = f.as_string();
@@ -122,12 +122,18 @@ bool Service::read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
                      f.is_string()) {
             if (auto level = parse_level(f.as_string())) worker.level = *level;
           } else if (f.key() == "state" && f.is_string()) {
-            worker.busy = f.as_string() == "busy";
+            worker.state = f.as_string();
+            continue;
+          } else if (f.key() == "job" && f.is_string()) {
+            worker.job = f.as_string();
+            continue;
           } else if (f.key() == "pool" || f.key() == "host" ||
                      f.key() == "seen_at") {
             return fail(bad_field(
                 "workers", std::string(f.key()) + " is the server's to say"));
           }
+          JsonWriter(worker.facts).key_escaped(f.key()).raw(f.raw());
+          worker.facts += ',';
         }
         if (!worker.name.empty()) pool->listed.insert(worker.name);
         pool->workers.push_back(std::move(worker));
@@ -286,13 +292,27 @@ void Service::answer_parked(Peer& peer) {
 
 // --- What is shown of them -------------------------------------------------
 
+void Service::worker_asks(const std::string& worker) { granted_.erase(worker); }
+
+void Service::worker_got(const LeaseView& lease) {
+  // Workers that belong to no pool have names of their own choosing.
+  if (granted_.size() >= kGrantedMax) granted_.clear();
+  granted_[lease.job.worker] = lease.job.id;
+}
+
+std::string Service::job_of(const Pool::Worker& worker) const {
+  const auto granted = granted_.find(worker.name);
+  if (granted != granted_.end()) return to_string(granted->second);
+  return worker.state == "busy" ? worker.job : "";
+}
+
 WorkerNumbers Service::worker_numbers() const {
   WorkerNumbers numbers;
   numbers.configured = target_;
   for (const auto& [_, pool] : pools_) {
     for (const Pool::Worker& worker : pool.workers) {
       ++numbers.reported;
-      if (worker.busy) ++numbers.busy;
+      if (worker.state == "busy" || !job_of(worker).empty()) ++numbers.busy;
       if (worker.level >= 0 &&
           (numbers.level < 0 || worker.level < numbers.level)) {
         numbers.level = worker.level;
@@ -314,12 +334,13 @@ void Service::get_workers(const Exchange& call) {
       json.key("pool").string(id);
       json.key("host").string(pool.host);
       json.key("seen_at").time(pool.seen_wall);
-      // The facts are an object that was parsed: what is between its braces.
+      const std::string job = job_of(worker);
+      std::string state = worker.state;
+      if (state == "idle" && !job.empty()) state = "busy";
+      if (!state.empty()) json.key("state").string(state);
+      if (!job.empty()) json.key("job").string(job);
       std::string_view facts = worker.facts;
-      facts = facts.substr(1, facts.size() - 2);
-      if (facts.find_first_not_of(" \t\r\n") != facts.npos) {
-        json.raw(facts);
-      }
+      if (!facts.empty()) json.raw(facts.substr(0, facts.size() - 1));
       json.end_object();
     }
   }

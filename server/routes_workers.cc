@@ -15,6 +15,7 @@ struct TokenBatch final : PendingExtra {
   };
   std::vector<Item> items;
   std::string session;  // of the leases that go with it
+  std::string worker;   // where more was asked for
 };
 
 struct SessionNote final : PendingExtra {
@@ -133,6 +134,9 @@ void Service::post_leases(const Exchange& call) {
   pending->op = static_cast<std::uint8_t>(PendingOp::lease);
   pending->extra = std::make_unique<SessionNote>(std::move(lease.session));
   note_serving(call.peer, lease.command, lease.wait_ms);
+  if (!lease.command.holding || lease.command.holding->empty()) {
+    worker_asks(lease.command.worker);
+  }
   Request request = request_of(call);
   request.what.emplace<Command>(std::move(lease.command));
   request.wait_ms = lease.wait_ms;
@@ -146,6 +150,7 @@ void Service::append_leases(Peer& peer, JsonWriter& json,
                             std::string_view session) {
   std::vector<Fence> over;
   if (!session.empty()) json.key("session").string(session);
+  if (!leases.empty()) worker_got(leases.front());
   json.key("leases").begin_array();
   for (LeaseView& lease : leases) {
     // The escaping of names and labels at most sextuples them; what matters
@@ -405,6 +410,7 @@ void Service::post_complete_many(const Exchange& call) {
   }
   if (with_lease) {
     note_serving(call.peer, lease.command, lease.wait_ms);
+    batch->worker = lease.command.worker;
     command->lease = std::move(lease.command);
     batch->session = std::move(lease.session);
   }
@@ -497,6 +503,7 @@ void Service::completed_many(Peer& peer, std::uint64_t sequence,
     json.end_object();
   }
   json.end_array();
+  if (response.leases.empty()) worker_asks(batch.worker);
   append_leases(peer, json, response.leases, batch.session);
   json.end_object();
   reply(peer, sequence, 200, body);

@@ -434,9 +434,9 @@ class Service {
   struct Pool {
     std::string host;
     struct Worker {
-      std::string name, facts;
+      std::string name, facts;  // facts: raw members but `state` and `job`
+      std::string state, job;   // as the pool says
       int level = -1;
-      bool busy = false;
     };
     std::vector<Worker> workers;
     std::string session;           // of this sync
@@ -468,6 +468,14 @@ class Service {
   bool pool_heard() const;
   bool pool_left();
   WorkerNumbers worker_numbers() const;
+  // A pool is told of attempts that last, and tells it later; the lease calls
+  // know at once. A worker's call that asks for leases says that it has none
+  // (or names them); a grant, that it runs one.
+  void worker_asks(const std::string& worker);
+  void worker_got(const LeaseView& lease);
+  // The job it runs, or empty.
+  std::string job_of(const Pool::Worker& worker) const;
+  std::unordered_map<std::string, JobId> granted_;  // by worker; bounded
 
   const ServerOptions& options_;
   const ServerHooks& hooks_;
