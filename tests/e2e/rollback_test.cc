@@ -437,23 +437,29 @@ TEST_P(TestedRollback, WhatLaterCodeNeedsStaysUnlessNoTestsAreWanted) {
 }
 
 // The suite that is given counts, not the patch's own; one that is killed gives
-// no verdict, and only where it gave none before the patch is that no reason.
+// no verdict, and only where it gave none before the patch, and nothing came
+// later, is that no reason.
 TEST_P(TestedRollback, ASuiteOfItsOwnAndOneThatDies) {
   start();
   make_project();
   const std::string id =
       mend({{"runner", "command"}, {"command", {"test", "-e", "shop.py"}}});
-  commit_on_branch("echo later >later.txt");
   const auto dies = [](const std::string& when) {
     return Json{{"test",
                  {{"runner", "command"},
                   {"command", {"sh", "-c", when + " || kill -9 $$"}}}}};
   };
   const std::string before = refs();
-  Json job = rollback_with(id, dies("test -e tax.py || test ! -e later.txt"));
+  commit_on_branch("echo later >later.txt");
+  const std::string later = refs();
+  Json job = rollback_with(id, dies("test -e tax.py"));
   EXPECT_EQ(job["result"]["outcome"], "tests_failed") << job.dump(2);
   EXPECT_NE(job["result"].value("reason", "").find("no verdict"),
             std::string::npos);
+  EXPECT_EQ(refs(), later);
+  ASSERT_EQ(sh("cd " + repo_ + "; git update-ref refs/heads/" + branch_ + " " +
+               branch_ + "^"),
+            0);
   EXPECT_EQ(refs(), before);
   job = rollback_with(id, dies("test -e tax.py"));
   EXPECT_EQ(job["result"]["outcome"], "rolled_back") << job.dump(2);

@@ -89,6 +89,138 @@ TEST_F(IsolatedTest, NoTestIsNoPass) {
   EXPECT_EQ(gone.end["result"]["errors"], 1) << gone.end;
 }
 
+// --- a run that ends early (F01), a report that is none (F02) ---
+
+std::map<std::string, std::string> outcomes(const FakeServer::Job& job) {
+  std::map<std::string, std::string> out;
+  for (const json& one : job.end["result"]["cases"]) {
+    out[one["id"].get<std::string>() +
+        (one.contains("nth") ? "#" + one["nth"].dump() : "")] = one["outcome"];
+  }
+  return out;
+}
+
+// Passes the second time.
+constexpr char kFlakyFirst[] =
+    "import os\n"
+    "def test_a():\n"
+    "    seen = os.path.exists('/work/seen')\n"
+    "    open('/work/seen', 'w').close()\n"
+    "    assert seen\n";
+
+TEST_F(IsolatedTest, F01_EveryCaseRunsWhateverEndsARunEarly) {
+  const std::map<std::string, std::string> files = {
+      {"test_a.py", kFlakyFirst}, {"test_b.py", "def test_b(): assert 0\n"}};
+  auto with = [&](const std::string& name, const std::string& text) {
+    auto more = files;
+    more[name] = text;
+    return more;
+  };
+  const std::vector<std::pair<std::map<std::string, std::string>, json>> runs =
+      {{files, {{"args", {"-x"}}, {"retries", 1}}},
+       {files, {{"env", {{"PYTEST_ADDOPTS", "--stepwise"}}}, {"retries", 1}}},
+       {with("pytest.ini", "[pytest]\naddopts = --maxfail=1\n"),
+        {{"retries", 1}}},
+       {with("conftest.py",
+             "def pytest_sessionstart(session):\n"
+             "    session.config.option.maxfail = 1\n"
+             "def pytest_runtest_makereport(item, call):\n"
+             "    if call.excinfo: item.session.shouldstop = 'enough'\n"),
+        {{"retries", 1}}}};
+  for (const auto& [given, more] : runs) {
+    const auto job = run_files(given, more);
+    EXPECT_EQ(job.state, "failed") << more << job.end;
+    EXPECT_EQ(outcomes(job), (std::map<std::string, std::string>{
+                                 {"test_a::test_a", "flaky"},
+                                 {"test_b::test_b", "failed"}}))
+        << more << job.log;
+  }
+  // A PYTHONPATH of the job's own is kept, and nothing of ours is in it.
+  const auto path = run_files(
+      {{"test_p.py",
+        "import os, mine\n"
+        "def test_p(): assert os.environ['PYTHONPATH'] == '/work/repo/lib'\n"},
+       {"lib/mine.py", ""}},
+      {{"env", {{"PYTHONPATH", "/work/repo/lib"}}}});
+  EXPECT_EQ(path.state, "succeeded") << path.end << path.log;
+}
+
+TEST_F(IsolatedTest, F01_WhatWasNotReachedIsMissing) {
+  const auto ended_by = [&](const std::string& statement) {
+    const auto job = run_files(
+        {{"test_a.py",
+          "import os, pytest\n"
+          "def test_ok(): pass\n"
+          "def test_end(): " +
+              statement +
+              "\n"
+              "def test_never(): assert 0\n"}},
+        {{"retries", 1}});
+    EXPECT_EQ(job.state, "failed") << statement << job.end;
+    EXPECT_EQ(job.end["result"]["ok"], false) << statement;
+    const auto all = outcomes(job);
+    EXPECT_EQ(all.count("test_a::test_never"), 1u) << job.end;
+    if (all.count("test_a::test_never") > 0) {
+      EXPECT_EQ(all.at("test_a::test_never"), "missing") << statement;
+      EXPECT_EQ(all.at("test_a::test_end"), "missing") << statement;
+    }
+    return job.end["result"];
+  };
+  EXPECT_EQ(ended_by("pytest.exit('x', returncode=0)")["passed"], 1);
+  EXPECT_EQ(ended_by("raise KeyboardInterrupt")["missing"], 2);
+  EXPECT_EQ(ended_by("os._exit(0)")["missing"], 3);
+}
+
+TEST_F(IsolatedTest, F02_AReportFromBeforeTheRunIsNotRead) {
+  const std::string write =
+      "import glob, os\n"
+      "os.makedirs('/work/.machina', exist_ok=True)\n"
+      "for f in ['junit.xml'] + glob.glob('/work/.machina/*'):\n"
+      "    open(os.path.join('/work/.machina', f), 'w').write(\n"
+      "        '<testsuite><testcase name=\"a\"/></testsuite>')\n";
+  for (const json& args :
+       {json({"--version"}), json({"--junitxml=/tmp/o.xml", "--co", "-q"}),
+        json({"-p", "no:junitxml"}), json({"--setup-only"})}) {
+    const auto job = run_files(
+        {{"test_a.py", "def test_a(): assert 0\n"}, {"w.py", write}},
+        {{"setup", {{"python3", "w.py"}}}, {"args", args}});
+    EXPECT_EQ(job.state, "failed") << args << job.end;
+    EXPECT_EQ(job.end["result"]["passed"], 0) << args;
+  }
+}
+
+TEST_F(IsolatedTest, F02_ARunInWhichAllIsSkippedIsNoPass) {
+  const auto skipped = run_files(
+      {{"test_a.py", "import pytest\ndef test_a(): pytest.skip('no')\n"}});
+  EXPECT_EQ(skipped.state, "failed") << skipped.end;
+  EXPECT_THAT(skipped.end["result"].dump(), HasSubstr("all were skipped"));
+  // Nor is one whose exit code says something else than its report.
+  const auto denied = run_files(
+      {{"test_a.py", "def test_a(): pass\n"},
+       {"conftest.py",
+        "def pytest_sessionfinish(session): session.exitstatus = 1\n"}});
+  EXPECT_EQ(denied.state, "failed") << denied.end;
+}
+
+TEST_F(IsolatedTest, F02_CasesWithOneIdAreAllListed) {
+  const auto job = run_files(
+      {{"test_a.py",
+        "import pytest\n"
+        "@pytest.mark.parametrize('x', [1, 10, 1])\n"
+        "def test_a(x): assert x != 10\n"
+        "@pytest.fixture\n"
+        "def bad():\n"
+        "    yield\n"
+        "    assert 0\n"
+        "def test_t(bad): pass\n"}});
+  EXPECT_EQ(outcomes(job), (std::map<std::string, std::string>{
+                               {"test_a::test_a[10]", "passed"},
+                               {"test_a::test_a[10]#2", "failed"},
+                               {"test_a::test_a[11]", "passed"},
+                               {"test_a::test_t", "error"}}))
+      << job.end;
+}
+
 TEST_F(IsolatedTest, FlakyTestsAreToldApartFromBrokenOnes) {
   const auto job = run_files({{"test_a.py",
                                "import os\n"

@@ -315,12 +315,21 @@ TEST_F(RollbackRunTest, ARunThatWasCutOffIsNoVerdict) {
   json result = roll_back_tested();
   EXPECT_EQ(result["outcome"], "tests_failed") << result.dump(2);
   EXPECT_EQ(tip(), later);
-  // A suite that died by itself before the patch too is no reason.
+  // A suite that died by itself before the patch too says nothing of what came
+  // later.
   host_->tip = "p";
   host_->after = host_->base = "k";
   result = roll_back_tested();
+  EXPECT_EQ(result["outcome"], "tests_failed") << result.dump(2);
+  EXPECT_EQ(tip(), later);
+}
+
+// Nothing came later: the files are those from before the patch.
+TEST_F(RollbackRunTest, F01_ADeadSuiteOfTheVeryFilesFromBeforeIsNoReason) {
+  host_->after = host_->base = "k";
+  const json result = roll_back_tested();
   EXPECT_EQ(result["outcome"], "rolled_back") << result.dump(2);
-  EXPECT_NE(tip(), later);
+  EXPECT_NE(tip(), patch_);
 }
 
 // Blocked for a merge that somebody then made needless, and denied.

@@ -284,7 +284,7 @@ TEST_F(PatchTest, SuiteThatEndsBadlyAfterThePatchIsAVerdict) {
     EXPECT_THAT(reason(job), HasSubstr(why));
     const json& r = job.end["result"]["tests"];
     EXPECT_EQ(r["before"]["valid"], true) << job.end;
-    EXPECT_GE(r["newly_failing"].size(), 3u) << why << r;
+    EXPECT_EQ(r["missing"].size(), 3u) << why << r;
   };
   act("    import time; time.sleep(600)\n", "ran longer than", 20'000);
   act("    import os; os.kill(os.getpid(), 9)\n", "signal 9");
@@ -310,8 +310,8 @@ TEST_F(PatchTest, ReportThatLeavesCasesOutOrIsForgedDoesNotHelp) {
       "name=\"test_one\"/></testsuite>')\n    os._exit(1)\n";
   const auto job = apply(change("def one(x):\n", forged), {{"test", kTests}});
   EXPECT_EQ(outcome(job), "tests_failed") << job.end;
-  const json& newly = job.end["result"]["tests"]["newly_failing"];
-  EXPECT_THAT(newly.dump(), HasSubstr("test_m::test_two")) << job.end;
+  const json& missing = job.end["result"]["tests"]["missing"];
+  EXPECT_THAT(missing.dump(), HasSubstr("test_m::test_two")) << job.end;
   // One that is no XML at all.
   std::string garbage = forged;
   garbage.replace(garbage.find("<testsuite"), 10, "<!DOCTYPE");
@@ -336,9 +336,123 @@ TEST_F(PatchTest, TestsThatArePutOutOfActionFail) {
       with_conftest({"def pytest_collection_modifyitems(items):",
                      "    items[:] = [i for i in items if 'two' in i.name]"});
   EXPECT_EQ(outcome(gone), "tests_failed") << gone.end;
-  EXPECT_THAT(gone.end["result"]["tests"]["newly_failing"].dump(),
+  EXPECT_THAT(gone.end["result"]["tests"]["missing"].dump(),
               HasSubstr("test_m::test_one"))
       << gone.end;
+}
+
+// Three cases of which the first is known to fail, in a project that stops there.
+TEST_F(PatchTest, F01_ASuiteThatStopsEarlyIsNotBelieved) {
+  git("checkout -q -- m.py");
+  write(repo_ + "/pytest.ini", "[pytest]\naddopts = -x\n");
+  write(repo_ + "/test_a.py", "def test_bad(): assert 0\n");
+  commit("stops at the first failure");
+  const json test = json::object();
+  const auto good = apply(change("x + 2", "2 + x"), {{"test", test}});
+  EXPECT_EQ(outcome(good), "applied") << good.end;
+  EXPECT_EQ(good.end["result"]["tests"]["after"]["complete"], true);
+  const auto bad = apply(change("x + 2", "x + 3"), {{"test", test}});
+  EXPECT_EQ(outcome(bad), "tests_failed") << bad.end;
+  EXPECT_EQ(bad.end["result"]["tests"]["newly_failing"],
+            json({"test_m::test_two", "test_m::test_sum"}));
+  // Nothing puts off an exit: what it did not reach is unknown, also where it
+  // was so before.
+  write(repo_ + "/test_a.py",
+        "import pytest\ndef test_first(): pass\n"
+        "def test_bad(): pytest.exit('enough', returncode=0)\n");
+  commit("leaves in the middle");
+  const auto unknown = apply(change("x + 2", "x + 3"), {{"test", test}});
+  EXPECT_EQ(outcome(unknown), "tests_failed") << unknown.end;
+  EXPECT_EQ(unknown.end["result"]["tests"]["missing"],
+            json({"test_a::test_bad", "test_m::test_one", "test_m::test_sum",
+                  "test_m::test_two"}));
+  EXPECT_THAT(reason(unknown), HasSubstr("test_m::test_one"));
+  // One that does so by the patch.
+  const auto leaves =
+      apply(change("pytest.exit('enough', returncode=0)", "pass", "test_a.py") +
+                change("return x + 1", "import os; os._exit(0)"),
+            {{"test", test}});
+  EXPECT_EQ(outcome(leaves), "tests_failed") << leaves.end;
+  // And one that mends it.
+  const auto mended = apply(
+      change("pytest.exit('enough', returncode=0)", "pass", "test_a.py"),
+      {{"test", test}});
+  EXPECT_EQ(outcome(mended), "applied") << mended.end;
+  EXPECT_THAT(reason(mended), HasSubstr("no whole verdict before"));
+}
+
+TEST_F(PatchTest, F01_OnlyARemovedTestMayBeGone) {
+  git("checkout -q -- m.py");
+  write(repo_ + "/test_p.py",
+        "import pytest\n"
+        "@pytest.mark.parametrize('x', [1, 2])\n"
+        "def test_p(x): pass\n"
+        "class TestC:\n"
+        "    def test_c(self): pass\n"
+        "    def test_d(self): pass\n"
+        "class TestD(TestC):\n"
+        "    pass\n");
+  commit("more tests");
+  const json test = {{"test", json::object()}};
+  const auto judged = [&](const std::string& from, const std::string& to) {
+    const auto job = apply(change(from, to, "test_p.py"), test);
+    const json& tests = job.end["result"]["tests"];
+    EXPECT_EQ(outcome(job),
+              tests["missing"].empty() ? "applied" : "tests_failed")
+        << job.end;
+    return tests["missing"];
+  };
+  // Removed, renamed, and with all that inherits it.
+  EXPECT_EQ(judged("    def test_c(self): pass\n", ""), json::array());
+  EXPECT_EQ(judged("def test_p(", "def test_q("), json::array());
+  EXPECT_EQ(judged("class TestD(TestC):\n    pass\n", ""), json::array());
+  // A parameter that is gone, a class that is not collected any more, a test
+  // that is put out of action.
+  EXPECT_EQ(judged("[1, 2]", "[1]"), json({"test_p::test_p[2]"}));
+  EXPECT_EQ(judged("class TestD(TestC):\n    pass\n",
+                   "class TestD(TestC):\n    __test__ = False\n"),
+            json({"test_p.TestD::test_c", "test_p.TestD::test_d"}));
+  EXPECT_EQ(judged("def test_p(x): pass\n",
+                   "def test_p(x): pass\ndel test_p\n"),
+            json({"test_p::test_p[1]", "test_p::test_p[2]"}));
+}
+
+TEST_F(PatchTest, F02_ANewFailureHidesBehindNoOther) {
+  git("checkout -q -- m.py");
+  write(repo_ + "/test_m.py",
+        "import pytest\nfrom m import one, two\n"
+        "@pytest.mark.parametrize('x', [1, 10, 1])\n"
+        "def test_p(x): assert x != 1 and one(1) == 2\n"
+        "@pytest.fixture\n"
+        "def bad():\n    yield\n    assert 0\n"
+        "def test_t(bad): assert two(1) == 3\n"
+        "def test_good(): pass\n");
+  commit("known failures");
+  const auto same = apply(change("x + 1", "1 + x"), {{"test", kTests}});
+  EXPECT_EQ(outcome(same), "applied") << same.end;
+  const auto second = apply(change("x + 1", "x"), {{"test", kTests}});
+  EXPECT_EQ(outcome(second), "tests_failed") << second.end;
+  EXPECT_EQ(second.end["result"]["tests"]["newly_failing"],
+            json({"test_m::test_p[10]#2"}));
+  const auto body = apply(change("x + 2", "x"), {{"test", kTests}});
+  EXPECT_EQ(outcome(body), "tests_failed") << body.end;
+  EXPECT_EQ(body.end["result"]["tests"]["newly_failing"],
+            json({"test_m::test_t"}));
+}
+
+TEST_F(PatchTest, F04_IdsThatChangeFromRunToRunAreTheReason) {
+  git("checkout -q -- m.py");
+  write(repo_ + "/test_m.py",
+        "import pytest, time\nfrom m import one\n"
+        "@pytest.mark.parametrize('x', [1], ids=[f'at-{time.time_ns()}'])\n"
+        "def test_p(x): assert one(1) == 2\n"
+        "def test_good(): pass\n");
+  commit("a name of the hour");
+  const auto job = apply(change("x + 1", "1 + x"), {{"test", kTests}});
+  EXPECT_EQ(outcome(job), "tests_failed") << job.end;
+  EXPECT_THAT(reason(job),
+              StartsWith("ids of cases change from run to run"));
+  EXPECT_THAT(reason(job), HasSubstr("test_m::test_p[at-"));
 }
 
 TEST_F(PatchTest, BaselineThatHangsSaysSoAndBlocksNothing) {

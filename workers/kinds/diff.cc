@@ -882,4 +882,93 @@ std::string link_problem(std::string_view path, std::string_view target) {
 
 Diff read_diff(std::string_view text) { return Reader(text).read(); }
 
+namespace {
+
+std::string_view without_indent(std::string_view line) {
+  const std::size_t at = line.find_first_not_of(" \t");
+  line.remove_prefix(std::min(at, line.size()));
+  if (line.starts_with("async ")) {
+    line.remove_prefix(6);
+    line.remove_prefix(std::min(line.find_first_not_of(" \t"), line.size()));
+  }
+  return line;
+}
+
+// "a/P", quoted or not, as git writes it behind "--- " and "+++ "; empty:
+// /dev/null. `prefix` is 2 there and 0 behind "rename to ".
+std::string git_path(std::string_view text, std::size_t prefix) {
+  std::string path;
+  if (text.starts_with('"')) {
+    path = unquote(text).value_or("");
+  } else {
+    // Git ends a name that has a space in it with a tab.
+    path = std::string(text.substr(0, text.find('\t')));
+    if (path == "/dev/null") return "";
+  }
+  return path.size() > prefix ? path.substr(prefix) : "";
+}
+
+}  // namespace
+
+bool defines(std::string_view line, std::string_view word,
+             std::string_view name) {
+  line = without_indent(line);
+  if (!line.starts_with(word)) return false;
+  line.remove_prefix(word.size());
+  const std::size_t at = line.find_first_not_of(" \t");
+  if (at == 0 || at == std::string_view::npos) return false;
+  line.remove_prefix(at);
+  if (!line.starts_with(name)) return false;
+  line.remove_prefix(name.size());
+  return line.empty() || std::string_view(" \t\r(:[").find(line[0]) !=
+                             std::string_view::npos;
+}
+
+TakenAway read_taken_away(std::string_view undo) {
+  TakenAway out;
+  std::string from, to;  // of the diff as it stands: after and before the patch
+  std::uint64_t old_left = 0, new_left = 0, old_at = 0, new_at = 0;
+  while (!undo.empty()) {
+    const std::size_t end = undo.find('\n');
+    const std::string_view line = undo.substr(0, end);
+    undo.remove_prefix(end == std::string_view::npos ? undo.size() : end + 1);
+    if (old_left > 0 || new_left > 0) {
+      const char mark = line.empty() ? ' ' : line[0];
+      const std::string_view text = line.substr(std::min<std::size_t>(1, line.size()));
+      const std::string_view word = without_indent(text);
+      const bool kept = word.starts_with("def ") || word.starts_with("class ");
+      if (mark == '+' && kept) out.gone[to].push_back({new_at, std::string(text)});
+      if (mark == '-' && kept) out.come[to].push_back({old_at, std::string(text)});
+      if (mark != '+' && mark != '\\') ++old_at, old_left -= old_left > 0;
+      if (mark != '-' && mark != '\\') ++new_at, new_left -= new_left > 0;
+    } else if (line.starts_with("diff --git ")) {
+      from.clear();
+      to.clear();
+    } else if (line.starts_with("rename to ")) {
+      to = git_path(line.substr(10), 0);
+      out.files.insert(to);
+    } else if (line.starts_with("--- ")) {
+      from = git_path(line.substr(4), 2);
+    } else if (line.starts_with("+++ ")) {
+      to = git_path(line.substr(4), 2);
+      // It comes back with the undo: the patch deleted it.
+      if (from.empty() && !to.empty()) out.files.insert(to);
+      if (to.empty()) to = from;
+    } else if (line.starts_with("@@ -")) {
+      std::string_view head = line.substr(4);
+      const auto range = [&head](std::uint64_t& at, std::uint64_t& left) {
+        at = number(head).value_or(0);
+        left = 1;
+        if (!head.starts_with(',')) return;
+        head.remove_prefix(1);
+        left = number(head).value_or(0);
+      };
+      range(old_at, old_left);
+      head.remove_prefix(std::min<std::size_t>(2, head.size()));
+      range(new_at, new_left);
+    }
+  }
+  return out;
+}
+
 }  // namespace machina::kinds

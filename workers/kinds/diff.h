@@ -22,6 +22,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <set>
 #include <string>
 #include <string_view>
@@ -63,6 +64,23 @@ struct Diff {
   std::uint64_t added = 0, removed = 0;
 };
 Diff read_diff(std::string_view text);
+
+// What a patch takes away, read from git's own diff that undoes it (with -M and
+// the prefixes a/ and b/): what that adds, the patch removed. Only lines that
+// begin with `def`, `async def` or `class` are kept.
+struct TakenAway {
+  struct Line {
+    std::uint64_t number = 0;  // before the patch
+    std::string text;          // with its indentation
+  };
+  std::set<std::string> files;  // deleted or renamed: the path from before
+  std::map<std::string, std::vector<Line>> gone;  // by path from before
+  std::map<std::string, std::vector<Line>> come;  // the same; `number` after
+};
+TakenAway read_taken_away(std::string_view undo);
+// Whether such a line defines `name`: "def name(", "class name:", ...
+bool defines(std::string_view line, std::string_view word,
+             std::string_view name);
 
 // Empty, or why this path may not be patched.
 std::string path_problem(std::string_view path);

@@ -11,6 +11,8 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <string>
+#include <unordered_map>
 
 namespace machina::kinds {
 namespace {
@@ -18,7 +20,7 @@ namespace {
 constexpr int kDepthMax = 64;
 constexpr std::size_t kChunkBytes = 64 << 10;
 constexpr std::size_t kFailingBytesMax = 3u << 20;
-constexpr std::size_t kOtherBytesMax = 2u << 20;
+constexpr std::size_t kOtherBytesMax = 36u << 20;
 constexpr std::size_t kTextTailBytes = 1000;
 
 template <class T>
@@ -33,6 +35,36 @@ void put_text(std::string& out, std::string_view text, std::size_t most) {
 }
 
 // --- in the handler ---
+
+// pytest's words for an error that is not the body's; the second are older.
+bool says_teardown(std::string_view message) {
+  return message.starts_with("failed on teardown") ||
+         message.starts_with("test teardown failure");
+}
+
+bool one_of(std::string_view word,
+            std::initializer_list<std::string_view> words) {
+  return std::find(words.begin(), words.end(), word) != words.end();
+}
+
+// What an attribute `status` or `result` makes of a case without a child that
+// says so: some runners have no other sign of a case that did not run.
+Outcome outcome_of_status(std::string_view status) {
+  std::string word(status.substr(0, 32));
+  for (char& c : word) {
+    if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+  }
+  if (one_of(word, {"", "run", "ok", "pass", "passed", "success", "successful",
+                    "completed", "done"})) {
+    return Outcome::passed;
+  }
+  if (one_of(word, {"notrun", "not run", "not_run", "disabled", "skip",
+                    "skipped", "ignored", "suppressed", "pending", "todo"})) {
+    return Outcome::skipped;
+  }
+  if (one_of(word, {"fail", "failed", "failure"})) return Outcome::failed;
+  return Outcome::error;
+}
 
 class Reader {
  public:
@@ -82,8 +114,9 @@ class Reader {
                        std::strcmp(element, "testsuite") == 0;
       if (!self.saw_root_) self.stop("its root is not testsuites");
     } else if (std::strcmp(element, "testcase") == 0) {
+      if (self.in_case_) return self.stop("it has a case inside a case");
       self.begin_case(attributes);
-    } else if (self.in_case_) {
+    } else if (self.in_case_ && self.depth_ == self.case_depth_ + 1) {
       self.note(element, attributes);
     }
   }
@@ -106,11 +139,20 @@ class Reader {
 
   void begin_case(const char** attributes) {
     const std::string_view classname = attribute(attributes, "classname");
-    const std::string_view name = attribute(attributes, "name");
+    std::string_view name = attribute(attributes, "name");
     case_ = Case{};
+    nameless_ = name.find_first_not_of(" \t\r\n") == std::string_view::npos;
+    if (nameless_) name = "(a case without a name)";
     case_.id = std::string(classname.substr(0, kCaseIdBytesMax));
     if (!case_.id.empty()) case_.id += "::";
     case_.id += name.substr(0, kCaseIdBytesMax);
+    case_.id.resize(std::min(case_.id.size(), kCaseIdBytesMax));
+    status_ = outcome_of_status(attribute(attributes, "status"));
+    if (status_ == Outcome::passed) {
+      status_ = outcome_of_status(attribute(attributes, "result"));
+    }
+    noted_ = false;
+    case_depth_ = depth_;
     const double seconds = std::strtod(attribute(attributes, "time"), nullptr);
     if (std::isfinite(seconds) && seconds > 0) {
       case_.duration_ms = static_cast<std::uint32_t>(
@@ -121,33 +163,64 @@ class Reader {
   }
 
   // <failure>, <error> or <skipped> inside a case. An error outranks a failure,
-  // and either outranks a skip.
+  // and either outranks a skip; an error of the teardown is kept apart.
   void note(const char* element, const char** attributes) {
-    Outcome outcome;
-    if (std::strcmp(element, "failure") == 0) {
+    const std::string_view what = element;
+    Outcome outcome = Outcome::error;
+    if (what == "failure") {
       outcome = Outcome::failed;
-    } else if (std::strcmp(element, "error") == 0) {
-      outcome = Outcome::error;
-    } else if (std::strcmp(element, "skipped") == 0) {
+    } else if (what == "skipped") {
       outcome = Outcome::skipped;
-    } else {
+    } else if (one_of(what, {"properties", "system-out", "system-err",
+                             "flakyFailure", "flakyError", "rerunFailure",
+                             "rerunError"})) {
       return;
     }
+    std::string message(attribute(attributes, "message"));
+    if (what != "error" && outcome == Outcome::error) {
+      message = "the report says <" + std::string(what.substr(0, 100)) +
+                ">, which is no outcome that is known";
+    }
+    noted_ = true;
     const bool stronger = case_.outcome == Outcome::passed ||
                           outcome == Outcome::error ||
                           case_.outcome == Outcome::skipped;
+    if (outcome == Outcome::error && says_teardown(message)) {
+      case_.teardown = true;
+    } else if (case_.body == Outcome::passed || outcome == Outcome::error ||
+               case_.body == Outcome::skipped) {
+      case_.body = outcome;
+    }
     if (!stronger) return;
     case_.outcome = outcome;
-    case_.message = std::string_view(attribute(attributes, "message"))
-                        .substr(0, kTextTailBytes);
+    case_.message = message.substr(0, kTextTailBytes);
     text_.clear();
     in_note_ = true;
     note_depth_ = depth_;
   }
 
+  // pytest writes a second element for a teardown that fails after a body that
+  // failed: one case all the same.
+  void number_case() {
+    const bool second = case_.teardown && case_.body == Outcome::passed &&
+                        last_failed_ && case_.id == last_id_;
+    if (second) case_.body = Outcome::failed;
+    std::uint32_t& seen = seen_[case_.id];
+    if (!second) ++seen;
+    case_.nth = seen;
+    last_failed_ = !case_.teardown && case_.body == Outcome::failed;
+    last_id_ = case_.id;
+  }
+
   void end_case() {
     if (!in_case_) return;
     in_case_ = in_note_ = false;
+    if (!noted_) case_.outcome = case_.body = status_;
+    if (nameless_ && (case_.outcome == Outcome::passed ||
+                      case_.outcome == Outcome::skipped)) {
+      return;
+    }
+    number_case();
     ++counts_[static_cast<int>(case_.outcome)];
     if (!text_.empty()) {
       const std::size_t from =
@@ -157,14 +230,22 @@ class Reader {
     }
     const bool failing =
         case_.outcome == Outcome::failed || case_.outcome == Outcome::error;
-    std::string& out = failing ? failing_ : others_;
-    const std::size_t most = failing ? kFailingBytesMax : kOtherBytesMax;
-    if (out.size() + case_.id.size() + case_.message.size() + 16 > most) {
+    // A failing one that has no room left for its message is listed without.
+    const bool apart = failing && failing_.size() + case_.message.size() +
+                                          2 * kCaseIdBytesMax <
+                                      kFailingBytesMax;
+    if (failing && !apart) case_.message.clear();
+    std::string& out = apart ? failing_ : others_;
+    const std::size_t most = apart ? kFailingBytesMax : kOtherBytesMax;
+    if (out.size() + case_.id.size() + case_.message.size() + 24 > most) {
       ++dropped_;
       return;
     }
     out += 'C';
     put(out, static_cast<std::uint8_t>(case_.outcome));
+    put(out, static_cast<std::uint8_t>(case_.body));
+    put(out, static_cast<std::uint8_t>(case_.teardown));
+    put(out, case_.nth);
     put(out, case_.duration_ms);
     put_text(out, case_.id, kCaseIdBytesMax);
     put_text(out, case_.message, kCaseMessageBytesMax);
@@ -175,8 +256,12 @@ class Reader {
   std::uint32_t counts_[4] = {0, 0, 0, 0};  // by Outcome: passed .. skipped
   std::uint32_t dropped_ = 0;
   Case case_;
-  int depth_ = 0, note_depth_ = 0;
+  std::unordered_map<std::string, std::uint32_t> seen_;  // cases of each id
+  std::string last_id_;
+  Outcome status_ = Outcome::passed;
+  int depth_ = 0, note_depth_ = 0, case_depth_ = 0;
   bool saw_root_ = false, in_case_ = false, in_note_ = false;
+  bool nameless_ = false, noted_ = false, last_failed_ = false;
 };
 
 std::string no_report(const std::string& why) {
@@ -316,6 +401,8 @@ std::string_view name(Outcome outcome) {
       return "skipped";
     case Outcome::flaky:
       return "flaky";
+    case Outcome::missing:
+      return "missing";
   }
   return "error";
 }
@@ -354,8 +441,15 @@ Result<Suite> decode_junit(std::string_view frames) {
     if (type == 'C') {
       Case one;
       const auto outcome = in.take<std::uint8_t>();
-      if (outcome > static_cast<std::uint8_t>(Outcome::skipped)) break;
+      const auto body = in.take<std::uint8_t>();
+      const auto teardown = in.take<std::uint8_t>();
+      constexpr auto kLast = static_cast<std::uint8_t>(Outcome::skipped);
+      if (outcome > kLast || body > kLast || teardown > 1) break;
       one.outcome = static_cast<Outcome>(outcome);
+      one.body = static_cast<Outcome>(body);
+      one.teardown = teardown == 1;
+      one.nth = in.take<std::uint32_t>();
+      if (one.nth == 0 || one.nth > frames.size()) break;
       one.duration_ms = in.take<std::uint32_t>();
       one.id = in.text(kCaseIdBytesMax);
       one.message = in.text(kCaseMessageBytesMax);

@@ -6,7 +6,8 @@
 //
 //   request := size:u32 xml
 //   reply   := size:u32 frame*      (size of all frames)
-//   frame   := 'C' outcome:u8 duration_ms:u32 id_size:u16 id msg_size:u16 msg
+//   frame   := 'C' outcome:u8 body:u8 teardown:u8 nth:u32 duration_ms:u32
+//              id_size:u16 id msg_size:u16 msg
 //            | 'T' passed:u32 failed:u32 errors:u32 skipped:u32 dropped:u32
 //            | 'X' msg_size:u16 msg          the file is no JUnit report
 //
@@ -16,6 +17,8 @@
 //   J2  Every case is counted; those beyond the frames' bound are counted in
 //       `dropped`. Failing ones have a bound of their own, so that they are
 //       kept though thousands passed before them.
+//   J3  A <testcase> without a name is no case, unless it failed. A status or a
+//       child element that is not known is an error. (junit_test, F02_...)
 
 #pragma once
 
@@ -29,24 +32,47 @@
 namespace machina::kinds {
 
 constexpr std::size_t kJunitXmlBytesMax = 64u << 20;
-constexpr std::size_t kJunitReplyBytesMax = 6u << 20;
+constexpr std::size_t kJunitReplyBytesMax = 40u << 20;
 constexpr std::size_t kCaseIdBytesMax = 512;
 constexpr std::size_t kCaseMessageBytesMax = 2048;
 
-enum class Outcome : std::uint8_t { passed, failed, error, skipped, flaky };
+// missing: the run was to reach it, and did not; nobody knows what it would
+// have come to. No report says so of a case: the run does (test_run.cc).
+enum class Outcome : std::uint8_t {
+  passed,
+  failed,
+  error,
+  skipped,
+  flaky,
+  missing
+};
 std::string_view name(Outcome);
 
+// A case is known by its id and by which of those with that id it is.
 struct Case {
-  std::string id;  // classname::name
-  Outcome outcome = Outcome::passed;
+  std::string id;                      // classname::name
+  std::uint32_t nth = 1;               // in the order of the report, from 1
+  Outcome outcome = Outcome::passed;   // of all of it: what is counted
+  // What its body came to. With `teardown` that may be better than `outcome`:
+  // then the body came to this, and the teardown failed.
+  Outcome body = Outcome::passed;
+  bool teardown = false;
+  bool of_run = false;  // no case: an error of the run itself
   std::uint32_t duration_ms = 0;
   std::string message;
+  // Where it is defined, as the run's own list of cases says (test_run.h), or
+  // empty.
+  std::string where;
 };
 
 struct Suite {
   std::vector<Case> cases;
   std::uint32_t passed = 0, failed = 0, errors = 0, skipped = 0;
+  std::uint32_t missing = 0;  // expected and not reached; listed in `cases`
   std::uint32_t dropped = 0;  // counted, not listed
+  // It is known which cases the run was to reach, and it reached all of them.
+  // Never set by the parser: whoever knows the runner sets it.
+  bool complete = false;
 };
 
 // Parses and encodes; never fails: a bad file is an 'X' frame.

@@ -201,6 +201,19 @@ class PatchRun {
                           host_, usage_);
   }
 
+  // The base's cases once more, without running them: whether ids stay.
+  MaybeEnd list_again(TestPhase& phase) {
+    if (payload_.test->runner != TestPayload::Runner::pytest) {
+      return std::nullopt;
+    }
+    SuiteOptions options;
+    options.timeout_ms = std::min(left(), kListMs);
+    options.percent = 90;
+    options.what = "listing the cases before the patch again";
+    options.list_only = true;
+    return run_phase(phase, base_, options);
+  }
+
   MaybeEnd test() {
     if (payload_.baseline) {
       SuiteOptions options;
@@ -223,9 +236,15 @@ class PatchRun {
     patched.commit = applied_.commit;
     patched.pack = pack_of(applied_.bundle);
     if (auto end = run_phase(after_, patched, options)) return end;
-    report_.gate =
-        judge_patch(before_, after_, payload_.baseline, applied_.files);
-    if (!report_.gate.accepted) {
+    Gate& gate = report_.gate;
+    gate = judge_patch(before_, after_, payload_.baseline,
+                       read_taken_away(applied_.reverse_diff));
+    if (ids_may_change(gate)) {
+      TestPhase listed;
+      if (auto end = list_again(listed)) return end;
+      note_changing_ids(gate, listed);
+    }
+    if (!gate.accepted) {
       return outcome("tests_failed", report_.gate.reason);
     }
     return std::nullopt;

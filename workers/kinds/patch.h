@@ -25,6 +25,7 @@
 
 #pragma once
 
+#include <compare>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -152,19 +153,50 @@ std::optional<End> run_test_phase(TestPhase& phase, const TestPayload& suite,
                                   const SuiteOptions& options,
                                   const Attempt& attempt, Host& host,
                                   Usage& usage);
+// One case in two runs: its id, and which of those with that id.
+struct CaseKey {
+  std::string id;
+  std::uint32_t nth = 1;
+  bool teardown = false;  // its teardown, which fails apart from its body
+  auto operator<=>(const CaseKey&) const = default;
+};
+std::string shown(const CaseKey& key);  // "id", or "id#2" for a second one
+
+// The gate. Cases are compared by id and number; where a run has more of one id
+// than the other, by their counts.
+//
+//   G1  Every case that passed before, and every one that was to be reached
+//       then and was not, is seen to pass after, or `accepted` is false.
+//   G2  One that is not there any more is excused only where the patch deletes
+//       or renames the file that it is in, or removes the line that defines it
+//       or its class, and adds no line that defines the name in that file.
+//   G3  A run after the patch that is not known to be complete, or that ended
+//       in a way that its report does not explain, is no yes. One before the
+//       patch excuses only what it saw fail. (verdict_test, F01_... F02_...)
 struct Gate {
   bool accepted = true;
   std::string reason;
-  std::vector<std::string> newly_failing, newly_passing;
+  std::vector<CaseKey> newly_failing, newly_passing;
+  std::vector<CaseKey> missing;  // to be seen to pass, and not seen
+  // Ids that only one of the runs has: where neither is empty, ids may change
+  // from run to run (changing_ids).
+  std::vector<std::string> only_before, only_after;
 };
-// `files`: what the patch changes.
 Gate judge_patch(const TestPhase& before, const TestPhase& after, bool baseline,
-                 const std::vector<ChangedFile>& files);
+                 const TakenAway& taken);
+// A gate that says no where ids come and go: the reason, with ids, or empty.
+// `listed`: the cases of the same commit as `before`, listed once more; what is
+// not in it again is proven to change. Null: it could not be listed, and ids
+// that differ in their digits alone are told as a guess.
+bool ids_may_change(const Gate& gate);
+std::string changing_ids(const Gate& gate, const TestPhase* listed);
+// Puts that at the head of the reason.
+void note_changing_ids(Gate& gate, const TestPhase& listed);
 // The cases that fail or err in it.
-std::set<std::string> failing_cases(const TestPhase& phase);
+std::set<CaseKey> failing_cases(const TestPhase& phase);
 // "{"before","after", and each list with "<name>_truncated"}", or "null" where
 // nothing ran.
-using NamedCases = std::pair<const char*, const std::vector<std::string>*>;
+using NamedCases = std::pair<const char*, const std::vector<CaseKey>*>;
 std::string tests_json(const TestPhase* before, const TestPhase* after,
                        const std::vector<NamedCases>& lists);
 bool newly_fails(const TestPhase& before, const TestOutcome& after);
@@ -181,6 +213,7 @@ struct PatchReport {
   bool has_reverse = false, has_bundle = false;
 };
 inline constexpr int kRerunsMin = 2;              // of what newly fails
+inline constexpr Millis kListMs = 60'000;         // to list cases again
 inline constexpr Millis kLandReserveMs = 10'000;  // of the time, at most
 inline constexpr char kBundleName[] = "patch.bundle";
 inline constexpr char kReverseName[] = "reverse.diff";

@@ -1,10 +1,11 @@
 // Whether a patch is good, and the result that says so.
 
 #include <algorithm>
-#include <unordered_map>
+#include <map>
 
 #include "workers/json_view.h"
 #include "workers/kinds/patch.h"
+#include "workers/kinds/pytest_watch.h"
 
 namespace machina::kinds {
 namespace {
@@ -12,54 +13,116 @@ namespace {
 // A result is below 1 MiB: what each part of it may take.
 constexpr std::size_t kFilesBytesMax = 192 << 10;
 constexpr std::size_t kConflictBytesMax = 64 << 10;
-constexpr std::size_t kNamesBytesMax = 96 << 10;  // each of the two lists
+constexpr std::size_t kNamesBytesMax = 64 << 10;  // each of the lists
 constexpr std::size_t kBeforeBytesMax = 160 << 10;
 constexpr std::size_t kAfterBytesMax = 256 << 10;
 constexpr std::size_t kReasonBytesMax = 4 << 10;
 constexpr std::size_t kApprovalBytesMax = 48 << 10;
 
-using Outcomes = std::unordered_map<std::string, Outcome>;
-
 bool fails(Outcome outcome) {
   return outcome == Outcome::failed || outcome == Outcome::error;
 }
+bool passes(Outcome outcome) {
+  return outcome == Outcome::passed || outcome == Outcome::flaky;
+}
 
-// By id; of several with one id the worst counts.
-Outcomes outcomes_of(const TestOutcome& tests) {
-  Outcomes out;
+// What one run says of one case.
+struct Seen {
+  Outcome body = Outcome::missing;
+  bool teardown = false;  // failed
+  std::string where;
+};
+// By id, in the order of the run.
+using Table = std::map<std::string, std::vector<Seen>>;
+
+constexpr std::uint32_t kNthMax = 1'000'000;
+
+// `all`: or only what was to be reached and was not.
+Table table_of(const TestOutcome& tests, bool all) {
+  Table out;
   for (const Case& one : tests.suite.cases) {
-    const auto [at, added] = out.emplace(one.id, one.outcome);
-    if (!added && fails(one.outcome)) at->second = one.outcome;
+    if (one.of_run || one.nth == 0 || one.nth > kNthMax) continue;
+    const bool missing = one.outcome == Outcome::missing;
+    if (!all && !missing) continue;
+    auto& cases = out[one.id];
+    if (cases.size() < one.nth) cases.resize(one.nth);
+    Seen& seen = cases[one.nth - 1];
+    if (!one.where.empty()) seen.where = one.where;
+    if (missing) continue;
+    // A second element of one case tells of its teardown.
+    if (!fails(seen.body)) seen.body = one.body;
+    seen.teardown = seen.teardown || one.teardown;
   }
   return out;
 }
 
-bool failed_in(const Outcomes& outcomes, const std::string& id) {
-  const auto at = outcomes.find(id);
-  return at != outcomes.end() && fails(at->second);
+bool has(const std::vector<TakenAway::Line>& lines, std::string_view word,
+         const std::string& name) {
+  return std::any_of(lines.begin(), lines.end(), [&](const auto& line) {
+    return defines(line.text, word, name);
+  });
 }
 
-bool passed_in(const Outcomes& outcomes, const std::string& id) {
-  const auto at = outcomes.find(id);
-  return at != outcomes.end() &&
-         (at->second == Outcome::passed || at->second == Outcome::flaky);
+const std::vector<TakenAway::Line>& lines_of(
+    const std::map<std::string, std::vector<TakenAway::Line>>& all,
+    const std::string& path) {
+  static const std::vector<TakenAway::Line> kNone;
+  const auto at = all.find(path);
+  return at == all.end() ? kNone : at->second;
 }
 
-// "tests/test_a.py" stands for the cases "tests.test_a::..." and below; run
-// from a directory further down, for "test_a::...".
-bool file_of(const std::string& id, const std::string& path) {
-  std::string dotted = path.substr(0, path.rfind('.'));
-  std::replace(dotted.begin(), dotted.end(), '/', '.');
-  while (true) {
-    if (id.starts_with(dotted) &&
-        (id.size() == dotted.size() || id[dotted.size()] == '.' ||
-         id[dotted.size()] == ':')) {
+// Whether the patch removes or renames the test that defines the case. Where
+// that cannot be told it is no.
+bool removed_by(const TakenAway& taken, const std::string& id,
+                const std::string& where) {
+  const DefinedAt at = read_where(where);
+  if (!at.file.empty()) {
+    if (taken.files.count(at.file) > 0) return true;
+    if (!at.definition.empty() && taken.files.count(at.definition) > 0) {
       return true;
     }
-    const std::size_t dot = dotted.find('.');
-    if (dot == std::string::npos) return false;
-    dotted.erase(0, dot + 1);
+    for (const auto& line : lines_of(taken.gone, at.definition)) {
+      if (line.number == at.line && defines(line.text, "def", at.name) &&
+          !has(lines_of(taken.come, at.definition), "def", at.name)) {
+        return true;
+      }
+    }
+    // A class that inherits its tests goes with its own line.
+    const std::string outer = at.classes.substr(0, at.classes.find("::"));
+    if (outer.empty()) return false;
+    for (const auto& line : lines_of(taken.gone, at.file)) {
+      if (line.text.starts_with("class ") &&
+          defines(line.text, "class", outer) &&
+          !has(lines_of(taken.come, at.file), "class", outer)) {
+        return true;
+      }
+    }
+    return false;
   }
+  // The runner does not say where: "tests.test_a.TestB::test_c" is taken for
+  // tests/test_a.py, and for no other file.
+  const auto rest_in = [&id](const std::string& path) {
+    std::string dotted = path.substr(0, path.rfind('.'));
+    std::replace(dotted.begin(), dotted.end(), '/', '.');
+    const bool in = !dotted.empty() && id.starts_with(dotted) &&
+                    id.size() > dotted.size() &&
+                    (id[dotted.size()] == '.' || id[dotted.size()] == ':');
+    return in ? id.substr(dotted.size()) : "";
+  };
+  for (const std::string& path : taken.files) {
+    if (!rest_in(path).empty()) return true;
+  }
+  for (const auto& [path, lines] : taken.gone) {
+    std::string rest = rest_in(path);
+    if (rest.empty()) continue;
+    rest.resize(std::min(rest.size(), rest.find('[')));
+    const std::string name = rest.substr(rest.find_last_of(".:") + 1);
+    if (has(lines, "def", name) &&
+        !has(lines_of(taken.come, path), "def", name)) {
+      return true;
+    }
+  }
+  return false;
 }
 
 std::string cases_text(std::size_t n, const std::string& rest_one,
@@ -100,7 +163,8 @@ std::string phase_json(const TestPhase* phase, std::size_t bytes_max) {
   std::string out =
       test_result(phase->run.tests, phase->run.end.usage, bytes_max);
   out.pop_back();
-  return out + ",\"valid\":" + flag(phase->valid) +
+  return out + ",\"valid\":" + flag(phase->valid) + ",\"complete\":" +
+         flag(phase->run.tests.suite.complete) +
          ",\"problem\":" + text_or_null(phase->problem) + "}";
 }
 
@@ -114,7 +178,7 @@ std::string tests_json(const TestPhase* before, const TestPhase* after,
   for (const auto& [name, list] : lists) {
     out += std::string(",\"") + name + "\":";
     const bool cut = append_list(out, *list, kNamesBytesMax,
-                                 [&](const auto& id) { json::quote(out, id); });
+                                 [&](const auto& key) { json::quote(out, shown(key)); });
     out += std::string(",\"") + name + "_truncated\":" + flag(cut);
   }
   return out + "}";
@@ -133,13 +197,13 @@ std::optional<End> run_test_phase(TestPhase& phase, const TestPayload& suite,
   const Suite& s = tests.suite;
   switch (phase.run.end.code) {
     case EndCode::none: {
-      const bool some = s.passed + s.failed + s.skipped + tests.flaky > 0;
+      const bool some = s.passed + s.failed + tests.flaky > 0;
       phase.valid = phase.run.reported && (some || !tests.broken);
       if (!phase.valid) {
         phase.problem = "no test ran, or no report was left";
-        if (!s.cases.empty()) {
-          phase.problem = s.cases.back().id + ": " +
-                          head_and_tail(s.cases.back().message, 1000);
+        if (const Case* error = run_error(tests)) {
+          phase.problem =
+              error->id + ": " + head_and_tail(error->message, 1000);
         }
       }
       return std::nullopt;
@@ -160,99 +224,295 @@ std::optional<End> run_test_phase(TestPhase& phase, const TestPayload& suite,
   return std::move(phase.run.end);
 }
 
-std::set<std::string> failing_cases(const TestPhase& phase) {
-  std::set<std::string> out;
-  for (const auto& [id, outcome] : outcomes_of(phase.run.tests)) {
-    if (fails(outcome)) out.insert(id);
+std::string shown(const CaseKey& key) {
+  return key.nth > 1 ? key.id + "#" + std::to_string(key.nth) : key.id;
+}
+
+std::set<CaseKey> failing_cases(const TestPhase& phase) {
+  std::set<CaseKey> out;
+  for (const auto& [id, cases] : table_of(phase.run.tests, true)) {
+    for (std::uint32_t i = 0; i < cases.size(); ++i) {
+      if (fails(cases[i].body)) out.insert({id, i + 1, false});
+      if (cases[i].teardown) out.insert({id, i + 1, true});
+    }
   }
   return out;
 }
 
+namespace {
+
+// Compares what two runs say of the cases.
+class Comparison {
+ public:
+  Comparison(const TestPhase& before, const TestPhase& after, bool baseline,
+             const TakenAway& taken, Gate& gate)
+      : taken_(taken), gate_(gate) {
+    const Table base = baseline && before.ran
+                           ? table_of(before.run.tests, before.valid)
+                           : Table();
+    const Table now = table_of(after.run.tests, true);
+    static const std::vector<Seen> kNone;
+    for (const auto& [id, then] : base) {
+      const auto at = now.find(id);
+      if (at == now.end()) gate.only_before.push_back(id);
+      compare(id, then, at == now.end() ? kNone : at->second);
+    }
+    for (const auto& [id, cases] : now) {
+      if (base.count(id) > 0) continue;
+      gate.only_after.push_back(id);
+      compare(id, kNone, cases);
+    }
+  }
+
+  std::size_t still_failing = 0, removed = 0;
+  bool some_pass = false;
+
+ private:
+  void compare(const std::string& id, const std::vector<Seen>& then,
+               const std::vector<Seen>& now) {
+    for (const Seen& seen : now) some_pass = some_pass || passes(seen.body);
+    if (then.size() == now.size() || then.empty() || now.empty()) {
+      for (std::uint32_t i = 0; i < std::max(then.size(), now.size()); ++i) {
+        compare_one({id, i + 1, false}, i < then.size() ? &then[i] : nullptr,
+                    i < now.size() ? &now[i] : nullptr);
+      }
+    } else {
+      compare_counts(id, then, now);
+    }
+  }
+
+  void compare_one(CaseKey key, const Seen* then, const Seen* now) {
+    const bool failed = then != nullptr && fails(then->body);
+    if (now == nullptr || now->body == Outcome::missing) {
+      if (failed) return;
+      // Passed before, was not reached before, or is new and not reached.
+      if (then != nullptr && then->body == Outcome::skipped) return;
+      if (now == nullptr && removed_by(taken_, key.id, then->where)) {
+        ++removed;
+      } else {
+        gate_.missing.push_back(key);
+      }
+      return;
+    }
+    const bool bad_teardown =
+        now->teardown && !(then != nullptr && then->teardown);
+    if (fails(now->body)) {
+      if (failed) ++still_failing;
+      if (!failed) gate_.newly_failing.push_back(key);
+      if (!failed || !bad_teardown) return;
+    }
+    if (bad_teardown) {
+      key.teardown = true;
+      gate_.newly_failing.push_back(key);
+    } else if (now->body == Outcome::skipped) {
+      if (then != nullptr && passes(then->body)) {
+        gate_.newly_failing.push_back(key);
+      }
+    } else if (now->teardown) {
+      ++still_failing;
+    } else if (failed || (then != nullptr && then->teardown)) {
+      gate_.newly_passing.push_back(key);
+    }
+  }
+
+  // Nobody knows which is which: more failures than before are new ones, and
+  // fewer passes are missing.
+  void compare_counts(const std::string& id, const std::vector<Seen>& then,
+                      const std::vector<Seen>& now) {
+    struct Counts {
+      std::size_t fail = 0, pass = 0, teardown = 0;
+    };
+    const auto count = [](const std::vector<Seen>& cases, bool unknown) {
+      Counts n;
+      for (const Seen& one : cases) {
+        n.fail += fails(one.body);
+        n.pass += passes(one.body) ||
+                  (unknown && one.body == Outcome::missing);
+        n.teardown += one.teardown;
+      }
+      return n;
+    };
+    const Counts a = count(then, true), b = count(now, false);
+    std::size_t fresh = b.fail - std::min(a.fail, b.fail);
+    std::size_t teardowns = b.teardown - std::min(a.teardown, b.teardown);
+    std::size_t gone = a.pass - std::min(a.pass, b.pass);
+    gone -= std::min(gone, fresh);
+    still_failing += std::min(a.fail, b.fail);
+    for (std::uint32_t i = 0; i < now.size(); ++i) {
+      if (now[i].body == Outcome::missing) {
+        gate_.missing.push_back({id, i + 1, false});
+        gone -= gone > 0;
+      }
+    }
+    for (auto i = static_cast<std::uint32_t>(now.size()); i > 0; --i) {
+      if (fresh > 0 && fails(now[i - 1].body)) {
+        --fresh;
+        gate_.newly_failing.push_back({id, i, false});
+      } else if (teardowns > 0 && now[i - 1].teardown) {
+        --teardowns;
+        gate_.newly_failing.push_back({id, i, true});
+      }
+    }
+    if (gone > 0 && removed_by(taken_, id, then.back().where)) {
+      removed += gone;
+      return;
+    }
+    for (std::size_t i = 0; i < gone; ++i) {
+      gate_.missing.push_back(
+          {id, static_cast<std::uint32_t>(now.size() + i + 1), false});
+    }
+  }
+
+  const TakenAway& taken_;
+  Gate& gate_;
+};
+
+std::vector<std::string> shown_all(const std::vector<CaseKey>& keys) {
+  std::vector<std::string> out;
+  out.reserve(keys.size());
+  for (const CaseKey& key : keys) out.push_back(shown(key));
+  return out;
+}
+
+// With every word that has a digit in it as "#": what is left of an id where
+// addresses, numbers and times are taken out.
+std::string without_numbers(std::string_view id) {
+  const auto of_word = [](char c) {
+    return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') ||
+           (c >= 'A' && c <= 'Z');
+  };
+  std::string out;
+  while (!id.empty()) {
+    std::size_t n = 0;
+    while (n < id.size() && of_word(id[n])) ++n;
+    const std::string_view word = id.substr(0, std::max<std::size_t>(n, 1));
+    const bool digits =
+        word.find_first_of("0123456789") != std::string_view::npos;
+    out += digits ? "#" : std::string(word);
+    id.remove_prefix(word.size());
+  }
+  return out;
+}
+
+}  // namespace
+
 bool newly_fails(const TestPhase& before, const TestOutcome& after) {
-  const Outcomes base =
-      before.valid ? outcomes_of(before.run.tests) : Outcomes();
-  return std::any_of(after.suite.cases.begin(), after.suite.cases.end(),
-                     [&](const Case& one) {
-                       return fails(one.outcome) && !failed_in(base, one.id);
-                     });
+  TestPhase now;
+  now.run.tests = after;
+  Gate gate;
+  const TakenAway nothing;
+  const Comparison compared(before, now, true, nothing, gate);
+  // What is skipped now is no failure that another run could mend.
+  const std::set<CaseKey> failing = failing_cases(now);
+  return std::any_of(
+      gate.newly_failing.begin(), gate.newly_failing.end(),
+      [&](const CaseKey& key) { return failing.count(key) > 0; });
+}
+
+bool ids_may_change(const Gate& gate) {
+  return !gate.accepted && !gate.only_before.empty() &&
+         !gate.only_after.empty() &&
+         (!gate.missing.empty() || !gate.newly_failing.empty());
+}
+
+std::string changing_ids(const Gate& gate, const TestPhase* listed) {
+  std::vector<std::string> changing;
+  const bool proven = listed != nullptr && listed->run.end.code == EndCode::none &&
+                      !listed->run.tests.suite.cases.empty();
+  if (proven) {
+    const Table again = table_of(listed->run.tests, true);
+    for (const std::string& id : gate.only_before) {
+      if (again.count(id) == 0) changing.push_back(id);
+    }
+  } else {
+    std::map<std::string, std::string> after;
+    for (const std::string& id : gate.only_after) {
+      after.emplace(without_numbers(id), id);
+    }
+    for (const std::string& id : gate.only_before) {
+      const auto at = after.find(without_numbers(id));
+      if (at == after.end()) continue;
+      changing.push_back(id);
+      changing.push_back(at->second);
+    }
+  }
+  if (changing.empty()) return "";
+  return (proven ? "ids of cases change from run to run, also without the "
+                   "patch, and so cannot be compared: "
+                 : "ids of cases may change from run to run (some before and "
+                   "after the patch differ in numbers alone), and then cannot "
+                   "be compared: ") +
+         some_ids(changing) +
+         "; give these cases ids that stay (in pytest: ids=... of parametrize)";
+}
+
+void note_changing_ids(Gate& gate, const TestPhase& listed) {
+  const std::string why = changing_ids(gate, listed.ran ? &listed : nullptr);
+  if (!why.empty()) gate.reason = why + "; " + gate.reason;
 }
 
 Gate judge_patch(const TestPhase& before, const TestPhase& after, bool baseline,
-                 const std::vector<ChangedFile>& files) {
+                 const TakenAway& taken) {
   Gate gate;
   const bool known = baseline && before.valid;
-  const Outcomes base = known ? outcomes_of(before.run.tests) : Outcomes();
-  const Outcomes now = outcomes_of(after.run.tests);
-  bool new_error = false, some_pass = false;
-  std::size_t still_failing = 0;
-  std::vector<std::string> lost;  // passed before; gone or skipped now
-  std::set<std::string> seen;
-  for (const Case& one : after.run.tests.suite.cases) {
-    if (!seen.insert(one.id).second) continue;
-    if (failed_in(now, one.id) && !failed_in(base, one.id)) {
-      gate.newly_failing.push_back(one.id);
-      new_error = new_error || now.at(one.id) == Outcome::error;
-    }
-    still_failing += failed_in(now, one.id) && failed_in(base, one.id);
-    some_pass = some_pass || passed_in(now, one.id);
-    if (passed_in(now, one.id) && failed_in(base, one.id)) {
-      gate.newly_passing.push_back(one.id);
-    }
-  }
-  seen.clear();
-  if (known && after.run.tests.suite.dropped == 0) {
-    for (const Case& one : before.run.tests.suite.cases) {
-      if (passed_in(base, one.id) && !passed_in(now, one.id) &&
-          !failed_in(now, one.id) && seen.insert(one.id).second) {
-        lost.push_back(one.id);
-      }
-    }
-  }
-  // A test that the diff itself edits may go or be skipped, and is told of.
-  // What else no longer passes was put out of action.
-  const auto counts = [&](const std::string& id) {
-    return new_error || !after.valid || !some_pass ||
-           std::none_of(
-               files.begin(), files.end(),
-               [&](const ChangedFile& file) { return file_of(id, file.path); });
+  const Comparison compared(before, after, baseline, taken, gate);
+  const TestOutcome& tests = after.run.tests;
+  const auto note = [&gate](const std::string& what) {
+    gate.reason += (gate.reason.empty() ? "" : "; ") + what;
   };
-  const auto told = std::stable_partition(lost.begin(), lost.end(), counts);
-  gate.newly_failing.insert(gate.newly_failing.end(), lost.begin(), told);
-  lost.erase(lost.begin(), told);
-  gate.accepted = after.valid && gate.newly_failing.empty();
-  const auto and_before = [&] {
-    if (baseline && !before.valid) {
-      gate.reason += gate.reason.empty() ? "" : "; ";
-      gate.reason +=
-          "the tests gave no verdict before the patch: " + before.problem;
-    }
+  const auto error_of = [](const TestOutcome& run) {
+    const Case* error = run_error(run);
+    if (error == nullptr) return std::string("it is not known to be complete");
+    return error->id + " " +
+           error->message.substr(0, error->message.find('\n'));
   };
+  const std::size_t dropped =
+      tests.suite.dropped + (known ? before.run.tests.suite.dropped : 0);
+  const bool whole = after.valid && !tests.broken && tests.suite.complete;
+  gate.accepted = whole && dropped == 0 && gate.newly_failing.empty() &&
+                  gate.missing.empty();
   if (!after.valid) {
-    gate.reason = "the tests gave no verdict after the patch: " + after.problem;
-    and_before();
-  } else if (!gate.accepted) {
-    gate.reason = known
-                      ? cases_text(gate.newly_failing.size(),
-                                   "fails, is gone or skipped, and did not "
-                                   "fail before",
-                                   "fail, are gone or skipped, and did not "
-                                   "fail before")
-                      : cases_text(gate.newly_failing.size(), "fails", "fail");
-    and_before();
+    note("the tests gave no verdict after the patch: " + after.problem);
   } else {
-    if (still_failing > 0) {
-      // Accepted, and no praise: these say nothing about the patch.
-      gate.reason = cases_text(still_failing, "failed before and still fails",
-                               "failed before and still fail");
-      if (!some_pass) gate.reason += ", and none passes";
+    if (!gate.newly_failing.empty()) {
+      note(known ? cases_text(gate.newly_failing.size(),
+                              "fails or is skipped, and did not fail before",
+                              "fail or are skipped, and did not fail before")
+                 : cases_text(gate.newly_failing.size(), "fails", "fail"));
     }
-    if (!lost.empty()) {
-      gate.reason += gate.reason.empty() ? "" : "; ";
-      gate.reason += cases_text(
-          lost.size(), "that passed before is gone or skipped by the diff",
-          "that passed before are gone or skipped by the diff");
+    if (!gate.missing.empty()) {
+      note(cases_text(gate.missing.size(), "is", "are") +
+           " missing after the patch, and the diff does not remove " +
+           (gate.missing.size() == 1 ? "it: " : "them: ") +
+           some_ids(shown_all(gate.missing)));
     }
-    and_before();
+    if (!whole) {
+      note("the tests gave no whole verdict after the patch: " +
+           error_of(tests));
+    }
+    if (dropped > 0) {
+      note(std::to_string(dropped) +
+           " cases more than can be compared: run fewer with `select`");
+    }
+  }
+  if (gate.accepted && compared.still_failing > 0) {
+    // Accepted, and no praise: these say nothing about the patch.
+    note(cases_text(compared.still_failing, "failed before and still fails",
+                    "failed before and still fail") +
+         (compared.some_pass ? "" : ", and none passes"));
+  }
+  if (gate.accepted && compared.removed > 0) {
+    note(cases_text(compared.removed,
+                    "that passed before is removed or renamed by the diff",
+                    "that passed before are removed or renamed by the diff"));
+  }
+  if (baseline && !before.valid) {
+    note("the tests gave no verdict before the patch: " + before.problem);
+  } else if (baseline && before.ran &&
+             (before.run.tests.broken || !before.run.tests.suite.complete)) {
+    note("the tests gave no whole verdict before the patch (what was not "
+         "reached then excuses nothing): " +
+         error_of(before.run.tests));
   }
   return gate;
 }
@@ -284,7 +544,8 @@ std::string patch_result(const std::string& patch_id,
   out += ",\"tests\":";
   out += tests_json(report.before, report.after,
                     {{"newly_failing", &report.gate.newly_failing},
-                     {"newly_passing", &report.gate.newly_passing}});
+                     {"newly_passing", &report.gate.newly_passing},
+                     {"missing", &report.gate.missing}});
   out += ",\"alignment\":null,\"reverse_diff_artifact\":" +
          text_or_null(report.has_reverse ? kReverseName : "") +
          ",\"bundle_artifact\":" +

@@ -125,6 +125,8 @@ if [ -s /work/out/left ]; then
   (cd /work/then && xargs -0 sha256sum -z -- </work/out/left) \
     >/work/out/hashes
 fi
+git diff-tree -p -r -M --full-index --no-textconv --no-ext-diff \
+  --src-prefix=a/ --dst-prefix=b/ "$commit" "$1" >/work/out/undo.diff
 git update-ref "refs/heads/$2" "$commit"
 git bundle create -q /work/out/rollback.bundle "refs/heads/$2" "^$3"
 echo "$commit"
@@ -784,6 +786,9 @@ class RollbackRun {
       return failed(EndCode::sandbox, "commit: git's answer cannot be read");
     }
     bundle_ = std::move(*bundle);
+    // One that is too long excuses nothing.
+    auto undo = session_->collect("out/undo.diff", kReverseDiffMax);
+    taken_ = undo ? read_taken_away(*undo) : TakenAway();
     if (auto end = verify(*changed, *hashes)) {
       commit_.clear();
       return end;
@@ -855,9 +860,7 @@ class RollbackRun {
                              as_before_ ? rest : rest / 2)) {
       return end;
     }
-    std::vector<ChangedFile> files;
-    for (const auto& [path, hash] : restored_) files.emplace_back().path = path;
-    gate_ = judge_patch(before_, after_, true, files);
+    gate_ = judge_patch(before_, after_, true, taken_);
     if (gate_.accepted) return std::nullopt;
     // As with patch.apply: a run that was cut off is no verdict, and another
     // that is cut off too does not make it one.
@@ -873,27 +876,36 @@ class RollbackRun {
         return end;
       }
     }
-    const auto still = std::stable_partition(
-        gate_.newly_failing.begin(), gate_.newly_failing.end(),
-        [failed_once = at_base_.out_of_time ? std::set<std::string>()
-                                            : failing_cases(at_base_),
-         this](const std::string& id) {
-          return !as_before_ && failed_once.count(id) == 0;
-        });
-    failing_again_.assign(still, gate_.newly_failing.end());
-    gate_.newly_failing.erase(still, gate_.newly_failing.end());
+    const auto failed_once =
+        at_base_.out_of_time ? std::set<CaseKey>() : failing_cases(at_base_);
+    const auto take_again = [&](std::vector<CaseKey>& cases) {
+      const auto again = std::stable_partition(
+          cases.begin(), cases.end(), [&](const CaseKey& key) {
+            return !as_before_ && failed_once.count(key) == 0;
+          });
+      failing_again_.insert(failing_again_.end(), again, cases.end());
+      cases.erase(again, cases.end());
+    };
+    take_again(gate_.newly_failing);
+    // What is not seen says nothing, but of the very files from before.
+    if (as_before_) take_again(gate_.missing);
     const bool dead_before =
         at_base_.ran && !at_base_.valid && !at_base_.out_of_time;
-    // Cases that are only missing because no run came to an end say nothing.
-    if (!after_.valid && dead_before) gate_.newly_failing.clear();
-    if ((after_.valid || dead_before) && gate_.newly_failing.empty()) {
+    const TestOutcome& now = after_.run.tests;
+    const bool whole = after_.valid && !now.broken && now.suite.complete &&
+                       now.suite.dropped == 0;
+    if ((whole || (as_before_ && (after_.valid || dead_before))) &&
+        gate_.newly_failing.empty() && gate_.missing.empty()) {
       gate_.accepted = true;
       gate_.reason = !after_.valid
                          ? "the tests gave no verdict after the rollback, nor "
                            "before the patch: " +
                                after_.problem
-                         : cases(failing_again_.size(), "fails", "fail") +
-                               " again, as before the patch";
+                     : !failing_again_.empty()
+                         ? cases(failing_again_.size(), "fails", "fail") +
+                               " again (or is not reached), as before the patch"
+                         : "the tests gave no whole verdict, of files that are "
+                           "all those from before the patch";
       return std::nullopt;
     }
     if (at_base_.out_of_time) {
@@ -905,13 +917,36 @@ class RollbackRun {
           "; whether that was so before the patch is not known, " +
           at_base_.problem + kNoTime);
     }
+    std::string ids;
+    if (ids_may_change(gate_) &&
+        suite_->runner == TestPayload::Runner::pytest) {
+      TestPhase listed;
+      SuiteOptions options;
+      options.timeout_ms = std::min(left(), kListMs);
+      options.percent = 88;
+      options.what = "listing the cases before the rollback again";
+      options.list_only = true;
+      Checkout checkout = base_;
+      checkout.commit = tip_;
+      checkout.pack = pack_;
+      if (auto end = run_test_phase(listed, *suite_, checkout, options,
+                                    attempt_, host_, usage_)) {
+        return end;
+      }
+      ids = changing_ids(gate_, &listed);
+      if (!ids.empty()) ids += "; ";
+    }
+    if (after_.valid && gate_.newly_failing.empty()) {
+      return tests_failed(ids + gate_.reason);
+    }
     return tests_failed(
-        !after_.valid
+        ids +
+        (!after_.valid
             ? no_verdict()
             : cases(gate_.newly_failing.size(),
                     "fails (or is gone) after the rollback that fails",
                     "fail (or are gone) after the rollback that fail") +
-                  " neither on the branch now nor before the patch");
+                  " neither on the branch now nor before the patch"));
   }
 
   std::string no_verdict() const {
@@ -1085,6 +1120,7 @@ class RollbackRun {
            tests_json(&before_, &after_,
                       {{"newly_failing", &gate_.newly_failing},
                        {"newly_passing", &gate_.newly_passing},
+                       {"missing", &gate_.missing},
                        {"failing_again", &failing_again_}}) +
            ",\"conflicts\":[";
     n = 0;
@@ -1106,7 +1142,8 @@ class RollbackRun {
   std::optional<TestPayload> suite_;
   TestPhase before_, after_, at_base_;
   Gate gate_;
-  std::vector<std::string> failing_again_;  // as before the patch
+  std::vector<CaseKey> failing_again_;  // as before the patch
+  TakenAway taken_;                     // by the rollback
   bool as_before_ = false;  // all files are those from before the patch
   bool denied_ = false;
   std::string approved_;  // the digest that was said yes to

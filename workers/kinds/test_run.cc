@@ -2,15 +2,17 @@
 
 #include <algorithm>
 #include <chrono>
+#include <random>
 
 #include "workers/kinds/fields.h"
+#include "workers/kinds/pytest_watch.h"
 
 namespace machina::kinds {
 namespace {
 
 constexpr std::size_t kSetupMax = 16;
 constexpr int kRetriesMax = 10;
-constexpr char kReport[] = ".machina/junit.xml";  // below /work
+constexpr char kOwnDir[] = ".machina/";  // below /work, beside the check-out
 constexpr std::size_t kOutputTailBytes = 1500;    // of a message
 constexpr char kNoHttps[] =
     "https repositories need the network, which is not available yet; use a "
@@ -128,6 +130,17 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr Millis kParseMs = 20'000;
+constexpr Millis kParseAfterEndMs = 3'000;  // when the run's time is over
+constexpr std::string_view kPythonPath = "PYTHONPATH=";
+
+// A name that nobody knows beforehand.
+std::string fresh_name() {
+  static constexpr char kHex[] = "0123456789abcdef";
+  std::random_device random;
+  std::string out;
+  for (int i = 0; i < 32; ++i) out += kHex[random() & 15];
+  return out;
+}
 
 class SuiteRunner {
  public:
@@ -257,98 +270,158 @@ class SuiteRunner {
 
   // --- pytest ---
 
-  std::vector<std::string> pytest_argv(bool again) const {
-    std::vector<std::string> argv = {
-        "python3", "-m", "pytest", std::string("--junitxml=/work/") + kReport};
-    if (options_.retries == 0) {
-      argv.insert(argv.end(), {"-p", "no:cacheprovider"});
-    } else {
-      // pytest itself remembers what failed, outside the check-out.
-      argv.insert(argv.end(), {"-o", "cache_dir=/work/.machina/cache"});
-      if (again) {
-        argv.insert(argv.end(),
-                    {"--last-failed", "--last-failed-no-failures=none"});
-      }
+  // What one run writes, below /work. Fresh names for each run: nothing that
+  // was there before it can be taken for its own.
+  struct Paths {
+    std::string report = kOwnDir + fresh_name() + ".xml";
+    std::string record = kOwnDir + fresh_name() + ".xml";
+    std::string dir = kOwnDir + fresh_name();
+    std::string module = "machina_" + fresh_name();
+  };
+
+  std::vector<std::string> pytest_argv(const Paths& paths, bool again) const {
+    std::vector<std::string> argv = {"python3", "-m", "pytest", "-p",
+                                     paths.module};
+    // What pytest remembers of failures lies outside of the check-out, where
+    // nothing can have been committed.
+    argv.insert(argv.end(), {"-o", "cache_dir=/work/" + cache_});
+    if (again) {
+      argv.insert(argv.end(),
+                  {"--last-failed", "--last-failed-no-failures=none"});
     }
-    argv.insert(argv.end(), payload_.args.begin(), payload_.args.end());
+    // Of an option that is given twice the last counts. Behind "--" there are
+    // no options.
+    const auto dashes =
+        std::find(payload_.args.begin(), payload_.args.end(), "--");
+    argv.insert(argv.end(), payload_.args.begin(), dashes);
+    argv.push_back("--junitxml=/work/" + paths.report);
+    if (options_.list_only) {
+      argv.insert(argv.end(), {"--collect-only", "-q"});
+    }
     // Also where `args` put it away: without it nothing runs again.
     if (options_.retries > 0) {
       argv.insert(argv.end(), {"-p", "cacheprovider"});
     }
+    argv.insert(argv.end(), dashes, payload_.args.end());
     argv.insert(argv.end(), payload_.select.begin(), payload_.select.end());
     return argv;
   }
 
   End run_pytest() {
+    Paths paths;
     sandbox::StepResult ran;
-    auto suite = pytest_once(false, ran);
-    if (End end = ended(ran, "pytest"); end.code != EndCode::none) return end;
-    if (!suite) {
+    std::string why;
+    auto suite = pytest_once(paths, false, ran, why);
+    if (!why.empty()) return failed(EndCode::sandbox, "pytest: " + why);
+    End end = ended(ran, "pytest");
+    if (end.code == EndCode::cancelled) return end;
+    const bool at_end = end.code != EndCode::none;
+    if (suite) {
+      run_.reported = true;
+      tests_.suite = std::move(*suite);
+    }
+    // Also of a run that was killed: what it was to reach is not known to pass.
+    const auto record = read_xml(paths.record, nullptr,
+                                 at_end ? kParseAfterEndMs : kParseMs);
+    if (record) expect_cases(tests_, *record);
+    if (at_end || options_.list_only) return end;
+    if (!run_.reported) {
       add_error(tests_, "pytest",
                 "exited with " + std::to_string(ran.exit_code) +
                     " and left no report (" + suite.error().what + ")\n" +
                     tail(ran.out));
       return {};
     }
-    run_.reported = true;
-    tests_.suite = std::move(*suite);
     for (int i = 0; i < options_.retries && again(); ++i) {
       host_.progress(90, "running what failed again");
       sandbox::StepResult again;
-      suite = pytest_once(true, again);
-      if (End end = ended(again, "pytest"); end.code != EndCode::none) {
-        return end;
-      }
+      suite = pytest_once(Paths(), true, again, why);
+      if (!why.empty()) return failed(EndCode::sandbox, "pytest: " + why);
+      end = ended(again, "pytest");
+      if (end.code != EndCode::none) return end;
       if (suite) merge_rerun(tests_, *suite);
     }
-    judge_pytest(ran);
+    judge_pytest(ran, record.has_value());
     return {};
   }
 
-  // An exit code that the report does not explain is an error of its own.
-  void judge_pytest(const sandbox::StepResult& ran) {
+  // What the report does not explain is an error of the run.
+  void judge_pytest(const sandbox::StepResult& ran, bool listed) {
     const Suite& s = tests_.suite;
-    const bool explained = s.failed + s.errors + tests_.flaky > 0;
-    if (ran.exit_code == 5 || (s.passed + s.skipped == 0 && !explained)) {
-      add_error(tests_, "pytest", "no test ran\n" + tail(ran.out));
-    } else if (ran.exit_code != 0 && (ran.exit_code != 1 || !explained)) {
-      add_error(tests_, "pytest",
-                "exited with " + std::to_string(ran.exit_code) + "\n" +
-                    tail(ran.out));
+    const bool failures = s.failed + s.errors + tests_.flaky > 0;
+    const bool ran_some = failures || s.passed > 0;
+    std::string what;
+    if (ran.exit_code != (failures ? 1 : 0) || !ran_some) {
+      what = "exited with " + std::to_string(ran.exit_code);
+      if (!ran_some) {
+        what += s.skipped > 0 ? ", and no test ran: all were skipped"
+                              : ", and no test ran";
+      } else if (ran.exit_code == 0) {
+        what += ", though its report has failures";
+      } else if (ran.exit_code == 1) {
+        what += ", though its report has no failure";
+      }
     }
+    if (s.missing > 0) {
+      std::vector<std::string> ids;
+      for (const Case& one : s.cases) {
+        if (one.outcome == Outcome::missing) ids.push_back(one.id);
+      }
+      what += (what.empty() ? "ended before it reached " : "; did not reach ") +
+              std::to_string(s.missing) +
+              (s.missing == 1 ? " case: " : " cases: ") + some_ids(ids);
+    } else if (!s.complete) {
+      what += std::string(what.empty() ? "left" : "; left") +
+              (listed ? " more cases than can be compared"
+                      : " no list of the cases that it was to reach");
+    }
+    if (!what.empty()) add_error(tests_, "pytest", what + "\n" + tail(ran.out));
   }
 
-  Result<Suite> pytest_once(bool again, sandbox::StepResult& ran) {
-    if (again) remove_report();
-    ran = step(project_step(pytest_argv(again)), true);
+  // `why`: not empty where Machina's own part could not be put in place.
+  Result<Suite> pytest_once(const Paths& paths, bool again,
+                            sandbox::StepResult& ran, std::string& why) {
+    if (auto put = session_->put(paths.dir + "/" + paths.module + ".py",
+                                 pytest_watch("/work/" + paths.record));
+        !put) {
+      why = put.error().what;
+      return put.error();
+    }
+    sandbox::Step run = project_step(pytest_argv(paths, again));
+    const std::string dir = "/work/" + paths.dir;
+    const auto theirs =
+        std::find_if(run.env.rbegin(), run.env.rend(), [](const auto& variable) {
+          return variable.starts_with(kPythonPath);
+        });
+    if (theirs == run.env.rend()) {
+      run.env.push_back(std::string(kPythonPath) + dir);
+    } else {
+      *theirs += (theirs->size() > kPythonPath.size() ? ":" : "") + dir;
+    }
+    ran = step(std::move(run), true);
     tests_.duration_ms += ran.wall_ms;
     if (ran.ended != sandbox::Ended::exited) {
       return Error{Code::unavailable, "it did not end by itself"};
     }
-    auto xml = session_->collect(kReport, kJunitXmlBytesMax);
-    if (!xml) return xml.error();
-    auto suite = read_report(*xml);
-    if (run_.report.empty()) run_.report = std::move(*xml);
-    return suite;
+    return read_xml(paths.report,
+                    run_.report.empty() ? &run_.report : nullptr, kParseMs);
   }
 
   bool again() const {
     return options_.again ? options_.again(tests_) : !passed(tests_);
   }
 
-  void remove_report() {
-    sandbox::Step remove;
-    remove.argv = {"/bin/rm", "-f", std::string("/work/") + kReport};
-    (void)step(std::move(remove), false);
-  }
-
-  // The parser runs in this session too: the tree that wrote the report is
+  // The parser runs in this session too: the tree that wrote the file is
   // dead, and the handler can reach no more than that tree could.
-  Result<Suite> read_report(const std::string& xml) {
+  Result<Suite> read_xml(const std::string& path, std::string* keep,
+                         Millis timeout_ms) {
+    auto xml = session_->collect(path, kJunitXmlBytesMax);
+    if (!xml) return xml.error();
     auto socket = session_->start_service(sandbox::BuiltinId::junit);
     if (!socket) return socket.error();
-    auto suite = ask_junit(*socket, xml, kParseMs);
-    (void)session_->wait_service(kParseMs);
+    auto suite = ask_junit(*socket, *xml, static_cast<int>(timeout_ms));
+    (void)session_->wait_service(timeout_ms);
+    if (keep != nullptr) *keep = std::move(*xml);
     return suite;
   }
 
@@ -365,7 +438,9 @@ class SuiteRunner {
         one.message = "exited with " + std::to_string(ran.exit_code) + "\n" +
                       tail(ran.out);
       }
+      one.body = outcome;
       tests_.suite.cases.assign(1, std::move(one));
+      tests_.suite.complete = true;  // one case, and it was reached
       tests_.suite.passed = outcome == Outcome::passed ? 1 : 0;
       tests_.suite.failed = outcome == Outcome::failed ? 1 : 0;
       tests_.flaky = outcome == Outcome::flaky ? 1 : 0;
@@ -402,6 +477,7 @@ class SuiteRunner {
   SuiteRun run_;
   TestOutcome& tests_ = run_.tests;
   Usage usage_;
+  const std::string cache_ = kOwnDir + fresh_name();
   bool setup_failed_ = false;
 };
 

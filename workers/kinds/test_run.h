@@ -11,7 +11,10 @@
 //   result   test_run_report.cc
 //
 //   T1  Outcomes come from the runner's own report. No report is never a pass,
-//       nor is a run in which nothing ran.
+//       nor is a run in which nothing ran, one whose exit status its report
+//       does not explain, or one that did not reach what it was to reach.
+//       Reports have names that nobody knows before the run. (isolated_test,
+//       F01_... and F02_...)
 //   T2  The repository's own git configuration, hooks and attributes run
 //       nothing outside a sandbox, and the repository is never written.
 //   T3  A result stays below 1 MiB; failing cases are listed before others.
@@ -123,11 +126,21 @@ struct TestOutcome {
   bool broken = false;  // an error of the run itself, by add_error()
   Millis duration_ms = 0;
 };
-// Of a re-run of what failed: cases that passed now become flaky.
+// Of a re-run of what failed: cases that passed now become flaky. Cases with
+// one id are told apart by their number; where the re-run has another number of
+// them than the run had, or than failed, nothing is concluded.
 void merge_rerun(TestOutcome& all, const Suite& rerun);
+// Takes in what the run was to reach (pytest_watch.h): cases that are in it and
+// were not reached are added as missing; `where` of the others is filled in.
+// Sets suite.complete where none is missing.
+void expect_cases(TestOutcome& all, const Suite& record);
 void add_error(TestOutcome& all, const std::string& id,
                const std::string& message);
 bool passed(const TestOutcome& all);
+// The first error of the run itself, or null.
+const Case* run_error(const TestOutcome& all);
+// "a, b, c and 4 more": ids for a sentence.
+std::string some_ids(const std::vector<std::string>& ids);
 
 // One run of a suite in a session of its own, from the check-out to the report.
 struct SuiteRun {
@@ -142,6 +155,8 @@ struct SuiteOptions {
   int retries = 0;
   int percent = 10;  // progress while it runs
   std::string what = "running the tests";
+  // pytest alone: runs nothing and says which cases there are (all missing).
+  bool list_only = false;
   // Whether what failed is to run again. Absent: while anything failed.
   std::function<bool(const TestOutcome&)> again;
 };

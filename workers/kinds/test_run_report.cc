@@ -1,9 +1,10 @@
 // The result of test.run: counts, and as many cases as its bound allows.
 
 #include <algorithm>
-#include <unordered_map>
+#include <map>
 
 #include "workers/json_view.h"
+#include "workers/kinds/fields.h"
 #include "workers/kinds/test_run.h"
 
 namespace machina::kinds {
@@ -14,16 +15,19 @@ int rank(Outcome outcome) {
     case Outcome::failed:
     case Outcome::error:
       return 0;
-    case Outcome::flaky:
+    case Outcome::missing:
       return 1;
-    default:
+    case Outcome::flaky:
       return 2;
+    default:
+      return 3;
   }
 }
 
 void append_case(std::string& out, const Case& one) {
   out += "{\"id\":";
   json::quote(out, one.id);
+  if (one.nth > 1) out += ",\"nth\":" + std::to_string(one.nth);
   out += ",\"outcome\":\"";
   out += name(one.outcome);
   out +=
@@ -34,32 +38,109 @@ void append_case(std::string& out, const Case& one) {
 
 }  // namespace
 
-void merge_rerun(TestOutcome& all, const Suite& rerun) {
-  std::unordered_map<std::string, Outcome> again;
-  for (const Case& one : rerun.cases) {
-    // Listed twice with different outcomes: the worse one counts.
-    const auto [at, added] = again.emplace(one.id, one.outcome);
-    if (!added && rank(one.outcome) == 0) at->second = one.outcome;
+namespace {
+
+// Of each id, its cases by number; a case in two elements (its body and its
+// teardown failed) passed in none.
+using ById = std::map<std::string, std::map<std::uint32_t, bool>>;
+
+ById passes_of(const std::vector<Case>& cases) {
+  ById out;
+  for (const Case& one : cases) {
+    if (one.of_run || one.outcome == Outcome::missing) continue;
+    const bool good =
+        one.outcome == Outcome::passed || one.outcome == Outcome::flaky;
+    const auto [at, added] = out[one.id].emplace(one.nth, good);
+    at->second = at->second && good;
   }
+  return out;
+}
+
+}  // namespace
+
+void merge_rerun(TestOutcome& all, const Suite& rerun) {
+  const ById first = passes_of(all.suite.cases);
+  const ById again = passes_of(rerun.cases);
   for (Case& one : all.suite.cases) {
+    if (rank(one.outcome) != 0 || one.of_run) continue;
     const auto at = again.find(one.id);
-    if (rank(one.outcome) != 0 || at == again.end() ||
-        at->second != Outcome::passed) {
-      continue;
+    if (at == again.end()) continue;
+    const auto& then = first.at(one.id);
+    std::uint32_t nth = one.nth;
+    if (at->second.size() != then.size()) {
+      // Only those that failed ran again: the first of them is number 1.
+      std::uint32_t failing = 0, mine = 0;
+      for (const auto& [number, good] : then) {
+        failing += good ? 0 : 1;
+        if (number == one.nth) mine = failing;
+      }
+      if (at->second.size() != failing) continue;
+      nth = mine;
     }
+    const auto now = at->second.find(nth);
+    if (now == at->second.end() || !now->second) continue;
     auto& count =
         one.outcome == Outcome::failed ? all.suite.failed : all.suite.errors;
     if (count > 0) --count;
-    one.outcome = Outcome::flaky;
+    one.outcome = one.body = Outcome::flaky;
+    one.teardown = false;
     ++all.flaky;
   }
+}
+
+void expect_cases(TestOutcome& all, const Suite& record) {
+  Suite& suite = all.suite;
+  std::map<std::pair<std::string_view, std::uint32_t>, Case*> there;
+  for (Case& one : suite.cases) there.emplace(std::pair(std::string_view(one.id), one.nth), &one);
+  // A test may have given its case another name in the report. So one that
+  // ended is held to be missing only where the report has too few.
+  const bool too_few = suite.dropped == 0 && there.size() < record.skipped;
+  std::vector<Case> missing;
+  for (const Case& one : record.cases) {
+    const auto at = there.find({one.id, one.nth});
+    const bool reached = one.outcome == Outcome::skipped;
+    if (at != there.end()) at->second->where = one.message;
+    if (reached && (at != there.end() || !too_few)) continue;
+    Case lost;
+    lost.id = one.id;
+    lost.nth = one.nth;
+    lost.outcome = lost.body = Outcome::missing;
+    lost.where = one.message;
+    missing.push_back(std::move(lost));
+  }
+  suite.missing += static_cast<std::uint32_t>(missing.size());
+  suite.complete = suite.missing == 0 && record.dropped == 0 &&
+                   suite.dropped == 0;
+  suite.cases.insert(suite.cases.end(),
+                     std::make_move_iterator(missing.begin()),
+                     std::make_move_iterator(missing.end()));
+}
+
+const Case* run_error(const TestOutcome& all) {
+  for (const Case& one : all.suite.cases) {
+    if (one.of_run) return &one;
+  }
+  return nullptr;
+}
+
+std::string some_ids(const std::vector<std::string>& ids) {
+  constexpr std::size_t kShown = 3;
+  std::string out;
+  for (std::size_t i = 0; i < ids.size() && i < kShown; ++i) {
+    out += (i > 0 ? ", " : "") + printable(ids[i]);
+  }
+  if (ids.size() > kShown) {
+    out += " and " + std::to_string(ids.size() - kShown) + " more";
+  }
+  return out;
 }
 
 void add_error(TestOutcome& all, const std::string& id,
                const std::string& message) {
   Case one;
   one.id = id;
-  one.outcome = Outcome::error;
+  one.of_run = true;
+  one.outcome = one.body = Outcome::error;
   one.message = message.substr(0, kCaseMessageBytesMax);
   all.suite.cases.push_back(std::move(one));
   ++all.suite.errors;
@@ -67,7 +148,8 @@ void add_error(TestOutcome& all, const std::string& id,
 }
 
 bool passed(const TestOutcome& all) {
-  return all.suite.failed == 0 && all.suite.errors == 0 && !all.timed_out;
+  return all.suite.failed == 0 && all.suite.errors == 0 &&
+         all.suite.missing == 0 && !all.timed_out;
 }
 
 std::string summary(const TestOutcome& all) {
@@ -79,6 +161,7 @@ std::string summary(const TestOutcome& all) {
   more(s.failed, "failed");
   more(s.errors, s.errors == 1 ? "error" : "errors");
   more(s.skipped, "skipped");
+  more(s.missing, "missing");
   more(all.flaky, "flaky");
   if (all.timed_out) text += ", timed out";
   return text;
@@ -127,6 +210,7 @@ std::string test_result(const TestOutcome& all, const Usage& usage,
          ",\"errors\":" + number(s.errors) +
          ",\"skipped\":" + number(s.skipped) +
          ",\"flaky\":" + number(all.flaky) +
+         ",\"missing\":" + number(s.missing) +
          ",\"timeout\":" + number(all.timed_out ? 1 : 0) +
          ",\"duration_ms\":" + number(all.duration_ms) +
          ",\"coverage\":null,\"cases\":" + cases +

@@ -1,0 +1,140 @@
+// Verdicts that must not be wrong, through the whole product: suites that stop
+// early, reports that are none, cases that are gone.
+
+#include <fstream>
+
+#include "tests/e2e/fixture.h"
+
+namespace machina::e2e {
+namespace {
+
+class Verdict : public EndToEnd {
+ protected:
+  int sh(const std::string& line) { return p().shell("set -e; " + line); }
+  void make_repository(const std::string& name,
+                       const std::map<std::string, std::string>& files) {
+    const std::string repo = p().root() + "/repos/" + name;
+    ASSERT_EQ(sh("git init -q -b main " + repo), 0);
+    for (const auto& [path, text] : files) {
+      std::ofstream(repo + "/" + path) << text;
+    }
+    ASSERT_EQ(sh("cd " + repo + "; " + kGit + " add -A; " + kGit +
+                 " commit -q -m base"),
+              0)
+        << read_file(p().dir() + "/shell.log");
+  }
+  static std::string change(const std::string& path, const std::string& from,
+                            const std::string& to) {
+    return "--- a/" + path + "\n+++ b/" + path + "\n@@ -1 +1 @@\n-" + from +
+           "\n+" + to + "\n";
+  }
+  std::string submit(const std::string& repo, const std::string& diff,
+                     const Json& more = Json::object()) {
+    Json payload = {{"repo", repo}, {"diff", diff}, {"test", Json::object()}};
+    payload.update(more);
+    return p().submit({{"kind", "patch.apply"},
+                       {"max_attempts", 1},
+                       {"payload", payload}});
+  }
+  Json result(const std::string& id) {
+    return p().wait_end(id, 120000)["result"];
+  }
+
+  const std::string kGit = "git -c user.name=E2E -c user.email=e2e@localhost";
+};
+
+TEST_P(Verdict, F01_WhatASuiteDidNotReachIsNoYes) {
+  start();
+  const std::map<std::string, std::string> files = {
+      {"pytest.ini", "[pytest]\naddopts = --exitfirst\n"},
+      {"m.py", "def f(): return 1\n"},
+      {"test_a.py", "def test_a(): assert 0\n"},
+      {"test_b.py", "from m import f\ndef test_b(): assert f() == 1\n"}};
+  make_repository("stops", files);
+  auto leaves = files;
+  leaves["test_a.py"] =
+      "import pytest\ndef test_a(): pytest.exit('x', returncode=0)\n";
+  make_repository("leaves", leaves);
+  const std::string breaks =
+      change("m.py", "def f(): return 1", "def f(): return 2");
+  const std::string harmless =
+      change("m.py", "def f(): return 1", "def f(): return 2 - 1");
+  const std::string bad = submit("stops", breaks);
+  const std::string good = submit("stops", harmless, {{"push", true}});
+  const std::string unknown = submit("leaves", breaks);
+  Json got = result(bad);
+  EXPECT_EQ(got["outcome"], "tests_failed") << got.dump(1);
+  EXPECT_EQ(got["tests"]["newly_failing"], Json({"test_b::test_b"}));
+  got = result(unknown);
+  EXPECT_EQ(got["outcome"], "tests_failed") << got.dump(1);
+  EXPECT_EQ(got["tests"]["missing"],
+            Json({"test_a::test_a", "test_b::test_b"}));
+  EXPECT_EQ(got["tests"]["after"]["missing"], 2);
+  got = result(good);
+  EXPECT_EQ(got["outcome"], "applied") << got.dump(1);
+  // A later test needs the patch: the rollback sees it, behind the failure at
+  // which the project would stop.
+  const std::string repo = p().root() + "/repos/stops", work = repo + "-w";
+  ASSERT_EQ(sh("cd " + repo + "; " + kGit + " worktree add -q " + work +
+               " review/" + good + "; cd " + work +
+               "; printf 'def test_c(): assert \"2 - 1\" in open(\"m.py\")"
+               ".read()\\n' >test_c.py; " +
+               kGit + " add -A; " + kGit + " commit -q -m later; cd " + repo +
+               "; " + kGit + " worktree remove -f " + work),
+            0)
+      << read_file(p().dir() + "/shell.log");
+  got = result(p().submit({{"kind", "patch.rollback"},
+                           {"max_attempts", 1},
+                           {"payload", {{"patch_id", good}}}}));
+  EXPECT_EQ(got["outcome"], "tests_failed") << got.dump(1);
+  EXPECT_EQ(got["tests"]["newly_failing"], Json({"test_c::test_c"}));
+}
+
+TEST_P(Verdict, F02_ARunIsJudgedByItsOwnReport) {
+  start();
+  const auto run = [&](const std::string& test, const Json& more) {
+    Json payload = {{"files", {{"test_a.py", test}}}};
+    payload.update(more);
+    return p().submit({{"kind", "test.run"},
+                       {"max_attempts", 1},
+                       {"payload", payload}});
+  };
+  const Json stale = {
+      {"args", {"--version"}},
+      {"setup",
+       {{"sh", "-c",
+         "mkdir -p /work/.machina; echo '<testsuite><testcase name=\"a\"/>"
+         "</testsuite>' >/work/.machina/junit.xml"}}}};
+  const std::vector<std::string> jobs = {
+      run("def test_a(): assert 0\n", stale),
+      run("import pytest\ndef test_a(): pytest.exit('x', returncode=0)\n",
+          Json::object()),
+      run("import pytest\ndef test_a(): pytest.skip('x')\n", Json::object())};
+  for (const std::string& id : jobs) {
+    const Json job = p().wait_end(id, 60000);
+    EXPECT_EQ(job["state"], "failed") << job.dump(1);
+    EXPECT_EQ(job["result"]["ok"], false);
+    EXPECT_EQ(job["result"]["passed"], 0);
+  }
+}
+
+TEST_P(Verdict, F04_IdsThatChangeAreNamedInTheReason) {
+  start();
+  make_repository(
+      "ids", {{"m.py", "X = 1\n"},
+              {"test_a.py",
+               "import pytest, time\n"
+               "@pytest.mark.parametrize('x', [1], "
+               "ids=[f'at-{time.time_ns()}'])\n"
+               "def test_a(x): pass\ndef test_b(): pass\n"}});
+  const Json got = result(submit("ids", change("m.py", "X = 1", "X = 2")));
+  EXPECT_EQ(got["outcome"], "tests_failed") << got.dump(1);
+  const std::string reason = got["reason"];
+  EXPECT_NE(reason.find("change from run to run"), std::string::npos) << reason;
+  EXPECT_NE(reason.find("test_a::test_a[at-"), std::string::npos) << reason;
+}
+
+MACHINA_BOTH(Verdict);
+
+}  // namespace
+}  // namespace machina::e2e

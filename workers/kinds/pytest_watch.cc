@@ -1,0 +1,204 @@
+#include "workers/kinds/pytest_watch.h"
+
+#include <charconv>
+
+namespace machina::kinds {
+namespace {
+
+constexpr char kPlugin[] = R"py('''Written by Machina for one run of a suite: says which cases were selected, and
+which of them came to their end.'''
+import collections
+import functools
+import inspect
+import linecache
+import os
+import re
+from xml.sax.saxutils import quoteattr
+
+import pytest
+
+RECORD = "@RECORD@"
+TOP = "/work/repo/"
+
+_active = False
+_expected = []  # (node id, its element up to the outcome, where)
+_finished = collections.Counter()
+_torn_down = set()
+
+
+def _leave_no_trace():
+    # What the suite starts need not find this module.
+    own = os.path.dirname(os.path.abspath(__file__))
+    path = os.environ.get("PYTHONPATH", "")
+    if path == own:
+        del os.environ["PYTHONPATH"]
+    elif path.endswith(":" + own):
+        os.environ["PYTHONPATH"] = path[: -len(own) - 1]
+
+
+_leave_no_trace()
+
+
+def _xml(text):
+    # As pytest's own report has it.
+    text = re.sub(
+        "[^\t\n\r -\ud7ff\ue000-\ufffd]",
+        lambda found: "#x%02X" % ord(found.group()),
+        text,
+    )
+    return quoteattr(text)
+
+
+def _case(nodeid, prefix):
+    path, bracket, params = nodeid.partition("[")
+    names = path.split("::")
+    names[0] = re.sub(r"\.py$", "", names[0].replace("/", "."))
+    names[-1] += bracket + params
+    if prefix:
+        names.insert(0, prefix)
+    return "<testcase classname=%s name=%s>" % (
+        _xml(".".join(names[:-1])),
+        _xml(names[-1]),
+    )
+
+
+@functools.lru_cache(None)
+def _inside(path):
+    path = os.path.realpath(path)
+    return path[len(TOP) :] if path.startswith(TOP) else ""
+
+
+def _where(item):
+    try:
+        own = _inside(str(getattr(item, "path", None) or item.fspath))
+        name = getattr(item, "originalname", None)
+        name = name or item.name.partition("[")[0]
+        classes = "::".join(item.nodeid.partition("[")[0].split("::")[1:-1])
+        definition, line = "", 0
+        function = getattr(item, "function", None)
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        if code is not None:
+            definition = _inside(code.co_filename)
+            start = re.compile(r"\s*(async\s+)?def\s+%s\b" % re.escape(name))
+            for n in range(code.co_firstlineno, code.co_firstlineno + 200):
+                if start.match(linecache.getline(code.co_filename, n)):
+                    line = n
+                    break
+        return "\n".join([own, definition, str(line), classes, name])
+    except Exception:
+        return ""
+
+
+def _write():
+    left = collections.Counter(_finished)
+    for nodeid in _torn_down:
+        left[nodeid] = max(left[nodeid], 1)
+    lines = ["<testsuite>"]
+    for nodeid, case, where in _expected:
+        reached = left[nodeid] > 0
+        left[nodeid] -= 1
+        outcome = "skipped" if reached else "error"
+        lines.append("%s<%s message=%s/></testcase>" % (case, outcome, where))
+    lines.append("</testsuite>\n")
+    try:
+        with open(RECORD + ".part", "w", encoding="utf-8") as out:
+            out.write("\n".join(lines))
+        os.replace(RECORD + ".part", RECORD)
+    except OSError:
+        pass  # no record: nothing is known then
+
+
+def _go_on(session):
+    session.config.option.maxfail = 0
+    for name in ("shouldstop", "shouldfail"):
+        if getattr(session, name, False):
+            # Newer versions refuse to unset the property.
+            inner = "_" + name
+            setattr(session, inner if hasattr(session, inner) else name, False)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    global _active
+    config.option.maxfail = 0
+    _active = not hasattr(config, "workerinput")
+
+
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+def pytest_collection(session):
+    session.config.option.maxfail = 0
+    yield
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session):
+    if not _active or _expected:
+        return
+    prefix = getattr(session.config.option, "junitprefix", None)
+    for item in session.items:
+        where = _xml(_where(item))
+        _expected.append((item.nodeid, _case(item.nodeid, prefix), where))
+    _write()
+
+
+# pytest-xdist: the items are in its workers.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node, ids):
+    if _active and not _expected:
+        prefix = getattr(node.config.option, "junitprefix", None)
+        for nodeid in ids:
+            _expected.append((nodeid, _case(nodeid, prefix), '""'))
+        _write()
+
+
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+def pytest_runtestloop(session):
+    _go_on(session)
+    yield
+
+
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    yield
+    _go_on(item.session)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    if report.when == "teardown":
+        _torn_down.add(report.nodeid)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid):
+    _finished[nodeid] += 1
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish():
+    if _expected:
+        _write()
+)py";
+
+}  // namespace
+
+std::string pytest_watch(const std::string& record) {
+  std::string text = kPlugin;
+  const std::string mark = "@RECORD@";
+  return text.replace(text.find(mark), mark.size(), record);
+}
+
+DefinedAt read_where(std::string_view where) {
+  DefinedAt out;
+  std::string line;
+  for (std::string* part :
+       {&out.file, &out.definition, &line, &out.classes, &out.name}) {
+    const std::size_t end = where.find('\n');
+    *part = std::string(where.substr(0, end));
+    where.remove_prefix(end == std::string_view::npos ? where.size() : end + 1);
+  }
+  std::from_chars(line.data(), line.data() + line.size(), out.line);
+  return out;
+}
+
+}  // namespace machina::kinds
