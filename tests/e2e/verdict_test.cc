@@ -32,9 +32,8 @@ class Verdict : public EndToEnd {
                      const Json& more = Json::object()) {
     Json payload = {{"repo", repo}, {"diff", diff}, {"test", Json::object()}};
     payload.update(more);
-    return p().submit({{"kind", "patch.apply"},
-                       {"max_attempts", 1},
-                       {"payload", payload}});
+    return p().submit(
+        {{"kind", "patch.apply"}, {"max_attempts", 1}, {"payload", payload}});
   }
   Json result(const std::string& id) {
     return p().wait_end(id, 120000)["result"];
@@ -95,9 +94,8 @@ TEST_P(Verdict, F02_ARunIsJudgedByItsOwnReport) {
   const auto run = [&](const std::string& test, const Json& more) {
     Json payload = {{"files", {{"test_a.py", test}}}};
     payload.update(more);
-    return p().submit({{"kind", "test.run"},
-                       {"max_attempts", 1},
-                       {"payload", payload}});
+    return p().submit(
+        {{"kind", "test.run"}, {"max_attempts", 1}, {"payload", payload}});
   };
   const Json stale = {
       {"args", {"--version"}},
@@ -120,13 +118,12 @@ TEST_P(Verdict, F02_ARunIsJudgedByItsOwnReport) {
 
 TEST_P(Verdict, F04_IdsThatChangeAreNamedInTheReason) {
   start();
-  make_repository(
-      "ids", {{"m.py", "X = 1\n"},
-              {"test_a.py",
-               "import pytest, time\n"
-               "@pytest.mark.parametrize('x', [1], "
-               "ids=[f'at-{time.time_ns()}'])\n"
-               "def test_a(x): pass\ndef test_b(): pass\n"}});
+  make_repository("ids", {{"m.py", "X = 1\n"},
+                          {"test_a.py",
+                           "import pytest, time\n"
+                           "@pytest.mark.parametrize('x', [1], "
+                           "ids=[f'at-{time.time_ns()}'])\n"
+                           "def test_a(x): pass\ndef test_b(): pass\n"}});
   const Json got = result(submit("ids", change("m.py", "X = 1", "X = 2")));
   EXPECT_EQ(got["outcome"], "tests_failed") << got.dump(1);
   const std::string reason = got["reason"];

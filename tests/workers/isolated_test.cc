@@ -130,9 +130,9 @@ TEST_F(IsolatedTest, F01_EveryCaseRunsWhateverEndsARunEarly) {
   for (const auto& [given, more] : runs) {
     const auto job = run_files(given, more);
     EXPECT_EQ(job.state, "failed") << more << job.end;
-    EXPECT_EQ(outcomes(job), (std::map<std::string, std::string>{
-                                 {"test_a::test_a", "flaky"},
-                                 {"test_b::test_b", "failed"}}))
+    EXPECT_EQ(outcomes(job),
+              (std::map<std::string, std::string>{
+                  {"test_a::test_a", "flaky"}, {"test_b::test_b", "failed"}}))
         << more << job.log;
   }
   // A PYTHONPATH of the job's own is kept, and nothing of ours is in it.
@@ -147,15 +147,14 @@ TEST_F(IsolatedTest, F01_EveryCaseRunsWhateverEndsARunEarly) {
 
 TEST_F(IsolatedTest, F01_WhatWasNotReachedIsMissing) {
   const auto ended_by = [&](const std::string& statement) {
-    const auto job = run_files(
-        {{"test_a.py",
-          "import os, pytest\n"
-          "def test_ok(): pass\n"
-          "def test_end(): " +
-              statement +
-              "\n"
-              "def test_never(): assert 0\n"}},
-        {{"retries", 1}});
+    const auto job = run_files({{"test_a.py",
+                                 "import os, pytest\n"
+                                 "def test_ok(): pass\n"
+                                 "def test_end(): " +
+                                     statement +
+                                     "\n"
+                                     "def test_never(): assert 0\n"}},
+                               {{"retries", 1}});
     EXPECT_EQ(job.state, "failed") << statement << job.end;
     EXPECT_EQ(job.end["result"]["ok"], false) << statement;
     const auto all = outcomes(job);
@@ -181,9 +180,9 @@ TEST_F(IsolatedTest, F02_AReportFromBeforeTheRunIsNotRead) {
   for (const json& args :
        {json({"--version"}), json({"--junitxml=/tmp/o.xml", "--co", "-q"}),
         json({"-p", "no:junitxml"}), json({"--setup-only"})}) {
-    const auto job = run_files(
-        {{"test_a.py", "def test_a(): assert 0\n"}, {"w.py", write}},
-        {{"setup", {{"python3", "w.py"}}}, {"args", args}});
+    const auto job =
+        run_files({{"test_a.py", "def test_a(): assert 0\n"}, {"w.py", write}},
+                  {{"setup", {{"python3", "w.py"}}}, {"args", args}});
     EXPECT_EQ(job.state, "failed") << args << job.end;
     EXPECT_EQ(job.end["result"]["passed"], 0) << args;
   }
@@ -203,16 +202,15 @@ TEST_F(IsolatedTest, F02_ARunInWhichAllIsSkippedIsNoPass) {
 }
 
 TEST_F(IsolatedTest, F02_CasesWithOneIdAreAllListed) {
-  const auto job = run_files(
-      {{"test_a.py",
-        "import pytest\n"
-        "@pytest.mark.parametrize('x', [1, 10, 1])\n"
-        "def test_a(x): assert x != 10\n"
-        "@pytest.fixture\n"
-        "def bad():\n"
-        "    yield\n"
-        "    assert 0\n"
-        "def test_t(bad): pass\n"}});
+  const auto job = run_files({{"test_a.py",
+                               "import pytest\n"
+                               "@pytest.mark.parametrize('x', [1, 10, 1])\n"
+                               "def test_a(x): assert x != 10\n"
+                               "@pytest.fixture\n"
+                               "def bad():\n"
+                               "    yield\n"
+                               "    assert 0\n"
+                               "def test_t(bad): pass\n"}});
   EXPECT_EQ(outcomes(job), (std::map<std::string, std::string>{
                                {"test_a::test_a[10]", "passed"},
                                {"test_a::test_a[10]#2", "failed"},

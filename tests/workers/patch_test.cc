@@ -341,7 +341,8 @@ TEST_F(PatchTest, TestsThatArePutOutOfActionFail) {
       << gone.end;
 }
 
-// Three cases of which the first is known to fail, in a project that stops there.
+// Three cases of which the first is known to fail, in a project that stops
+// there.
 TEST_F(PatchTest, F01_ASuiteThatStopsEarlyIsNotBelieved) {
   git("checkout -q -- m.py");
   write(repo_ + "/pytest.ini", "[pytest]\naddopts = -x\n");
@@ -374,9 +375,9 @@ TEST_F(PatchTest, F01_ASuiteThatStopsEarlyIsNotBelieved) {
             {{"test", test}});
   EXPECT_EQ(outcome(leaves), "tests_failed") << leaves.end;
   // And one that mends it.
-  const auto mended = apply(
-      change("pytest.exit('enough', returncode=0)", "pass", "test_a.py"),
-      {{"test", test}});
+  const auto mended =
+      apply(change("pytest.exit('enough', returncode=0)", "pass", "test_a.py"),
+            {{"test", test}});
   EXPECT_EQ(outcome(mended), "applied") << mended.end;
   EXPECT_THAT(reason(mended), HasSubstr("no whole verdict before"));
 }
@@ -412,9 +413,9 @@ TEST_F(PatchTest, F01_OnlyARemovedTestMayBeGone) {
   EXPECT_EQ(judged("class TestD(TestC):\n    pass\n",
                    "class TestD(TestC):\n    __test__ = False\n"),
             json({"test_p.TestD::test_c", "test_p.TestD::test_d"}));
-  EXPECT_EQ(judged("def test_p(x): pass\n",
-                   "def test_p(x): pass\ndel test_p\n"),
-            json({"test_p::test_p[1]", "test_p::test_p[2]"}));
+  EXPECT_EQ(
+      judged("def test_p(x): pass\n", "def test_p(x): pass\ndel test_p\n"),
+      json({"test_p::test_p[1]", "test_p::test_p[2]"}));
 }
 
 TEST_F(PatchTest, F02_ANewFailureHidesBehindNoOther) {
@@ -450,8 +451,7 @@ TEST_F(PatchTest, F04_IdsThatChangeFromRunToRunAreTheReason) {
   commit("a name of the hour");
   const auto job = apply(change("x + 1", "1 + x"), {{"test", kTests}});
   EXPECT_EQ(outcome(job), "tests_failed") << job.end;
-  EXPECT_THAT(reason(job),
-              StartsWith("ids of cases change from run to run"));
+  EXPECT_THAT(reason(job), StartsWith("ids of cases change from run to run"));
   EXPECT_THAT(reason(job), HasSubstr("test_m::test_p[at-"));
 }
 

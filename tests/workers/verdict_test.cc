@@ -15,8 +15,8 @@ using testing::IsEmpty;
 using testing::Not;
 
 Suite parse(const std::string& cases) {
-  auto suite = decode_junit(
-      encode_junit("<testsuite>" + cases + "</testsuite>"));
+  auto suite =
+      decode_junit(encode_junit("<testsuite>" + cases + "</testsuite>"));
   EXPECT_TRUE(suite) << suite.error().what;
   return suite ? *suite : Suite();
 }
@@ -25,8 +25,7 @@ Suite parse(const std::string& cases) {
 // fails in its teardown, F fails in both, m is not reached. "f.b" is case b of
 // the module t with the letter f.
 std::string element(char how, const std::string& name) {
-  const std::string open =
-      "<testcase classname=\"t\" name=\"" + name + "\">";
+  const std::string open = "<testcase classname=\"t\" name=\"" + name + "\">";
   const std::string teardown =
       open + "<error message=\"failed on teardown with &quot;x&quot;\"/>";
   const std::string close = "</testcase>";
@@ -204,20 +203,22 @@ TEST(Verdict, F02_ARetryDecidesOnTheCaseThatItRan) {
 }
 
 TEST(Verdict, F02_OnlyWhatHasANameIsACase) {
-  Suite suite = parse("<testcase time='0'/><testcase classname='' name=' '/>"
-                      "<testcase classname='t' name=''/>");
+  Suite suite = parse(
+      "<testcase time='0'/><testcase classname='' name=' '/>"
+      "<testcase classname='t' name=''/>");
   EXPECT_EQ(suite.cases.size(), 0u);
   EXPECT_EQ(suite.passed, 0u);
   suite = parse("<testcase classname='t'><failure/></testcase>");
   EXPECT_EQ(suite.failed, 1u);
   // What a runner says in another way, or in no way that is known.
-  suite = parse("<testcase name='a' status='notrun'/>"
-                "<testcase name='b' status='run'/>"
-                "<testcase name='c' status='disabled'/>"
-                "<testcase name='d' status='exploded'/>"
-                "<testcase name='e'><surprise/></testcase>"
-                "<testcase name='f'><system-out>x</system-out></testcase>"
-                "<testcase name='g' result='suppressed'/>");
+  suite = parse(
+      "<testcase name='a' status='notrun'/>"
+      "<testcase name='b' status='run'/>"
+      "<testcase name='c' status='disabled'/>"
+      "<testcase name='d' status='exploded'/>"
+      "<testcase name='e'><surprise/></testcase>"
+      "<testcase name='f'><system-out>x</system-out></testcase>"
+      "<testcase name='g' result='suppressed'/>");
   EXPECT_EQ(suite.passed, 2u);
   EXPECT_EQ(suite.skipped, 3u);
   EXPECT_EQ(suite.errors, 2u);
@@ -249,12 +250,12 @@ TEST(Verdict, F01_OnlyTheDiffThatRemovesATestExcusesThatItIsGone) {
               HasSubstr("2 cases that passed before are removed"));
   EXPECT_FALSE(accepted(""));
   // Another line than the one that defines it, another name, another file.
-  EXPECT_FALSE(accepted(undo_of(
-      "test_t.py", "@@ -5,1 +5,2 @@\n x = 1\n+def b(x): pass\n")));
-  EXPECT_FALSE(accepted(undo_of(
-      "test_t.py", "@@ -6,1 +6,2 @@\n x = 1\n+def bb(x): pass\n")));
-  EXPECT_FALSE(accepted(undo_of(
-      "test_u.py", "@@ -6,1 +6,2 @@\n x = 1\n+def b(x): pass\n")));
+  EXPECT_FALSE(accepted(
+      undo_of("test_t.py", "@@ -5,1 +5,2 @@\n x = 1\n+def b(x): pass\n")));
+  EXPECT_FALSE(accepted(
+      undo_of("test_t.py", "@@ -6,1 +6,2 @@\n x = 1\n+def bb(x): pass\n")));
+  EXPECT_FALSE(accepted(
+      undo_of("test_u.py", "@@ -6,1 +6,2 @@\n x = 1\n+def b(x): pass\n")));
   // The line has changed: it defines the test still.
   EXPECT_FALSE(accepted(undo_of(
       "test_t.py", "@@ -7,1 +7,1 @@\n-    def b(): pass\n+def b(x): pass\n")));
@@ -262,16 +263,19 @@ TEST(Verdict, F01_OnlyTheDiffThatRemovesATestExcusesThatItIsGone) {
   EXPECT_TRUE(accepted(undo_of(
       "test_t.py", "@@ -7,1 +7,1 @@\n-def c(x): pass\n+def b(x): pass\n")));
   // What the file has beside it says nothing.
-  EXPECT_FALSE(accepted(
-      undo_of("test_t.py", "@@ -1,1 +1,2 @@\n x = 1\n+import y\n")));
+  EXPECT_FALSE(
+      accepted(undo_of("test_t.py", "@@ -1,1 +1,2 @@\n x = 1\n+import y\n")));
   // The file is gone, or has another name.
-  EXPECT_TRUE(accepted("diff --git a/test_t.py b/test_t.py\nnew file mode "
-                       "100644\n--- /dev/null\n+++ b/test_t.py\n@@ -0,0 +1 @@\n"
-                       "+import x\n"));
-  EXPECT_TRUE(accepted("diff --git a/test_v.py b/test_t.py\nsimilarity index "
-                       "100%\nrename from test_v.py\nrename to test_t.py\n"));
-  EXPECT_FALSE(accepted("diff --git a/test_t.py b/test_v.py\nsimilarity index "
-                        "100%\nrename from test_t.py\nrename to test_v.py\n"));
+  EXPECT_TRUE(
+      accepted("diff --git a/test_t.py b/test_t.py\nnew file mode "
+               "100644\n--- /dev/null\n+++ b/test_t.py\n@@ -0,0 +1 @@\n"
+               "+import x\n"));
+  EXPECT_TRUE(
+      accepted("diff --git a/test_v.py b/test_t.py\nsimilarity index "
+               "100%\nrename from test_v.py\nrename to test_t.py\n"));
+  EXPECT_FALSE(
+      accepted("diff --git a/test_t.py b/test_v.py\nsimilarity index "
+               "100%\nrename from test_t.py\nrename to test_v.py\n"));
   // A skip is no removal.
   EXPECT_FALSE(
       judge(before, phase({"p.a", "s.b[1]", "s.b[2]"}), gone).accepted);
@@ -281,8 +285,8 @@ TEST(Verdict, F01_OnlyTheDiffThatRemovesATestExcusesThatItIsGone) {
 }
 
 TEST(Verdict, F01_AClassGoesWithItsLineAndNoOtherDoes) {
-  const TestPhase before = phase(
-      {"p.a", "p.b"}, {{"b", "test_t.py\nbase.py\n3\nTestX::TestY\nb"}});
+  const TestPhase before =
+      phase({"p.a", "p.b"}, {{"b", "test_t.py\nbase.py\n3\nTestX::TestY\nb"}});
   const auto accepted = [&](const std::string& undo) {
     return judge(before, phase({"p.a"}), undo).accepted;
   };

@@ -920,8 +920,8 @@ bool defines(std::string_view line, std::string_view word,
   line.remove_prefix(at);
   if (!line.starts_with(name)) return false;
   line.remove_prefix(name.size());
-  return line.empty() || std::string_view(" \t\r(:[").find(line[0]) !=
-                             std::string_view::npos;
+  return line.empty() ||
+         std::string_view(" \t\r(:[").find(line[0]) != std::string_view::npos;
 }
 
 TakenAway read_taken_away(std::string_view undo) {
@@ -934,11 +934,14 @@ TakenAway read_taken_away(std::string_view undo) {
     undo.remove_prefix(end == std::string_view::npos ? undo.size() : end + 1);
     if (old_left > 0 || new_left > 0) {
       const char mark = line.empty() ? ' ' : line[0];
-      const std::string_view text = line.substr(std::min<std::size_t>(1, line.size()));
+      const std::string_view text =
+          line.substr(std::min<std::size_t>(1, line.size()));
       const std::string_view word = without_indent(text);
       const bool kept = word.starts_with("def ") || word.starts_with("class ");
-      if (mark == '+' && kept) out.gone[to].push_back({new_at, std::string(text)});
-      if (mark == '-' && kept) out.come[to].push_back({old_at, std::string(text)});
+      if (mark == '+' && kept)
+        out.gone[to].push_back({new_at, std::string(text)});
+      if (mark == '-' && kept)
+        out.come[to].push_back({old_at, std::string(text)});
       if (mark != '+' && mark != '\\') ++old_at, old_left -= old_left > 0;
       if (mark != '-' && mark != '\\') ++new_at, new_left -= new_left > 0;
     } else if (line.starts_with("diff --git ")) {

@@ -171,9 +171,9 @@ class Reader {
       outcome = Outcome::failed;
     } else if (what == "skipped") {
       outcome = Outcome::skipped;
-    } else if (one_of(what, {"properties", "system-out", "system-err",
-                             "flakyFailure", "flakyError", "rerunFailure",
-                             "rerunError"})) {
+    } else if (one_of(what,
+                      {"properties", "system-out", "system-err", "flakyFailure",
+                       "flakyError", "rerunFailure", "rerunError"})) {
       return;
     }
     std::string message(attribute(attributes, "message"));

@@ -50,9 +50,9 @@ std::string_view name(Outcome);
 
 // A case is known by its id and by which of those with that id it is.
 struct Case {
-  std::string id;                      // classname::name
-  std::uint32_t nth = 1;               // in the order of the report, from 1
-  Outcome outcome = Outcome::passed;   // of all of it: what is counted
+  std::string id;                     // classname::name
+  std::uint32_t nth = 1;              // in the order of the report, from 1
+  Outcome outcome = Outcome::passed;  // of all of it: what is counted
   // What its body came to. With `teardown` that may be better than `outcome`:
   // then the body came to this, and the teardown failed.
   Outcome body = Outcome::passed;

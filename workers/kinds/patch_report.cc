@@ -163,8 +163,8 @@ std::string phase_json(const TestPhase* phase, std::size_t bytes_max) {
   std::string out =
       test_result(phase->run.tests, phase->run.end.usage, bytes_max);
   out.pop_back();
-  return out + ",\"valid\":" + flag(phase->valid) + ",\"complete\":" +
-         flag(phase->run.tests.suite.complete) +
+  return out + ",\"valid\":" + flag(phase->valid) +
+         ",\"complete\":" + flag(phase->run.tests.suite.complete) +
          ",\"problem\":" + text_or_null(phase->problem) + "}";
 }
 
@@ -177,8 +177,9 @@ std::string tests_json(const TestPhase* before, const TestPhase* after,
                     ",\"after\":" + phase_json(after, kAfterBytesMax);
   for (const auto& [name, list] : lists) {
     out += std::string(",\"") + name + "\":";
-    const bool cut = append_list(out, *list, kNamesBytesMax,
-                                 [&](const auto& key) { json::quote(out, shown(key)); });
+    const bool cut =
+        append_list(out, *list, kNamesBytesMax,
+                    [&](const auto& key) { json::quote(out, shown(key)); });
     out += std::string(",\"") + name + "_truncated\":" + flag(cut);
   }
   return out + "}";
@@ -326,8 +327,7 @@ class Comparison {
       Counts n;
       for (const Seen& one : cases) {
         n.fail += fails(one.body);
-        n.pass += passes(one.body) ||
-                  (unknown && one.body == Outcome::missing);
+        n.pass += passes(one.body) || (unknown && one.body == Outcome::missing);
         n.teardown += one.teardown;
       }
       return n;
@@ -417,7 +417,8 @@ bool ids_may_change(const Gate& gate) {
 
 std::string changing_ids(const Gate& gate, const TestPhase* listed) {
   std::vector<std::string> changing;
-  const bool proven = listed != nullptr && listed->run.end.code == EndCode::none &&
+  const bool proven = listed != nullptr &&
+                      listed->run.end.code == EndCode::none &&
                       !listed->run.tests.suite.cases.empty();
   if (proven) {
     const Table again = table_of(listed->run.tests, true);
@@ -510,9 +511,10 @@ Gate judge_patch(const TestPhase& before, const TestPhase& after, bool baseline,
     note("the tests gave no verdict before the patch: " + before.problem);
   } else if (baseline && before.ran &&
              (before.run.tests.broken || !before.run.tests.suite.complete)) {
-    note("the tests gave no whole verdict before the patch (what was not "
-         "reached then excuses nothing): " +
-         error_of(before.run.tests));
+    note(
+        "the tests gave no whole verdict before the patch (what was not "
+        "reached then excuses nothing): " +
+        error_of(before.run.tests));
   }
   return gate;
 }

@@ -940,13 +940,12 @@ class RollbackRun {
       return tests_failed(ids + gate_.reason);
     }
     return tests_failed(
-        ids +
-        (!after_.valid
-            ? no_verdict()
-            : cases(gate_.newly_failing.size(),
-                    "fails (or is gone) after the rollback that fails",
-                    "fail (or are gone) after the rollback that fail") +
-                  " neither on the branch now nor before the patch"));
+        ids + (!after_.valid
+                   ? no_verdict()
+                   : cases(gate_.newly_failing.size(),
+                           "fails (or is gone) after the rollback that fails",
+                           "fail (or are gone) after the rollback that fail") +
+                         " neither on the branch now nor before the patch"));
   }
 
   std::string no_verdict() const {

@@ -5,8 +5,9 @@
 namespace machina::kinds {
 namespace {
 
-constexpr char kPlugin[] = R"py('''Written by Machina for one run of a suite: says which cases were selected, and
-which of them came to their end.'''
+constexpr char kPlugin[] =
+    R"py('''Written by Machina for one run of a suite: says which cases were
+selected, and which of them came to their end.'''
 import collections
 import functools
 import inspect

@@ -13,7 +13,7 @@ namespace {
 constexpr std::size_t kSetupMax = 16;
 constexpr int kRetriesMax = 10;
 constexpr char kOwnDir[] = ".machina/";  // below /work, beside the check-out
-constexpr std::size_t kOutputTailBytes = 1500;    // of a message
+constexpr std::size_t kOutputTailBytes = 1500;  // of a message
 constexpr char kNoHttps[] =
     "https repositories need the network, which is not available yet; use a "
     "path or a name below a repository root";
@@ -321,8 +321,8 @@ class SuiteRunner {
       tests_.suite = std::move(*suite);
     }
     // Also of a run that was killed: what it was to reach is not known to pass.
-    const auto record = read_xml(paths.record, nullptr,
-                                 at_end ? kParseAfterEndMs : kParseMs);
+    const auto record =
+        read_xml(paths.record, nullptr, at_end ? kParseAfterEndMs : kParseMs);
     if (record) expect_cases(tests_, *record);
     if (at_end || options_.list_only) return end;
     if (!run_.reported) {
@@ -389,10 +389,9 @@ class SuiteRunner {
     }
     sandbox::Step run = project_step(pytest_argv(paths, again));
     const std::string dir = "/work/" + paths.dir;
-    const auto theirs =
-        std::find_if(run.env.rbegin(), run.env.rend(), [](const auto& variable) {
-          return variable.starts_with(kPythonPath);
-        });
+    const auto theirs = std::find_if(
+        run.env.rbegin(), run.env.rend(),
+        [](const auto& variable) { return variable.starts_with(kPythonPath); });
     if (theirs == run.env.rend()) {
       run.env.push_back(std::string(kPythonPath) + dir);
     } else {
@@ -403,12 +402,14 @@ class SuiteRunner {
     if (ran.ended != sandbox::Ended::exited) {
       return Error{Code::unavailable, "it did not end by itself"};
     }
-    return read_xml(paths.report,
-                    run_.report.empty() ? &run_.report : nullptr, kParseMs);
+    return read_xml(paths.report, run_.report.empty() ? &run_.report : nullptr,
+                    kParseMs);
   }
 
   bool again() const {
-    return options_.again ? options_.again(tests_) : !passed(tests_);
+    // What was not reached does not run again: it did not fail.
+    return options_.again ? options_.again(tests_)
+                          : tests_.suite.failed + tests_.suite.errors > 0;
   }
 
   // The parser runs in this session too: the tree that wrote the file is

@@ -91,7 +91,8 @@ void merge_rerun(TestOutcome& all, const Suite& rerun) {
 void expect_cases(TestOutcome& all, const Suite& record) {
   Suite& suite = all.suite;
   std::map<std::pair<std::string_view, std::uint32_t>, Case*> there;
-  for (Case& one : suite.cases) there.emplace(std::pair(std::string_view(one.id), one.nth), &one);
+  for (Case& one : suite.cases)
+    there.emplace(std::pair(std::string_view(one.id), one.nth), &one);
   // A test may have given its case another name in the report. So one that
   // ended is held to be missing only where the report has too few.
   const bool too_few = suite.dropped == 0 && there.size() < record.skipped;
@@ -109,8 +110,8 @@ void expect_cases(TestOutcome& all, const Suite& record) {
     missing.push_back(std::move(lost));
   }
   suite.missing += static_cast<std::uint32_t>(missing.size());
-  suite.complete = suite.missing == 0 && record.dropped == 0 &&
-                   suite.dropped == 0;
+  suite.complete =
+      suite.missing == 0 && record.dropped == 0 && suite.dropped == 0;
   suite.cases.insert(suite.cases.end(),
                      std::make_move_iterator(missing.begin()),
                      std::make_move_iterator(missing.end()));
