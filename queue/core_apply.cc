@@ -6,20 +6,13 @@
 
 #include "queue/check.h"
 #include "queue/core_state.h"
+#include "queue/utf8.h"
 
 namespace machina {
 namespace {
 
 std::uint32_t to_u32(Millis ms) {
   return static_cast<std::uint32_t>(std::clamp<Millis>(ms, 0, 0xffffffff));
-}
-
-// As many bytes as fit, without cutting a UTF-8 character.
-std::size_t cut(std::string_view text, std::size_t bytes_max) {
-  if (text.size() <= bytes_max) return text.size();
-  std::size_t bytes = bytes_max;
-  while (bytes > 0 && (text[bytes] & 0xc0) == 0x80) --bytes;
-  return bytes;
 }
 
 int hex_value(char c) {
@@ -290,8 +283,8 @@ void Core::Impl::apply(const Record&, const RetryRecord& r) {
   ExtraEntry& extra = extra_of(slot);
   extra.error_attempt = r.attempt;
   extra.error_code = static_cast<std::uint8_t>(r.code);
-  extra.message_bytes =
-      static_cast<std::uint8_t>(cut(r.message, sizeof(extra.message)));
+  extra.message_bytes = static_cast<std::uint8_t>(
+      utf8_head(r.message, sizeof(extra.message)).size());
   std::memcpy(extra.message, r.message.data(), extra.message_bytes);
   e.time = r.run_at_ms == 0 ? 0 : r.run_at_ms - offset;
   make_due(slot);

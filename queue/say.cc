@@ -17,6 +17,8 @@
 #include <mutex>
 #include <thread>
 
+#include "queue/utf8.h"
+
 namespace machina {
 namespace {
 
@@ -33,28 +35,6 @@ void append_time(std::string* out) {
   out->append(text, n);
   std::snprintf(text, sizeof text, ".%03ldZ", now.tv_nsec / 1'000'000);
   *out += text;
-}
-
-// The length of the UTF-8 sequence at the front; 0: it is none.
-std::size_t utf8_length(std::string_view text) {
-  auto byte = [&](std::size_t i) {
-    return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u;
-  };
-  auto more = [&](std::size_t i) { return (byte(i) & 0xc0) == 0x80; };
-  unsigned first = byte(0);
-  if (first < 0x80) return 1;
-  if (first >= 0xc2 && first <= 0xdf && more(1)) return 2;
-  if ((first & 0xf0) == 0xe0 && more(1) && more(2)) {
-    bool overlong = first == 0xe0 && byte(1) < 0xa0;
-    bool surrogate = first == 0xed && byte(1) >= 0xa0;
-    return overlong || surrogate ? 0 : 3;
-  }
-  if (first >= 0xf0 && first <= 0xf4 && more(1) && more(2) && more(3)) {
-    bool out_of_range =
-        (first == 0xf0 && byte(1) < 0x90) || (first == 0xf4 && byte(1) >= 0x90);
-    return out_of_range ? 0 : 4;
-  }
-  return 0;
 }
 
 // As the inside of a JSON string; in text lines too, so that one rule holds.

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "queue/check.h"
+#include "queue/utf8.h"
 
 namespace machina {
 
@@ -91,39 +92,7 @@ void append_unescaped(std::string* out, std::string_view s) {
   }
 }
 
-// The length of the UTF-8 sequence at p, or 0 (Unicode 15, table 3-7).
-std::size_t utf8_length(const unsigned char* p, const unsigned char* end) {
-  auto tail = [&](int i) { return p + i < end && (p[i] & 0xc0) == 0x80; };
-  unsigned char c = p[0];
-  if (c < 0x80) return 1;
-  if (c >= 0xc2 && c <= 0xdf) return tail(1) ? 2 : 0;
-  if (c >= 0xe0 && c <= 0xef) {
-    if (!tail(1) || !tail(2)) return 0;
-    if (c == 0xe0 && p[1] < 0xa0) return 0;
-    if (c == 0xed && p[1] > 0x9f) return 0;
-    return 3;
-  }
-  if (c >= 0xf0 && c <= 0xf4) {
-    if (!tail(1) || !tail(2) || !tail(3)) return 0;
-    if (c == 0xf0 && p[1] < 0x90) return 0;
-    if (c == 0xf4 && p[1] > 0x8f) return 0;
-    return 4;
-  }
-  return 0;
-}
-
 }  // namespace
-
-bool valid_utf8(std::string_view text) {
-  auto* p = reinterpret_cast<const unsigned char*>(text.data());
-  auto* end = p + text.size();
-  while (p < end) {
-    std::size_t n = utf8_length(p, end);
-    if (n == 0) return false;
-    p += n;
-  }
-  return true;
-}
 
 // --- Scanning --------------------------------------------------------------
 
@@ -268,9 +237,7 @@ class JsonScanner {
       } else if (c < 0x80) {
         ++p_;
       } else {
-        std::size_t n =
-            utf8_length(reinterpret_cast<const unsigned char*>(p_),
-                        reinterpret_cast<const unsigned char*>(end_));
+        std::size_t n = utf8_length({p_, static_cast<std::size_t>(end_ - p_)});
         if (n == 0) return fail("a string is not valid UTF-8");
         p_ += n;
       }
@@ -571,8 +538,7 @@ void append_json_string(std::string* out, std::string_view value) {
     if (c >= 0x20 && c != '"' && c != '\\' && c < 0x7f) continue;
     if (c >= 0x80) {
       // What others gave us as text may be no UTF-8; our JSON always is.
-      auto* p = reinterpret_cast<const unsigned char*>(value.data());
-      std::size_t n = utf8_length(p + i, p + value.size());
+      std::size_t n = utf8_length(value.substr(i));
       if (n != 0) {
         i += n - 1;
         continue;

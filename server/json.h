@@ -232,7 +232,4 @@ std::optional<Millis> parse_rfc3339(std::string_view text);
 void append_rfc3339(std::string* out, Millis wall_ms);
 void write_rfc3339(char* text, Millis wall_ms);  // kRfc3339Text bytes
 
-// Whether `text` is valid UTF-8.
-bool valid_utf8(std::string_view text);
-
 }  // namespace machina

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <map>
 
+#include "queue/utf8.h"
 #include "server/store.h"
 
 namespace machina {
@@ -388,12 +389,7 @@ void append_details(JsonWriter& json, const PatchRecord& patch) {
 }  // namespace
 
 std::string cut(std::string_view text, std::size_t max) {
-  if (text.size() <= max) return std::string(text);
-  std::size_t end = max;
-  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xc0) == 0x80) {
-    --end;
-  }
-  return std::string(text.substr(0, end));
+  return std::string(utf8_head(text, max));
 }
 
 double enhancement_score(const PatchMetrics& m) {

@@ -1,5 +1,6 @@
 #include "server/problem.h"
 
+#include "queue/utf8.h"
 #include "server/json.h"
 
 namespace machina {
@@ -95,7 +96,7 @@ Problem bad_field(std::string_view field, std::string_view detail) {
 std::string shown(std::string_view value) {
   constexpr std::size_t kShownMax = 80;
   std::string out;
-  append_json_string(&out, value.substr(0, kShownMax));
+  append_json_string(&out, utf8_head(value, kShownMax));
   if (value.size() > kShownMax) out += "...";
   return out;
 }

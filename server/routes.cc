@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "queue/utf8.h"
 #include "server/service.h"
 
 namespace machina {

@@ -4,6 +4,7 @@
 #include <charconv>
 #include <ctime>
 
+#include "queue/utf8.h"
 #include "server/service.h"
 
 namespace machina {

@@ -14,6 +14,7 @@
 #include <thread>
 
 #include "queue/check.h"
+#include "queue/utf8.h"
 
 extern char** environ;  // NOLINT: the only way to the whole of it
 
@@ -286,9 +287,10 @@ Result<void> check_value(const Variable& row, const Config::Value& value) {
   std::string what = complaint(row, value.text);
   if (what.empty()) return {};
   // A secret is not repeated, not even a bad one (G4).
-  std::string shown = row.type == Type::secret
-                          ? std::string("its value")
-                          : "\"" + value.text.substr(0, 200) + "\"";
+  std::string shown =
+      row.type == Type::secret
+          ? std::string("its value")
+          : "\"" + std::string(utf8_head(value.text, 200)) + "\"";
   return invalid(std::string(row.name) + " (" + value.origin + "): " + shown +
                  " " + what);
 }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <chrono>
 
+#include "queue/utf8.h"
+
 namespace machina {
 namespace {
 
@@ -35,9 +37,15 @@ void JobLog::begin(const std::string& token, std::size_t cap) {
 
 void JobLog::append(std::string_view bytes) {
   std::lock_guard lock(mutex_);
-  const std::size_t room = cap_ - std::min(cap_, bytes_.size());
+  const std::size_t room = lost_ > 0 ? 0 : cap_ - std::min(cap_, bytes_.size());
   bytes_ += bytes.substr(0, room);
-  lost_ += bytes.size() - std::min(room, bytes.size());
+  if (bytes.size() > room) {
+    // No part of a character at the cut, if it was not sent yet.
+    const std::size_t all = bytes_.size() + bytes.size() - room;
+    bytes_.resize(std::max(
+        sent_, lost_ > 0 ? bytes_.size() : utf8_whole_end(bytes_).size()));
+    lost_ += all - bytes_.size();
+  }
   changed_.notify_all();
 }
 

@@ -2,6 +2,8 @@
 
 #include <charconv>
 
+#include "queue/utf8.h"
+
 namespace machina::json {
 namespace {
 
@@ -76,30 +78,6 @@ void append_utf8(std::string& out, std::uint32_t c) {
     out += static_cast<char>(0x80 | ((c >> 6) & 0x3F));
     out += static_cast<char>(0x80 | (c & 0x3F));
   }
-}
-
-// Length of the well-formed UTF-8 sequence at `at`, 0 where there is none.
-std::size_t utf8_length(std::string_view text, std::size_t at) {
-  const auto byte = [&](std::size_t i) -> unsigned {
-    return at + i < text.size() ? static_cast<unsigned char>(text[at + i]) : 0;
-  };
-  const auto tail = [&](std::size_t i) { return (byte(i) & 0xC0) == 0x80; };
-  const unsigned c = byte(0);
-  if (c < 0x80) return 1;
-  if (c >= 0xC2 && c <= 0xDF) return tail(1) ? 2 : 0;
-  if (c >= 0xE0 && c <= 0xEF) {
-    if (!tail(1) || !tail(2)) return 0;
-    if (c == 0xE0 && byte(1) < 0xA0) return 0;
-    if (c == 0xED && byte(1) > 0x9F) return 0;  // surrogates
-    return 3;
-  }
-  if (c >= 0xF0 && c <= 0xF4) {
-    if (!tail(1) || !tail(2) || !tail(3)) return 0;
-    if (c == 0xF0 && byte(1) < 0x90) return 0;
-    if (c == 0xF4 && byte(1) > 0x8F) return 0;
-    return 4;
-  }
-  return 0;
 }
 
 }  // namespace
@@ -222,7 +200,7 @@ void quote(std::string& out, std::string_view text) {
   for (std::size_t at = 0; at < text.size();) {
     const unsigned char c = static_cast<unsigned char>(text[at]);
     if (c >= 0x80) {
-      const std::size_t length = utf8_length(text, at);
+      const std::size_t length = utf8_length(text.substr(at));
       if (length == 0) {
         out += "\xEF\xBF\xBD";
         ++at;

@@ -25,6 +25,7 @@
 #include <thread>
 
 #include "queue/say.h"
+#include "queue/utf8.h"
 #include "tools/ops.h"
 #include "workers/http_client.h"
 #include "workers/json_view.h"
@@ -465,7 +466,7 @@ void Pool::sync_loop() {
       take_answer(reply->body);
       wake_main();
     } else if (reply) {
-      Saying(Severity::warn, "sync_refused", reply->body.substr(0, 200))
+      Saying(Severity::warn, "sync_refused", utf8_head(reply->body, 200))
           .with("status", reply->status);
     }
     const bool ours = !reply && reply.error().code == Code::conflict;
@@ -506,7 +507,7 @@ void Pool::take_answer(const std::string& body) {
     return true;
   });
   if (!good) {
-    Saying(Severity::error, "sync_malformed", body.substr(0, 200));
+    Saying(Severity::error, "sync_malformed", utf8_head(body, 200));
   }
 }
 

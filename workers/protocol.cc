@@ -1,5 +1,6 @@
 #include "workers/protocol.h"
 
+#include "queue/utf8.h"
 #include "workers/json_view.h"
 
 namespace machina {
@@ -58,8 +59,7 @@ void append_end(std::string& out, const kinds::End& end,
   if (!end.message.empty()) {
     out += ",\"message\":";
     // A byte that is not UTF-8 takes three when it is quoted.
-    json::quote(out,
-                std::string_view(end.message).substr(0, kMessageBytesMax / 3));
+    json::quote(out, utf8_head(end.message, kMessageBytesMax / 3));
   }
   if (!end.result.empty()) out += ",\"result\":" + end.result;
   if (!isolation.empty()) out += ",\"isolation\":" + isolation;
@@ -179,7 +179,7 @@ Result<std::vector<ItemReply>> parse_items(std::string_view reply) {
       return json::members(raw, [&](auto name, auto value) {
         if (name == "token") answer.token = text_or(value, "");
         if (name == "problem" && value != "null") {
-          answer.problem = std::string(value.substr(0, 500));
+          answer.problem = std::string(utf8_head(value, 500));
           json::members(value, [&](auto field, auto number) {
             if (field == "status") {
               answer.status =

@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "queue/say.h"
+#include "queue/utf8.h"
 #include "workers/heartbeat.h"
 #include "workers/http_client.h"
 #include "workers/job_log.h"
@@ -358,7 +359,7 @@ class Worker::Impl : public kinds::Host {
     if (reply->status != 200 && reply->status != 204) {
       // One line for as long as it says the same, a drain for instance.
       if (reply->status != refusal_) {
-        Saying(Severity::warn, "lease_refused", reply->body.substr(0, 300))
+        Saying(Severity::warn, "lease_refused", utf8_head(reply->body, 300))
             .with("status", reply->status);
       }
       refusal_ = reply->status;
@@ -496,7 +497,7 @@ class Worker::Impl : public kinds::Host {
       }
       if (reply && refused(reply->status)) {
         Saying(Severity::error, "completion_refused",
-               reply->body.substr(0, 300))
+               utf8_head(reply->body, 300))
             .with("status", reply->status);
         return {};
       }

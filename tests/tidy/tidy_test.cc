@@ -78,9 +78,11 @@ bool starts(const std::string& text, const std::string& prefix) {
 
 // queue/ headers that workers and tools may know: values, not the queue.
 const std::set<std::string> kWorkersKnow = {
-    "queue/job.h",   "queue/result.h", "queue/ids.h",       "queue/clock.h",
-    "queue/check.h", "queue/say.h",    "queue/line_file.h", "queue/buckets.h"};
-const std::set<std::string> kToolsKnow = {"queue/result.h", "queue/check.h"};
+    "queue/job.h",       "queue/result.h",  "queue/ids.h",
+    "queue/clock.h",     "queue/check.h",   "queue/say.h",
+    "queue/line_file.h", "queue/buckets.h", "queue/utf8.h"};
+const std::set<std::string> kToolsKnow = {"queue/result.h", "queue/check.h",
+                                          "queue/utf8.h"};
 
 bool allowed(const std::string& from, const std::string& to) {
   if (starts(from, "queue/")) return starts(to, "queue/");

@@ -82,11 +82,6 @@ TEST(Text, IsCutBetweenCharacters) {
   EXPECT_EQ(first_line("one\ntwo", 60), "one");
   EXPECT_EQ(first_line("caf\xc3\xa9", 4), "caf");
   EXPECT_EQ(first_line("caf\xc3\xa9", 5), "caf\xc3\xa9");
-  EXPECT_EQ(whole_characters("ab\xe2\x82"), 2u);
-  EXPECT_EQ(whole_characters("ab\xe2\x82\xac"), 5u);
-  EXPECT_EQ(whole_characters("ab\xf0\x9f\x98"), 2u);
-  EXPECT_EQ(whole_characters("\x82\x82\x82\x82"), 4u);  // never UTF-8
-  EXPECT_EQ(whole_characters(""), 0u);
 }
 
 TEST(Table, ColumnsAlignAndOneCellIsOneLine) {

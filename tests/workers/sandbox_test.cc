@@ -663,5 +663,28 @@ TEST(HeadAndTailTest, KeepsBothEndsOfAnyLength) {
   }
 }
 
+TEST(HeadAndTailTest, F30_KeepsNoPartOfACharacter) {
+  for (const std::string unit : {"\u00e9", "\u65e5", "\U0001F600"}) {
+    for (std::size_t pad = 0; pad < 4; ++pad) {
+      std::string all(pad, 'x');
+      for (int i = 0; i < 50; ++i) all += unit;
+      HeadAndTail kept(41);
+      for (std::size_t i = 0; i < all.size(); i += 7) {
+        const auto piece = std::string_view(all).substr(i, 7);
+        kept.add(std::as_bytes(std::span(piece)));
+      }
+      EXPECT_TRUE(valid_utf8(kept.text())) << kept.text();
+      const std::size_t shown = kept.text().find("\n[... ");
+      const std::size_t rest =
+          kept.text().size() - kept.text().rfind("]\n") - 2;
+      EXPECT_NE(
+          kept.text().find(
+              "\n[... " + std::to_string(all.size() - shown - rest) + " bytes"),
+          std::string::npos)
+          << kept.text();
+    }
+  }
+}
+
 }  // namespace
 }  // namespace machina::sandbox

@@ -95,8 +95,6 @@ std::string harmless(std::string_view text);
 std::string harmless_json(std::string_view json);
 // The first line, at most `max` bytes of whole characters.
 std::string first_line(std::string_view text, std::size_t max);
-// The bytes of `text` without a character at its end that is not all there.
-std::size_t whole_characters(std::string_view text);
 
 // Columns padded to their widest cell; the last is left ragged.
 class Table {

@@ -17,6 +17,7 @@
 #include <sstream>
 #include <thread>
 
+#include "queue/utf8.h"
 #include "tools/cli/cli.h"
 
 namespace machina::cli {
@@ -679,8 +680,8 @@ int logs(const LogOptions& options) {
       }
     } else if (log.answer.body.size() > shown) {
       // The rest of a character may come with the next look.
-      const std::size_t end =
-          last ? log.answer.body.size() : whole_characters(log.answer.body);
+      const std::size_t end = last ? log.answer.body.size()
+                                   : utf8_whole_end(log.answer.body).size();
       if (end > shown) write_log(log.answer.body.substr(shown, end - shown));
       shown = std::max(shown, end);
     }

@@ -16,6 +16,7 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 
+#include "queue/utf8.h"
 #include "tools/root.h"
 
 namespace machina::cli {
@@ -252,8 +253,7 @@ std::string Launched::log_tail() const {
                                       : std::streamoff{log_from_});
   std::string text((std::istreambuf_iterator<char>(file)),
                    std::istreambuf_iterator<char>());
-  if (text.size() > kTailBytes) text = text.substr(text.size() - kTailBytes);
-  return harmless(text);
+  return harmless(utf8_tail(text, kTailBytes));
 }
 
 Probe probe(const Settings& settings, const std::string& where,

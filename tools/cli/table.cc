@@ -5,6 +5,7 @@
 #include <ctime>
 #include <iterator>
 
+#include "queue/utf8.h"
 #include "tools/cli/cli.h"
 
 namespace machina::cli {
@@ -167,20 +168,7 @@ std::string harmless_json(std::string_view json) {
 
 std::string first_line(std::string_view text, std::size_t max) {
   text = text.substr(0, text.find('\n'));
-  if (text.size() > max) text = text.substr(0, max);
-  return std::string(text.substr(0, whole_characters(text)));
-}
-
-std::size_t whole_characters(std::string_view text) {
-  // The last character may still be on its way: at most three bytes of it.
-  for (std::size_t back = 1; back <= 3 && back <= text.size(); ++back) {
-    const auto byte = static_cast<unsigned char>(text[text.size() - back]);
-    if (byte < 0x80) break;
-    if (byte < 0xC0) continue;
-    const std::size_t size = byte >= 0xF0 ? 4 : byte >= 0xE0 ? 3 : 2;
-    return size > back ? text.size() - back : text.size();
-  }
-  return text.size();
+  return std::string(utf8_whole_end(text.substr(0, max)));
 }
 
 Table::Table(std::vector<std::string> head) { add(std::move(head)); }

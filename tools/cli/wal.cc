@@ -17,6 +17,7 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 
+#include "queue/utf8.h"
 #include "queue/verify.h"
 #include "tools/cli/cli.h"
 #include "tools/root.h"
@@ -430,7 +431,7 @@ bool print_record(const RecordLine& line, bool whole) {
                             ? rfc3339(std::stoll(field.value))
                             : field.value;
     if (!whole && value.size() > kValueShownMax) {
-      value = value.substr(0, kValueShownMax) + "...";
+      value = std::string(utf8_head(value, kValueShownMax)) + "...";
     }
     bool plain = value.find_first_of(" \t\n\r\"") == value.npos;
     if (!plain && field.type == RecordField::Type::text) {

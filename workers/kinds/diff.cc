@@ -4,6 +4,8 @@
 #include <map>
 #include <optional>
 
+#include "queue/utf8.h"
+
 namespace machina::kinds {
 namespace {
 
@@ -12,46 +14,9 @@ constexpr unsigned kFile = 0100644, kProgram = 0100755, kLink = 0120000,
 
 // --- characters ---
 
-bool is_utf8(std::string_view text) {
-  for (std::size_t i = 0; i < text.size();) {
-    const auto byte = static_cast<unsigned char>(text[i]);
-    std::size_t more = 0;
-    std::uint32_t code = 0;
-    if (byte < 0x80) {
-      ++i;
-      continue;
-    }
-    if (byte >= 0xC2 && byte < 0xE0) {
-      more = 1;
-      code = byte & 0x1F;
-    } else if (byte >= 0xE0 && byte < 0xF0) {
-      more = 2;
-      code = byte & 0x0F;
-    } else if (byte >= 0xF0 && byte < 0xF5) {
-      more = 3;
-      code = byte & 0x07;
-    } else {
-      return false;
-    }
-    if (i + more >= text.size()) return false;
-    for (std::size_t k = 1; k <= more; ++k) {
-      const auto next = static_cast<unsigned char>(text[i + k]);
-      if ((next & 0xC0) != 0x80) return false;
-      code = code << 6 | (next & 0x3F);
-    }
-    const bool shortest = more == 1 || (more == 2 && code >= 0x800) ||
-                          (more == 3 && code >= 0x10000);
-    if (!shortest || code > 0x10FFFF || (code >= 0xD800 && code < 0xE000)) {
-      return false;
-    }
-    i += more + 1;
-  }
-  return true;
-}
-
 std::string shown(std::string_view text) {
   std::string out = "\"";
-  for (const char c : text.substr(0, 200)) {
+  for (const char c : utf8_head(text, 200)) {
     const auto byte = static_cast<unsigned char>(c);
     if (byte < 0x20 || byte == 0x7F) {
       static constexpr char kOctal[] = "01234567";
@@ -167,11 +132,77 @@ std::string_view without_cr(std::string_view line) {
   return line;
 }
 
+// Takes `shape` off the end of `text` where it fits: 0 is any digit, + is a
+// sign, the rest is itself.
+bool take_off(std::string_view& text, std::string_view shape) {
+  if (text.size() < shape.size()) return false;
+  const std::string_view end = text.substr(text.size() - shape.size());
+  for (std::size_t i = 0; i < shape.size(); ++i) {
+    const bool fits = shape[i] == '0'   ? end[i] >= '0' && end[i] <= '9'
+                      : shape[i] == '+' ? end[i] == '+' || end[i] == '-'
+                                        : end[i] == shape[i];
+    if (!fits) return false;
+  }
+  text.remove_suffix(shape.size());
+  return true;
+}
+
+// A name without the time that `diff -u` writes behind it, as git cuts it: also
+// where a mail made spaces of the tab.
+std::string_view without_time(std::string_view text) {
+  std::string_view rest = text;
+  if (!take_off(rest, " +0000")) take_off(rest, " +00:00");
+  std::string_view seconds = rest;
+  while (take_off(seconds, "0")) {
+  }
+  if (seconds.size() < rest.size() && take_off(seconds, ".") &&
+      take_off(seconds, " 00:00:00")) {
+    rest = seconds;
+  } else {
+    take_off(rest, " 00:00:00");
+  }
+  if (!take_off(rest, "0000-00-00") && !take_off(rest, "00-00-00")) {
+    return text;
+  }
+  if (rest.ends_with('\t')) return rest.substr(0, rest.size() - 1);
+  if (!rest.ends_with(' ')) return text;
+  while (rest.ends_with(' ')) rest.remove_suffix(1);
+  return rest.empty() ? text : rest;
+}
+
+// Whether the time behind a name is 1970-01-01 00:00:00 UTC in some zone:
+// `diff -N` writes that of a file that is not there.
+bool is_epoch(std::string_view text) {
+  text.remove_prefix(text.rfind('\t') + 1);  // npos: 0
+  const bool west = text.starts_with("1969-12-31 ");
+  if (!west && !text.starts_with("1970-01-01 ")) return false;
+  text.remove_prefix(11);
+  std::string_view zone = text;
+  if (!take_off(zone, "0000") && !take_off(zone, "00:00")) return false;
+  if (zone.size() < 2 || zone[zone.size() - 2] != ' ') return false;
+  const auto two = [](std::string_view digits) {
+    return (digits[0] - '0') * 10 + (digits[1] - '0');
+  };
+  std::string_view shift = text.substr(zone.size());
+  const int minutes_shift =
+      (two(shift) * 60 + two(shift.substr(shift.size() - 2))) *
+      (zone.back() == '-' ? -1 : 1);
+  std::string_view time = zone.substr(0, zone.size() - 2);
+  while (time.size() > 8 && time.ends_with('0')) time.remove_suffix(1);
+  if (time.size() == 9 && time.ends_with('.')) time.remove_suffix(1);
+  std::string_view left = time;
+  if (!take_off(left, "00:00:00") || !left.empty() || !time.ends_with(":00")) {
+    return false;
+  }
+  const int minutes = two(time) * 60 + two(time.substr(3));
+  return minutes - minutes_shift == (west ? 24 * 60 : 0);
+}
+
 // --- the parser ---
 
 class Reader {
  public:
-  explicit Reader(std::string_view text) : rest_(text) {}
+  Reader(std::string_view text, int strip) : rest_(text), forced_(strip) {}
 
   Diff read() {
     if (rest_.size() > kDiffBytesMax) {
@@ -210,7 +241,8 @@ class Reader {
   // A header's name: what it says, before anything is stripped.
   struct Name {
     std::string text;
-    bool null = false;  // /dev/null
+    bool null = false;   // /dev/null
+    bool epoch = false;  // of a time that says that the file is not there
   };
   struct Pending {
     DiffFile file;
@@ -251,10 +283,12 @@ class Reader {
 
   // --- names ---
 
-  // Of a ---, +++ line: to the end, or to the tab before a time.
-  std::optional<Name> name(std::string_view text) {
+  // Of a ---, +++ line: to the end, or to the time behind it.
+  std::optional<Name> name(std::string_view text, bool git) {
     text = without_cr(text);
     Name out;
+    out.epoch = !git && is_epoch(text);
+    if (!git) text = without_time(text);
     if (text.starts_with('"')) {
       auto plain = unquote(text);
       if (!plain || !(text.empty() || text[0] == '\t')) {
@@ -438,13 +472,13 @@ class Reader {
       const auto saved_line = line_;
       if (rest_.starts_with("--- ")) {
         next();
-        p.minus = name(line_.substr(4));
+        p.minus = name(line_.substr(4), true);
         if (!good()) return;
         if (!rest_.starts_with("+++ ")) {
           return malform("\"---\" without \"+++\" after it");
         }
         next();
-        p.plus = name(line_.substr(4));
+        p.plus = name(line_.substr(4), true);
         if (!good()) return;
         hunks(p);
         break;
@@ -472,14 +506,14 @@ class Reader {
   void plain_file() {
     Pending p;
     p.at = at_;
-    p.minus = name(line_.substr(4));
+    p.minus = name(line_.substr(4), false);
     if (!good()) return;
     next();
-    p.plus = name(line_.substr(4));
+    p.plus = name(line_.substr(4), false);
     if (!good()) return;
     if (!rest_.starts_with("@@ -")) return;  // prose that looks like a header
-    p.file.created = p.minus->null;
-    p.file.deleted = p.plus->null;
+    p.file.created = p.minus->null || (p.minus->epoch && !p.plus->null);
+    p.file.deleted = p.plus->null || (p.plus->epoch && !p.file.created);
     hunks(p);
     if (good()) add(std::move(p));
   }
@@ -587,13 +621,13 @@ class Reader {
         return refuse(p.at, "headers that contradict each other");
       }
     }
-    if (p.minus && p.minus->null != (f.created && !f.deleted)) {
+    if (p.git && p.minus && p.minus->null != (f.created && !f.deleted)) {
       // Git's own form for an empty file that is made has no --- line at all.
       return refuse(p.at,
                     "\"---\" and the headers before it disagree on "
                     "whether the file is new");
     }
-    if (p.plus && p.plus->null != (f.deleted && !f.created)) {
+    if (p.git && p.plus && p.plus->null != (f.deleted && !f.created)) {
       return refuse(p.at,
                     "\"+++\" and the headers before it disagree on "
                     "whether the file is deleted");
@@ -614,18 +648,36 @@ class Reader {
     note_strip(waiting_.back());
   }
 
+  // How many leading components two names of one file say are no path. As git
+  // guesses for `diff -u`: none where a name has but one. -1: nothing.
+  static int strip_of(std::string_view a, std::string_view b) {
+    const std::size_t ends_a = a.find('/'), ends_b = b.find('/');
+    const bool bare_a = ends_a == a.npos, bare_b = ends_b == b.npos;
+    if (bare_a || bare_b) return bare_a && bare_b ? 0 : -1;
+    if (a.starts_with("./") && b.starts_with("./")) return 1;
+    return a.substr(0, ends_a) == b.substr(0, ends_b) ? 0 : 1;
+  }
+
   // How many leading components this file's names say are no path; -1: nothing.
   void note_strip(const Pending& p) {
     int says = -1;
-    if (p.minus && p.plus && !p.minus->null && !p.plus->null) {
-      if (p.minus->text == p.plus->text) {
-        says = 0;
-      } else if (!stripped(p.minus->text, 1).empty()) {
-        says = 1;
+    bool sure = true;  // else it may also be one more
+    const auto two_say = [&](const std::string& a, const std::string& b) {
+      says = strip_of(a, b);
+      sure = says != 0 || a.find('/') == std::string::npos;
+    };
+    if (p.from && p.to) {
+      // These two never have a prefix, so the others tell by their length.
+      for (const int strip : {0, 1}) {
+        if (says < 0 && git_line_names(p.git_line, *p.from, *p.to, strip)) {
+          says = strip;
+        }
       }
+    } else if (p.minus && p.plus && !p.minus->null && !p.plus->null) {
+      two_say(p.minus->text, p.plus->text);
     } else if (p.git) {
       if (const auto two = git_names(p.git_line)) {
-        says = two->first == two->second ? 0 : 1;
+        two_say(two->first, two->second);
       }
     } else if (p.minus && p.plus) {
       const std::string& only = p.minus->null ? p.plus->text : p.minus->text;
@@ -633,6 +685,8 @@ class Reader {
       if (only.find('/') == std::string::npos) says = 0;
     }
     if (says < 0) return;
+    sure_ = sure_ || sure;
+    if (forced_ >= 0) return;
     if (strip_ >= 0 && strip_ != says) {
       refuse(p.at, "some names have a prefix (a/, b/) and some have none");
     }
@@ -640,7 +694,8 @@ class Reader {
   }
 
   void settle() {
-    diff_.strip = strip_ < 0 ? 1 : strip_;
+    diff_.strip = forced_ >= 0 ? forced_ : strip_ < 0 ? 1 : strip_;
+    if (strip_ == 0 && !sure_) diff_.other_strip = 1;
     for (Pending& p : waiting_) {
       resolve(p);
       if (!good()) return;
@@ -694,8 +749,12 @@ class Reader {
       if (!p.minus->null) f.old_path = path_of(p, p.minus->text);
       if (!p.plus->null && good()) f.new_path = path_of(p, p.plus->text);
       if (!good()) return;
-      if (!p.minus->null && !p.plus->null) agree(f.old_path, f.new_path);
-      if (p.git && good()) agree_with_git_line(p);
+      if (p.git) {
+        if (!p.minus->null && !p.plus->null) agree(f.old_path, f.new_path);
+        if (good()) agree_with_git_line(p);
+      } else {
+        as_one_name(f);
+      }
     } else {
       // Headers alone: a mode, or an empty file that comes or goes.
       if (!two) {
@@ -735,26 +794,47 @@ class Reader {
     check_link(p);
   }
 
+  // `diff -u` of one file may name it twice: "a.c.orig" and "a.c", "a.c" and
+  // "a.c~". Which of the two it is, git's rule says: the second, unless that is
+  // the first with something behind it.
+  static void as_one_name(DiffFile& f) {
+    if (!f.old_path.empty() && !f.new_path.empty()) {
+      const bool longer = f.new_path.starts_with(f.old_path);
+      (longer ? f.new_path : f.old_path) = longer ? f.old_path : f.new_path;
+    }
+    if (f.created) f.old_path.clear();
+    if (f.deleted) f.new_path.clear();
+  }
+
   void agree_with_git_line(const Pending& p) {
     const DiffFile& f = p.file;
     const std::string& a = f.old_path.empty() ? f.new_path : f.old_path;
     const std::string& b = f.new_path.empty() ? f.old_path : f.new_path;
-    const std::string& line = p.git_line;
+    if (!git_line_names(p.git_line, a, b, diff_.strip)) {
+      refuse(p.at, "the \"diff --git\" line and the names below it disagree");
+    }
+  }
+
+  // Whether a "diff --git" line may name these two.
+  static bool git_line_names(const std::string& line, const std::string& a,
+                             const std::string& b, int strip) {
     const auto fits = [&](const std::string& raw, const std::string& path) {
-      return stripped(raw, diff_.strip) == path;
+      return stripped(raw, strip) == path;
     };
     if (line.find('"') != std::string::npos) {
       if (const auto two = git_names(line);
           two && fits(two->first, a) && fits(two->second, b)) {
-        return;
+        return true;
       }
     }
     // Where one space separates the two names that the other headers gave.
     for (std::size_t at = line.find(' '); at != std::string::npos;
          at = line.find(' ', at + 1)) {
-      if (fits(line.substr(0, at), a) && fits(line.substr(at + 1), b)) return;
+      if (fits(line.substr(0, at), a) && fits(line.substr(at + 1), b)) {
+        return true;
+      }
     }
-    refuse(p.at, "the \"diff --git\" line and the names below it disagree");
+    return false;
   }
 
   void check_link(const Pending& p) {
@@ -797,7 +877,9 @@ class Reader {
   std::size_t at_ = 0;  // the line's number
   std::size_t hunks_ = 0, link_lines_ = 0;
   std::string_view link_line_;
+  const int forced_;  // what is stripped, whatever the names say; -1: ask them
   int strip_ = -1;
+  bool sure_ = false;
   std::vector<Pending> waiting_;
   Diff diff_;
 };
@@ -820,7 +902,7 @@ std::string path_problem(std::string_view path) {
     const auto byte = static_cast<unsigned char>(c);
     if (byte < 0x20 || byte == 0x7F) return "holds a control character";
   }
-  if (!is_utf8(path)) return "is not UTF-8";
+  if (!valid_utf8(path)) return "is not UTF-8";
   std::string problem;
   std::size_t depth = 0;
   components(path, "/\\", [&](std::string_view part) {
@@ -880,7 +962,9 @@ std::string link_problem(std::string_view path, std::string_view target) {
   return problem;
 }
 
-Diff read_diff(std::string_view text) { return Reader(text).read(); }
+Diff read_diff(std::string_view text, int strip) {
+  return Reader(text, strip).read();
+}
 
 namespace {
 

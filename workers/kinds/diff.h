@@ -13,7 +13,8 @@
 //       it, control characters, or a file that is also a directory or a link.
 //   D2  Modes are 100644 and 100755; 120000 only for a link whose target is
 //       known and stays inside. No submodule, no binary patch, no NUL byte.
-//   D3  Headers that name one file in two ways agree, or it is refused.
+//   D3  Headers of git that name one file in two ways agree, or it is refused;
+//       of two names that `diff -u` gives one file, git's rule takes one.
 //   D4  Time and memory are linear in the text; every count has a bound.
 //
 // Parsers differ, so nothing is believed of a patch for having passed: what git
@@ -61,9 +62,13 @@ struct Diff {
   std::set<std::string> paths;  // every path that it may change
   std::set<std::string> links;  // those of them that it says are links
   int strip = 1;                // leading components of names that are no path
+  // Where every name says that nothing is stripped only by being there twice
+  // ("src/a.c" and "src/a.c"): what may be stripped instead. -1: nothing.
+  int other_strip = -1;
   std::uint64_t added = 0, removed = 0;
 };
-Diff read_diff(std::string_view text);
+// `strip`: what is stripped from names; -1: as they say.
+Diff read_diff(std::string_view text, int strip = -1);
 
 // What a patch takes away, read from git's own diff that undoes it (with -M and
 // the prefixes a/ and b/): what that adds, the patch removed. Only lines that

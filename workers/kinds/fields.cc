@@ -2,15 +2,14 @@
 
 #include <algorithm>
 
+#include "queue/utf8.h"
+
 namespace machina::kinds {
 namespace {
 
-// Never cut inside a character.
-std::string shortened(std::string text, std::size_t bytes) {
+std::string shortened(const std::string& text, std::size_t bytes) {
   if (text.size() <= bytes) return text;
-  std::size_t end = bytes - 3;
-  while (end > 0 && (text[end] & 0xC0) == 0x80) --end;
-  return text.substr(0, end) + "...";
+  return std::string(utf8_head(text, bytes - 3)) + "...";
 }
 
 std::string shown(const nlohmann::json& value) {

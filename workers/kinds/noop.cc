@@ -7,6 +7,7 @@
 
 #include <cstring>
 
+#include "queue/utf8.h"
 #include "workers/json_view.h"
 
 namespace machina::kinds {
@@ -16,7 +17,7 @@ bool number(std::string_view key, std::string_view value, std::uint32_t most,
             std::uint32_t& into, std::string& problem) {
   const auto parsed = json::integer(value);
   if (!parsed || *parsed < 0 || *parsed > most) {
-    problem = std::string(key) + ": " + std::string(value.substr(0, 80)) +
+    problem = std::string(key) + ": " + std::string(utf8_head(value, 80)) +
               " is not an integer in 0.." + std::to_string(most);
     return false;
   }
@@ -28,7 +29,7 @@ bool flag(std::string_view key, std::string_view value, std::uint32_t& into,
           std::string& problem) {
   const auto parsed = json::boolean(value);
   if (!parsed) {
-    problem = std::string(key) + ": " + std::string(value.substr(0, 80)) +
+    problem = std::string(key) + ": " + std::string(utf8_head(value, 80)) +
               " is not true or false";
     return false;
   }

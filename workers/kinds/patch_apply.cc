@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <charconv>
 
+#include "queue/utf8.h"
 #include "workers/kinds/patch.h"
 
 namespace machina::kinds {
@@ -197,7 +198,7 @@ std::string conflict_reason(std::string_view words) {
   if (words == "patch does not apply") {
     return "what is there is not what the diff expects";
   }
-  return std::string(words.substr(0, 300));
+  return std::string(utf8_head(words, 300));
 }
 
 // The path between quotes that a line begins with, where the diff has it.
@@ -318,7 +319,7 @@ std::string refusal(std::string_view err, const Diff& diff) {
       !path.empty()) {
     return "path \"" + path + "\" lies below a symbolic link of the repository";
   }
-  return "git does not take the diff: " + std::string(line.substr(0, 400));
+  return "git does not take the diff: " + std::string(utf8_head(line, 400));
 }
 
 std::string last_word(std::string_view out) {

@@ -15,6 +15,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "queue/utf8.h"
 #include "workers/kinds/patch.h"
 
 namespace machina::kinds {
@@ -169,7 +170,7 @@ class Lander {
     if (const auto text = contents(git_, ref_, 4096)) {
       *done = trimmed(*text) == commit_;
       if (*done) return std::nullopt;
-      return exists(trimmed(*text).substr(0, 100));
+      return exists(std::string(utf8_head(trimmed(*text), 100)));
     }
     if (errno == ENOTDIR) {
       return refusal("a branch whose name is the beginning of " + branch_ +
@@ -201,7 +202,7 @@ class Lander {
       if (name == ref_) {
         *done = value == commit_;
         if (*done) return std::nullopt;
-        return exists(std::string(value.substr(0, 100)));
+        return exists(std::string(utf8_head(value, 100)));
       }
       const auto below = [](std::string_view a, std::string_view b) {
         return a.size() > b.size() && a.starts_with(b) && a[b.size()] == '/';
@@ -331,7 +332,7 @@ class Lander {
       return moved("branch " + branch_ + " is not there any more");
     }
     return moved("branch " + branch_ + " has moved meanwhile, to " +
-                 at.substr(0, 100));
+                 std::string(utf8_head(at, 100)));
   }
 
   // git's own way: the lock file comes whole under its name, the value is

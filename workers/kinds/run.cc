@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "queue/utf8.h"
 #include "workers/json_view.h"
 
 namespace machina::kinds {
@@ -248,10 +249,11 @@ Result<void> apply_sandbox(const std::string& text, sandbox::Limits& limits,
 
 std::string head_and_tail(std::string_view text, std::size_t bytes_max) {
   if (text.size() <= bytes_max) return std::string(text);
-  const std::size_t half = bytes_max / 2;
-  return std::string(text.substr(0, half)) + "\n[... " +
-         std::to_string(text.size() - 2 * half) + " bytes are missing ...]\n" +
-         std::string(text.substr(text.size() - half));
+  const std::string_view head = utf8_head(text, bytes_max / 2);
+  const std::string_view tail = utf8_tail(text, bytes_max / 2);
+  return std::string(head) + "\n[... " +
+         std::to_string(text.size() - head.size() - tail.size()) +
+         " bytes are missing ...]\n" + std::string(tail);
 }
 
 }  // namespace machina::kinds

@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <optional>
 
+#include "queue/utf8.h"
 #include "workers/json_view.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/run.h"
@@ -48,8 +49,9 @@ std::optional<std::string> look_up(const std::string& program) {
 Result<std::string> allowed_executable(const std::string& program,
                                        const KindSettings& settings) {
   const auto refuse = [&](const std::string& why) {
-    return Error{Code::invalid,
-                 "argv[0]: \"" + program.substr(0, 200) + "\" " + why};
+    return Error{
+        Code::invalid,
+        "argv[0]: \"" + std::string(utf8_head(program, 200)) + "\" " + why};
   };
   if (program.find('/') != std::string::npos && program[0] != '/') {
     return refuse("is neither an absolute path nor a bare name");

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 
+#include "queue/utf8.h"
 #include "workers/json_view.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/test_run.h"
@@ -142,7 +143,7 @@ void add_error(TestOutcome& all, const std::string& id,
   one.id = id;
   one.of_run = true;
   one.outcome = one.body = Outcome::error;
-  one.message = message.substr(0, kCaseMessageBytesMax);
+  one.message = utf8_head(message, kCaseMessageBytesMax);
   all.suite.cases.push_back(std::move(one));
   ++all.suite.errors;
   all.broken = true;

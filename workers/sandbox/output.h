@@ -1,7 +1,7 @@
 // workers/sandbox/output.h
 //
 // What is kept of an endless stream: its first half and its last half of a
-// number of bytes, and how many lay between.
+// number of bytes, without a part of a character, and how many lay between.
 
 #pragma once
 
@@ -10,6 +10,9 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <string_view>
+
+#include "queue/utf8.h"
 
 namespace machina::sandbox {
 
@@ -41,13 +44,14 @@ class HeadAndTail {
   bool truncated() const { return total_ > head_max_ + tail_max_; }
 
   std::string text() const {
-    const std::size_t tail = std::min(tail_.size(), tail_max_);
-    std::string all = head_;
-    if (truncated()) {
-      all += "\n[... " + std::to_string(total_ - head_.size() - tail) +
-             " bytes are missing here ...]\n";
-    }
-    return all.append(tail_, tail_.size() - tail, tail);
+    std::string_view head = head_, tail = tail_;
+    tail.remove_prefix(tail.size() - std::min(tail.size(), tail_max_));
+    if (!truncated()) return head_ + std::string(tail);
+    head = utf8_whole_end(head);
+    tail = utf8_whole_begin(tail);
+    return std::string(head) + "\n[... " +
+           std::to_string(total_ - head.size() - tail.size()) +
+           " bytes are missing here ...]\n" + std::string(tail);
   }
 
  private:
