@@ -2,6 +2,7 @@
 // other names than their own.
 
 #include <fstream>
+#include <vector>
 
 #include "tests/e2e/fixture.h"
 
@@ -269,6 +270,106 @@ TEST_P(OddPatch, ANameMeansWhatItMeantWhenSubmitted) {
       {{"kind", "patch.rollback"}, {"payload", {{"patch_id", id}}}}));
   EXPECT_EQ(back["result"]["outcome"], "rolled_back") << back["error"].dump();
   EXPECT_EQ(branches(repos + "/late"), main);
+}
+
+// As git and `diff -u` write them without git's usual names: applied to the
+// tree that git itself makes of them.
+TEST_P(OddPatch, F30_FormsOfOneDiff) {
+  start();
+  const std::string repo = p().root() + "/repos/r";
+  make_repository("r");
+  const std::string hunk = "@@ -1,4 +1,4 @@\n 1\n-2\n+two\n 3\n 4\n";
+  const std::string time = "\t2026-01-02 03:04:05.678900000 +0100\n";
+  const auto git = [&](const std::string& line) {
+    const std::string file = p().dir() + "/tree";
+    EXPECT_EQ(p().shell("cd " + repo + " && { " + line + "; } >" + file), 0)
+        << line << read_file(p().dir() + "/shell.log");
+    std::string text = read_file(file);
+    return text.substr(0, text.find('\n'));
+  };
+  struct One {
+    std::string diff, option, id;
+  };
+  std::vector<One> all = {
+      {"diff --git a.txt dir/c.txt\nsimilarity index 100%\nrename from a.txt\n"
+       "rename to dir/c.txt\n",
+       "-p0", ""},
+      {"diff --git a.txt dir/c d.txt\nsimilarity index 90%\nrename from a.txt\n"
+       "rename to dir/c d.txt\n--- a.txt\n+++ dir/c d.txt\n" +
+           hunk,
+       "-p0", ""},
+      {"diff --git a.txt b.txt\nsimilarity index 100%\ncopy from a.txt\n"
+       "copy to b.txt\n",
+       "-p0", ""},
+      {"--- a.txt.orig" + time + "+++ a.txt" + time + hunk, "", ""},
+      {"--- a.txt\n+++ a.txt~\n" + hunk, "", ""},
+      {"--- a/a.txt.orig\n+++ b/a.txt\n" + hunk, "", ""},
+      {"--- ./a.txt.orig 2026-01-02 03:04:05 +0100\n+++ ./a.txt 2026-01-02 "
+       "03:04:06 +0100\n" +
+           hunk,
+       "", ""},
+      // Both names have the same first part, and it is no directory here.
+      {"--- proj/a.txt.orig\n+++ proj/a.txt\n" + hunk, "", ""},
+      {"--- old/n.txt\t1970-01-01 00:00:00.000000000 +0000\n+++ new/n.txt" +
+           time + "@@ -0,0 +1 @@\n+x\n",
+       "", ""},
+      {"diff --git c/a.txt w/a.txt\n--- c/a.txt\n+++ w/a.txt\n" + hunk, "", ""},
+  };
+  for (One& one : all) one.id = p().submit(request("r", one.diff));
+  for (const One& one : all) {
+    std::ofstream(p().dir() + "/one.diff") << one.diff;
+    const std::string index = "GIT_INDEX_FILE=" + p().dir() + "/index git ";
+    const std::string tree = git(
+        index + "read-tree HEAD && " + index + "apply --cached " + one.option +
+        " " + p().dir() + "/one.diff && " + index + "write-tree");
+    const Json job = p().wait_end(one.id, 60000);
+    ASSERT_EQ(job["result"].value("outcome", ""), "applied")
+        << one.diff << job.dump(1).substr(0, 2000);
+    EXPECT_EQ(
+        git("git rev-parse " + job["result"].value("commit", "") + "'^{tree}'"),
+        tree)
+        << one.diff;
+  }
+}
+
+// U+FFFD stands for bytes that are no UTF-8; a cut makes none.
+TEST_P(OddPatch, F30_TextIsCutBetweenCharacters) {
+  start();
+  std::vector<std::string> ids;
+  for (const std::string pad : {"", "x", "xx"}) {
+    ids.push_back(
+        p().submit({{"kind", "tool.shell"},
+                    {"payload",
+                     {{"argv",
+                       {"/usr/bin/python3", "-c",
+                        "import sys; t = '" + pad +
+                            "' + '\\u65e5' * 100000; "
+                            "sys.stdout.write(t); sys.stderr.write(t)"}}}}}));
+    ids.push_back(
+        p().submit({{"kind", "test.run"},
+                    {"max_attempts", 1},
+                    {"payload",
+                     {{"files",
+                       {{"test_a.py",
+                         "def test_a():\n    print('\\u65e5' * 9000)\n"
+                         "    assert 0, '" +
+                             pad + "' + '\\u65e5' * 9000\n"}}}}}}));
+    ids.push_back(p().submit(
+        {{"kind", "test.run"},
+         {"max_attempts", 1},
+         {"payload",
+          {{"files", {{"test_a.py", ""}}},
+           {"setup",
+            {{"/usr/bin/python3", "-c",
+              "print('" + pad + "' + '\\u65e5' * 9000); exit(3)"}}}}}}));
+  }
+  for (const std::string& id : ids) {
+    const Json job = p().wait_end(id, 60000);
+    const std::string text = job["result"].dump();
+    EXPECT_NE(text.find("\u65e5\u65e5"), std::string::npos)
+        << text.substr(0, 500);
+    EXPECT_EQ(text.find("\ufffd"), std::string::npos) << text.substr(0, 500);
+  }
 }
 
 MACHINA_BOTH(OddPatch);

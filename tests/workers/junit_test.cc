@@ -10,6 +10,8 @@
 #include <random>
 #include <thread>
 
+#include "queue/utf8.h"
+
 namespace machina::kinds {
 namespace {
 
@@ -50,6 +52,46 @@ TEST(JunitTest, EachOutcomeIsRead) {
   EXPECT_EQ(suite->cases[2].outcome, Outcome::error);
   EXPECT_EQ(suite->cases[3].id, "a.TestX::test_one");
   EXPECT_EQ(suite->cases[3].duration_ms, 12);
+}
+
+// As ctest 3.25 writes it: what could not be run is "skipped" there, and its
+// exit code says that it failed.
+TEST(JunitTest, F03_WhatDidNotRunHasNotPassed) {
+  const auto suite = parse(R"XML(<testsuite name="x">
+<testcase name="good" classname="good" time="0.01" status="run"/>
+<testcase name="bad" classname="bad" time="0.01" status="fail">
+<failure message=""/><system-out>it said no</system-out></testcase>
+<testcase name="missing" classname="missing" time="0" status="notrun">
+<skipped message="Unable to find executable"/></testcase>
+<testcase name="dis" classname="dis" time="0" status="disabled">
+<system-out>Disabled</system-out></testcase>
+<testcase name="s77" classname="s77" time="0" status="notrun">
+<skipped message="SKIP_RETURN_CODE=77"/></testcase>
+<testcase name="DISABLED_x" classname="g" status="notrun" result="suppressed"/>
+</testsuite>)XML");
+  ASSERT_TRUE(suite) << suite.error().what;
+  EXPECT_EQ(suite->passed, 1);
+  EXPECT_EQ(suite->failed, 1);
+  EXPECT_EQ(suite->errors, 1);
+  EXPECT_EQ(suite->skipped, 3);
+  EXPECT_EQ(suite->cases[0].id, "bad");
+  EXPECT_EQ(suite->cases[0].message, "it said no");
+  EXPECT_EQ(suite->cases[1].id, "missing");
+  EXPECT_EQ(suite->cases[1].outcome, Outcome::error);
+}
+
+TEST(JunitTest, F30_MessagesAndNamesAreCutBetweenCharacters) {
+  for (int pad = 0; pad < 3; ++pad) {
+    std::string many(static_cast<std::size_t>(pad), 'x');
+    for (int i = 0; i < 20'000; ++i) many += "\u65e5";
+    const auto suite = parse("<testsuite><testcase classname=\"a\" name=\"" +
+                             many + "\"><failure message=\"" + many + "\">" +
+                             many + "</failure></testcase></testsuite>");
+    ASSERT_TRUE(suite) << suite.error().what;
+    EXPECT_TRUE(valid_utf8(suite->cases.at(0).id)) << pad;
+    EXPECT_TRUE(valid_utf8(suite->cases.at(0).message)) << pad;
+    EXPECT_GT(suite->cases.at(0).message.size(), 1900u);
+  }
 }
 
 TEST(JunitTest, TruncatedReportIsNoReport) {

@@ -370,12 +370,61 @@ TEST_F(KindsTest, WhatComesLaterIsRefusedByName) {
   EXPECT_THAT(with(R"("coverage":true)"), StartsWith("coverage: "));
   EXPECT_THAT(with(R"("scenario":"hostile_input")"), StartsWith("scenario: "));
   EXPECT_THAT(with(R"("severity":"low")"), StartsWith("severity: "));
-  for (const char* runner : {"unittest", "ctest", "node", "tap"}) {
-    EXPECT_THAT(with("\"runner\":\"" + std::string(runner) + "\""),
-                HasSubstr("not available yet"));
-  }
   EXPECT_THAT(check("test.run", R"({"repo":"https://example.com/x"})"),
               HasSubstr("not available yet"));
+}
+
+TEST_F(KindsTest, F03_RunnersAndTheirMembersBelongTogether) {
+  const auto with = [&](const std::string& more) {
+    return check("test.run", R"({"files":{"t.py":""},)" + more + "}");
+  };
+  for (const char* runner : {"pytest", "unittest", "ctest", "node"}) {
+    const std::string one = "\"runner\":\"" + std::string(runner) + "\"";
+    EXPECT_EQ(with(one + R"(,"args":["-v"],"select":["x"])"), "") << runner;
+    EXPECT_THAT(with(one + R"(,"command":["true"])"), StartsWith("command: "));
+    EXPECT_THAT(with(one + R"(,"report":{"format":"tap","path":"x"})"),
+                AllOf(StartsWith("report: "), HasSubstr(runner)));
+  }
+  EXPECT_EQ(with(R"("runner":"tap","command":["perl","t.t"])"), "");
+  EXPECT_THAT(with(R"("runner":"tap")"), StartsWith("command: "));
+  EXPECT_THAT(with(R"("runner":"tap","command":["x"],"args":["y"])"),
+              StartsWith("args: "));
+  EXPECT_THAT(with(R"("runner":"prove")"),
+              AllOf(StartsWith("runner: "),
+                    HasSubstr("pytest, unittest, ctest, node, tap, command")));
+  // What the runner sets itself, and what leaves cases out.
+  EXPECT_THAT(with(R"("runner":"node","args":["a","--test-reporter=tap"])"),
+              StartsWith("args[1]: "));
+  EXPECT_THAT(with(R"("runner":"ctest","args":["--output-junit","x"])"),
+              StartsWith("args[0]: "));
+  EXPECT_THAT(with(R"("runner":"ctest","args":["--stop-on-failure"])"),
+              StartsWith("args[0]: "));
+  EXPECT_EQ(with(R"("runner":"ctest","args":["--output-on-failure"])"), "");
+}
+
+TEST_F(KindsTest, F03_TheReportOfACommandIsAFileOfTheWorkTree) {
+  const auto with = [&](const std::string& report) {
+    return check("test.run",
+                 R"({"files":{"t":""},"runner":"command","command":["x"],)"
+                 "\"report\":" +
+                     report + "}");
+  };
+  EXPECT_EQ(with(R"({"format":"junit","path":"out/r.xml"})"), "");
+  EXPECT_EQ(with(R"({"format":"tap","path":"r.tap"})"), "");
+  EXPECT_THAT(with(R"({"format":"xml","path":"r"})"),
+              AllOf(StartsWith("report.format: "), HasSubstr("junit")));
+  EXPECT_THAT(with(R"({"path":"r"})"), StartsWith("report.format: "));
+  EXPECT_THAT(with(R"({"format":"tap"})"), StartsWith("report.path: "));
+  for (const char* path : {"", "/work/r", "../r", "a/../../r", "./r", "a//r",
+                           "a/", "a\\u0000b", "a\\nb"}) {
+    EXPECT_THAT(with(R"({"format":"tap","path":")" + std::string(path) + "\"}"),
+                StartsWith("report.path: "))
+        << path;
+  }
+  EXPECT_THAT(with(R"({"format":"tap","path":"r","x":1})"),
+              StartsWith("report.x: "));
+  EXPECT_THAT(with(R"("r.xml")"), StartsWith("report"));
+  EXPECT_THAT(with("7"), StartsWith("report"));
 }
 
 TEST_F(KindsTest, TestRunMembersBelongTogether) {

@@ -14,6 +14,8 @@
 #include <string>
 #include <unordered_map>
 
+#include "queue/utf8.h"
+
 namespace machina::kinds {
 namespace {
 
@@ -29,7 +31,7 @@ void put(std::string& out, T value) {
 }
 
 void put_text(std::string& out, std::string_view text, std::size_t most) {
-  text = text.substr(0, most);
+  text = utf8_head(text, most);
   put(out, static_cast<std::uint16_t>(text.size()));
   out += text;
 }
@@ -78,14 +80,7 @@ class Reader {
   // Empty: good so far.
   const std::string& problem() const { return problem_; }
   bool saw_root() const { return saw_root_; }
-  std::string frames() && {
-    std::string out = std::move(failing_);
-    out += others_;
-    out += 'T';
-    for (const std::uint32_t n : counts_) put(out, n);
-    put(out, dropped_);
-    return out;
-  }
+  std::string frames() && { return std::move(frames_).take(); }
 
  private:
   void stop(const char* why) {
@@ -124,16 +119,16 @@ class Reader {
   static void on_end(void* data, const char* element) {
     auto& self = *static_cast<Reader*>(data);
     --self.depth_;
-    self.in_note_ = self.in_note_ && self.depth_ >= self.note_depth_;
+    if (self.depth_ < self.text_depth_) self.into_ = nullptr;
     if (std::strcmp(element, "testcase") == 0) self.end_case();
   }
 
   static void on_text(void* data, const char* text, int size) {
     auto& self = *static_cast<Reader*>(data);
-    if (!self.in_note_) return;
-    self.text_.append(text, static_cast<std::size_t>(size));
-    if (self.text_.size() > 8 * kTextTailBytes) {
-      self.text_.erase(0, self.text_.size() - kTextTailBytes);
+    if (self.into_ == nullptr) return;
+    self.into_->append(text, static_cast<std::size_t>(size));
+    if (self.into_->size() > 8 * kTextTailBytes) {
+      *self.into_ = std::string(utf8_tail(*self.into_, kTextTailBytes));
     }
   }
 
@@ -143,10 +138,11 @@ class Reader {
     case_ = Case{};
     nameless_ = name.find_first_not_of(" \t\r\n") == std::string_view::npos;
     if (nameless_) name = "(a case without a name)";
-    case_.id = std::string(classname.substr(0, kCaseIdBytesMax));
+    if (classname != name) case_.id = classname.substr(0, kCaseIdBytesMax);
     if (!case_.id.empty()) case_.id += "::";
     case_.id += name.substr(0, kCaseIdBytesMax);
-    case_.id.resize(std::min(case_.id.size(), kCaseIdBytesMax));
+    case_.id = std::string(utf8_head(case_.id, kCaseIdBytesMax));
+    not_run_ = std::strcmp(attribute(attributes, "status"), "notrun") == 0;
     status_ = outcome_of_status(attribute(attributes, "status"));
     if (status_ == Outcome::passed) {
       status_ = outcome_of_status(attribute(attributes, "result"));
@@ -159,7 +155,13 @@ class Reader {
           std::lround(std::min(seconds * 1000, 4e9)));
     }
     text_.clear();
+    output_.clear();
     in_case_ = true;
+  }
+
+  void collect_into(std::string& text) {
+    into_ = &text;
+    text_depth_ = depth_;
   }
 
   // <failure>, <error> or <skipped> inside a case. An error outranks a failure,
@@ -174,10 +176,17 @@ class Reader {
     } else if (one_of(what,
                       {"properties", "system-out", "system-err", "flakyFailure",
                        "flakyError", "rerunFailure", "rerunError"})) {
+      if (what.starts_with("system-")) collect_into(output_);
       return;
     }
     std::string message(attribute(attributes, "message"));
-    if (what != "error" && outcome == Outcome::error) {
+    // ctest's words for what the test itself asked for begin with SKIP_; the
+    // others say why it could not be run.
+    const bool unable =
+        not_run_ && !message.empty() && !message.starts_with("SKIP_");
+    if (what == "skipped" && unable) {
+      outcome = Outcome::error;
+    } else if (what != "error" && outcome == Outcome::error) {
       message = "the report says <" + std::string(what.substr(0, 100)) +
                 ">, which is no outcome that is known";
     }
@@ -193,10 +202,9 @@ class Reader {
     }
     if (!stronger) return;
     case_.outcome = outcome;
-    case_.message = message.substr(0, kTextTailBytes);
+    case_.message = utf8_head(message, kTextTailBytes);
     text_.clear();
-    in_note_ = true;
-    note_depth_ = depth_;
+    collect_into(text_);
   }
 
   // pytest writes a second element for a teardown that fails after a body that
@@ -214,60 +222,40 @@ class Reader {
 
   void end_case() {
     if (!in_case_) return;
-    in_case_ = in_note_ = false;
+    in_case_ = false;
+    into_ = nullptr;
     if (!noted_) case_.outcome = case_.body = status_;
     if (nameless_ && (case_.outcome == Outcome::passed ||
                       case_.outcome == Outcome::skipped)) {
       return;
     }
     number_case();
-    ++counts_[static_cast<int>(case_.outcome)];
-    if (!text_.empty()) {
-      const std::size_t from =
-          text_.size() - std::min(text_.size(), kTextTailBytes);
-      if (!case_.message.empty()) case_.message += '\n';
-      case_.message += text_.substr(from);
-    }
     const bool failing =
         case_.outcome == Outcome::failed || case_.outcome == Outcome::error;
-    // A failing one that has no room left for its message is listed without.
-    const bool apart = failing && failing_.size() + case_.message.size() +
-                                          2 * kCaseIdBytesMax <
-                                      kFailingBytesMax;
-    if (failing && !apart) case_.message.clear();
-    std::string& out = apart ? failing_ : others_;
-    const std::size_t most = apart ? kFailingBytesMax : kOtherBytesMax;
-    if (out.size() + case_.id.size() + case_.message.size() + 24 > most) {
-      ++dropped_;
-      return;
+    // A failure without a word: what the case printed.
+    if (failing && case_.message.empty() && text_.empty()) text_ = output_;
+    if (!text_.empty()) {
+      if (!case_.message.empty()) case_.message += '\n';
+      case_.message += utf8_tail(text_, kTextTailBytes);
     }
-    out += 'C';
-    put(out, static_cast<std::uint8_t>(case_.outcome));
-    put(out, static_cast<std::uint8_t>(case_.body));
-    put(out, static_cast<std::uint8_t>(case_.teardown));
-    put(out, case_.nth);
-    put(out, case_.duration_ms);
-    put_text(out, case_.id, kCaseIdBytesMax);
-    put_text(out, case_.message, kCaseMessageBytesMax);
+    frames_.add(case_);
   }
 
   XML_Parser parser_;
-  std::string problem_, failing_, others_, text_;
-  std::uint32_t counts_[4] = {0, 0, 0, 0};  // by Outcome: passed .. skipped
-  std::uint32_t dropped_ = 0;
+  std::string problem_, text_, output_;
+  std::string* into_ = nullptr;  // where text goes: one of the two, or nowhere
+  CaseFrames frames_;
   Case case_;
   std::unordered_map<std::string, std::uint32_t> seen_;  // cases of each id
   std::string last_id_;
   Outcome status_ = Outcome::passed;
-  int depth_ = 0, note_depth_ = 0, case_depth_ = 0;
-  bool saw_root_ = false, in_case_ = false, in_note_ = false;
+  int depth_ = 0, text_depth_ = 0, case_depth_ = 0;
+  bool saw_root_ = false, in_case_ = false, not_run_ = false;
   bool nameless_ = false, noted_ = false, last_failed_ = false;
 };
 
-std::string no_report(const std::string& why) {
-  std::string out = "X";
-  put_text(out, why, 1000);
-  return out;
+std::string no_junit(const std::string& why) {
+  return no_report("not a JUnit report: " + why);
 }
 
 bool read_all(int fd, char* at, std::size_t bytes) {
@@ -407,10 +395,50 @@ std::string_view name(Outcome outcome) {
   return "error";
 }
 
+void CaseFrames::add(Case one) {
+  ++counts_[static_cast<int>(one.outcome)];
+  const bool failing =
+      one.outcome == Outcome::failed || one.outcome == Outcome::error;
+  // A failing one that has no room left for its message is listed without.
+  const bool apart =
+      failing && failing_.size() + one.message.size() + 2 * kCaseIdBytesMax <
+                     kFailingBytesMax;
+  if (failing && !apart) one.message.clear();
+  std::string& out = apart ? failing_ : others_;
+  const std::size_t most = apart ? kFailingBytesMax : kOtherBytesMax;
+  if (out.size() + one.id.size() + one.message.size() + 24 > most) {
+    ++dropped_;
+    return;
+  }
+  out += 'C';
+  put(out, static_cast<std::uint8_t>(one.outcome));
+  put(out, static_cast<std::uint8_t>(one.body));
+  put(out, static_cast<std::uint8_t>(one.teardown));
+  put(out, one.nth);
+  put(out, one.duration_ms);
+  put_text(out, one.id, kCaseIdBytesMax);
+  put_text(out, one.message, kCaseMessageBytesMax);
+}
+
+std::string CaseFrames::take() && {
+  std::string out = std::move(failing_);
+  out += others_;
+  out += 'T';
+  for (const std::uint32_t n : counts_) put(out, n);
+  put(out, dropped_);
+  return out;
+}
+
+std::string no_report(const std::string& why) {
+  std::string out = "X";
+  put_text(out, why, 1000);
+  return out;
+}
+
 std::string encode_junit(std::string_view xml) {
-  if (xml.size() > kJunitXmlBytesMax) return no_report("it is too large");
+  if (xml.size() > kJunitXmlBytesMax) return no_junit("it is too large");
   XML_Parser parser = XML_ParserCreate(nullptr);
-  if (parser == nullptr) return no_report("no memory for a parser");
+  if (parser == nullptr) return no_junit("no memory for a parser");
   Reader reader(parser);
   std::string problem;
   for (std::size_t at = 0; problem.empty();) {
@@ -428,7 +456,7 @@ std::string encode_junit(std::string_view xml) {
     if (last) break;
   }
   XML_ParserFree(parser);
-  if (!problem.empty()) return no_report(problem);
+  if (!problem.empty()) return no_junit(problem);
   return std::move(reader).frames();
 }
 
@@ -462,7 +490,7 @@ Result<Suite> decode_junit(std::string_view frames) {
       totals = in.good() && in.empty();
       break;
     } else if (type == 'X') {
-      return Error{Code::invalid, "not a JUnit report: " + in.text(1000)};
+      return Error{Code::invalid, in.text(1000)};
     } else {
       break;
     }
@@ -474,12 +502,17 @@ Result<Suite> decode_junit(std::string_view frames) {
 }
 
 int junit_handler(int in_fd, int out_fd) {
+  return report_handler(in_fd, out_fd, encode_junit);
+}
+
+int report_handler(int in_fd, int out_fd,
+                   std::string (*encode)(std::string_view)) {
   std::uint32_t size = 0;
   if (!read_all(in_fd, reinterpret_cast<char*>(&size), sizeof size)) return 1;
   if (size > kJunitXmlBytesMax) return 2;
   std::string xml(size, '\0');
   if (!read_all(in_fd, xml.data(), size)) return 1;
-  const std::string frames = encode_junit(xml);
+  const std::string frames = encode(xml);
   std::string head;
   put(head, static_cast<std::uint32_t>(frames.size()));
   return write_all(out_fd, head) && write_all(out_fd, frames) ? 0 : 1;

@@ -19,6 +19,8 @@
 //       kept though thousands passed before them.
 //   J3  A <testcase> without a name is no case, unless it failed. A status or a
 //       child element that is not known is an error. (junit_test, F02_...)
+//   J4  One that ctest could not run (status "notrun": no executable, no
+//       required file) is an error, as its exit code says. (F03_...)
 
 #pragma once
 
@@ -50,8 +52,8 @@ std::string_view name(Outcome);
 
 // A case is known by its id and by which of those with that id it is.
 struct Case {
-  std::string id;                     // classname::name
-  std::uint32_t nth = 1;              // in the order of the report, from 1
+  std::string id;         // classname::name; only name where both are the same
+  std::uint32_t nth = 1;  // in the order of the report, from 1
   Outcome outcome = Outcome::passed;  // of all of it: what is counted
   // What its body came to. With `teardown` that may be better than `outcome`:
   // then the body came to this, and the teardown failed.
@@ -75,6 +77,20 @@ struct Suite {
   bool complete = false;
 };
 
+// Cases as frames, counted, within the bounds of a reply.
+class CaseFrames {
+ public:
+  void add(Case one);
+  std::string take() &&;  // all of them, and the 'T' frame
+
+ private:
+  std::string failing_, others_;
+  std::uint32_t counts_[4] = {0, 0, 0, 0};  // by Outcome: passed .. skipped
+  std::uint32_t dropped_ = 0;
+};
+// The 'X' frame.
+std::string no_report(const std::string& why);
+
 // Parses and encodes; never fails: a bad file is an 'X' frame.
 std::string encode_junit(std::string_view xml);
 // Code::invalid: the file was no report (the reason follows), or the frames
@@ -82,6 +98,9 @@ std::string encode_junit(std::string_view xml);
 Result<Suite> decode_junit(std::string_view frames);
 
 int junit_handler(int in_fd, int out_fd);
+// A handler of such requests that answers with what `encode` makes of the text.
+int report_handler(int in_fd, int out_fd,
+                   std::string (*encode)(std::string_view));
 
 // Sends `xml` to a running handler and reads its reply. The socket is closed.
 Result<Suite> ask_junit(int socket_fd, std::string_view xml, int timeout_ms);

@@ -6,6 +6,7 @@
 #include "workers/kinds/patch_rollback.h"
 #include "workers/kinds/run.h"
 #include "workers/kinds/shell.h"
+#include "workers/kinds/tap.h"
 #include "workers/kinds/test_run.h"
 
 namespace machina {
@@ -97,6 +98,7 @@ void register_built_in_handlers() {
   sandbox::register_builtin(BuiltinId::noop, kinds::noop_handler);
   sandbox::register_builtin(BuiltinId::junit, kinds::junit_handler);
   sandbox::register_builtin(BuiltinId::land, kinds::land_handler);
+  sandbox::register_builtin(BuiltinId::tap, kinds::tap_handler);
 }
 
 }  // namespace machina

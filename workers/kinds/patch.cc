@@ -164,7 +164,26 @@ class PatchRun {
     applied_ = apply_diff(payload_.diff, diff_, words(), base_, attempt_, host_,
                           left());
     usage_.add(applied_.end.usage);
+    if (applied_.how == Applied::How::conflict) read_otherwise();
     return std::nullopt;
+  }
+
+  // Where the names say in one way only how they are to be read, and the files
+  // are not there: the other way, which is git's own first. Not where somebody
+  // said yes to paths.
+  void read_otherwise() {
+    if (diff_.other_strip < 0 || payload_.approval) return;
+    Diff other = read_diff(payload_.diff, diff_.other_strip);
+    if (other.verdict != Diff::Verdict::ok) return;
+    Applied applied = apply_diff(payload_.diff, other, words(), base_, attempt_,
+                                 host_, left());
+    usage_.add(applied.end.usage);
+    if (applied.how != Applied::How::committed &&
+        applied.how != Applied::How::unchanged) {
+      return;
+    }
+    applied_ = std::move(applied);
+    diff_ = std::move(other);
   }
 
   CommitWords words() const {
@@ -203,7 +222,7 @@ class PatchRun {
 
   // The base's cases once more, without running them: whether ids stay.
   MaybeEnd list_again(TestPhase& phase) {
-    if (payload_.test->runner != TestPayload::Runner::pytest) {
+    if (payload_.test->runner != Runner::pytest) {
       return std::nullopt;
     }
     SuiteOptions options;
@@ -320,9 +339,9 @@ class PatchRun {
   void stage_all() {
     stage(kDiffName, payload_.diff);
     stage("output-before.log", before_.run.output);
-    stage("junit-before.xml", before_.run.report);
+    stage(report_name(before_, false), before_.run.report);
     stage("output-after.log", after_.run.output);
-    stage("junit-after.xml", after_.run.report);
+    stage(report_name(after_, true), after_.run.report);
     if (!published_) return;
     stage(kReverseName, applied_.reverse_diff);
     stage(kBundleName, applied_.bundle);

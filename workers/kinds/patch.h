@@ -143,9 +143,16 @@ struct TestPhase {
   // Cut off when its share of the job's time was over: that tells of the time,
   // and nothing of the tests.
   bool out_of_time = false;
+  // Of a suite that is one case: what failed in it cannot be told from what
+  // fails later.
+  bool one_case = false;
   std::string problem;  // what ended it, where it is not valid
   SuiteRun run;
 };
+// Whether what failed in it can be compared with a later run.
+bool tells(const TestPhase& phase);
+// Of the artifact that its report becomes.
+const char* report_name(const TestPhase& phase, bool after);
 // Runs the suite and says in `phase` what came of it; or the end of the attempt
 // where it is nobody's verdict.
 std::optional<End> run_test_phase(TestPhase& phase, const TestPayload& suite,

@@ -209,9 +209,7 @@ Result<PatchPayload> parse_patch(const std::string& payload,
   }
   if (fields.has("test")) {
     Fields test = fields.object("test");
-    test.only({"cwd", "runner", "args", "command", "env", "setup", "select",
-               "scenario", "severity", "retries", "coverage"});
-    read_suite(test, out.test.emplace());
+    read_test_member(test, out.test.emplace());
     fields.take_error(test);
   }
   out.baseline = fields.flag("baseline", true);

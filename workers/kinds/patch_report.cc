@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 
+#include "queue/utf8.h"
 #include "workers/json_view.h"
 #include "workers/kinds/patch.h"
 #include "workers/kinds/pytest_watch.h"
@@ -18,6 +19,11 @@ constexpr std::size_t kBeforeBytesMax = 160 << 10;
 constexpr std::size_t kAfterBytesMax = 256 << 10;
 constexpr std::size_t kReasonBytesMax = 4 << 10;
 constexpr std::size_t kApprovalBytesMax = 48 << 10;
+
+constexpr char kOneCase[] =
+    "the suite failed before the patch, and nothing tells its cases apart: let "
+    "the command write a report and name it (test.report), or use a runner "
+    "that has one";
 
 bool fails(Outcome outcome) {
   return outcome == Outcome::failed || outcome == Outcome::error;
@@ -71,6 +77,24 @@ const std::vector<TakenAway::Line>& lines_of(
   return at == all.end() ? kNone : at->second;
 }
 
+// Whether a line has the last name of "::suite > name" in quotes, as
+// JavaScript defines a test.
+bool quotes(const std::vector<TakenAway::Line>& lines,
+            const std::string& rest) {
+  const std::size_t last = rest.rfind(" > ");
+  if (!rest.starts_with("::") || rest.size() < 3) return false;
+  const std::string name =
+      rest.substr(last == std::string::npos ? 2 : last + 3);
+  return std::any_of(lines.begin(), lines.end(), [&](const auto& line) {
+    for (const char quote : {'\'', '"', '`'}) {
+      if (line.text.find(quote + name + quote) != std::string::npos) {
+        return true;
+      }
+    }
+    return false;
+  });
+}
+
 // Whether the patch removes or renames the test that defines the case. Where
 // that cannot be told it is no.
 bool removed_by(const TakenAway& taken, const std::string& id,
@@ -101,7 +125,9 @@ bool removed_by(const TakenAway& taken, const std::string& id,
   }
   // The runner does not say where: "tests.test_a.TestB::test_c" is taken for
   // tests/test_a.py, and for no other file.
+  // An id of node begins with the path itself.
   const auto rest_in = [&id](const std::string& path) {
+    if (id.starts_with(path + "::")) return id.substr(path.size());
     std::string dotted = path.substr(0, path.rfind('.'));
     std::replace(dotted.begin(), dotted.end(), '/', '.');
     const bool in = !dotted.empty() && id.starts_with(dotted) &&
@@ -115,7 +141,10 @@ bool removed_by(const TakenAway& taken, const std::string& id,
   for (const auto& [path, lines] : taken.gone) {
     std::string rest = rest_in(path);
     if (rest.empty()) continue;
-    rest.resize(std::min(rest.size(), rest.find('[')));
+    const bool quoted =
+        quotes(lines, rest) && !quotes(lines_of(taken.come, path), rest);
+    if (quoted) return true;
+    rest.resize(std::min(rest.size(), rest.find_first_of("[ ")));
     const std::string name = rest.substr(rest.find_last_of(".:") + 1);
     if (has(lines, "def", name) &&
         !has(lines_of(taken.come, path), "def", name)) {
@@ -133,7 +162,7 @@ std::string cases_text(std::size_t n, const std::string& rest_one,
 
 std::string text_or_null(const std::string& text) {
   if (text.empty()) return "null";
-  return json::quoted(text.substr(0, kReasonBytesMax));
+  return json::quoted(utf8_head(text, kReasonBytesMax));
 }
 
 // A list of items with a bound; whether some were left out.
@@ -158,23 +187,35 @@ bool append_list(std::string& out, const List& list, std::size_t bytes_max,
 
 const char* flag(bool value) { return value ? "true" : "false"; }
 
-std::string phase_json(const TestPhase* phase, std::size_t bytes_max) {
+std::string phase_json(const TestPhase* phase, bool valid,
+                       std::size_t bytes_max) {
   if (phase == nullptr || !phase->ran) return "null";
   std::string out =
       test_result(phase->run.tests, phase->run.end.usage, bytes_max);
   out.pop_back();
-  return out + ",\"valid\":" + flag(phase->valid) +
+  return out + ",\"valid\":" + flag(valid) +
          ",\"complete\":" + flag(phase->run.tests.suite.complete) +
-         ",\"problem\":" + text_or_null(phase->problem) + "}";
+         ",\"problem\":" +
+         text_or_null(valid == phase->valid ? phase->problem : kOneCase) + "}";
 }
 
 }  // namespace
 
+bool tells(const TestPhase& phase) {
+  return phase.valid && (!phase.one_case || passed(phase.run.tests));
+}
+
+const char* report_name(const TestPhase& phase, bool after) {
+  if (phase.run.tap) return after ? "report-after.tap" : "report-before.tap";
+  return after ? "junit-after.xml" : "junit-before.xml";
+}
+
 std::string tests_json(const TestPhase* before, const TestPhase* after,
                        const std::vector<NamedCases>& lists) {
   if (after == nullptr || !(after->ran || before->ran)) return "null";
-  std::string out = "{\"before\":" + phase_json(before, kBeforeBytesMax) +
-                    ",\"after\":" + phase_json(after, kAfterBytesMax);
+  std::string out =
+      "{\"before\":" + phase_json(before, tells(*before), kBeforeBytesMax) +
+      ",\"after\":" + phase_json(after, after->valid, kAfterBytesMax);
   for (const auto& [name, list] : lists) {
     out += std::string(",\"") + name + "\":";
     const bool cut =
@@ -192,6 +233,7 @@ std::optional<End> run_test_phase(TestPhase& phase, const TestPayload& suite,
                                   Usage& usage) {
   host.log("== " + options.what + " ==\n");
   phase.ran = true;
+  phase.one_case = !tells_cases(suite);
   phase.run = run_suite(suite, checkout, options, attempt, host);
   usage.add(phase.run.end.usage);
   const TestOutcome& tests = phase.run.tests;
@@ -231,6 +273,7 @@ std::string shown(const CaseKey& key) {
 
 std::set<CaseKey> failing_cases(const TestPhase& phase) {
   std::set<CaseKey> out;
+  if (phase.one_case) return out;
   for (const auto& [id, cases] : table_of(phase.run.tests, true)) {
     for (std::uint32_t i = 0; i < cases.size(); ++i) {
       if (fails(cases[i].body)) out.insert({id, i + 1, false});
@@ -249,7 +292,7 @@ class Comparison {
              const TakenAway& taken, Gate& gate)
       : taken_(taken), gate_(gate) {
     const Table base = baseline && before.ran
-                           ? table_of(before.run.tests, before.valid)
+                           ? table_of(before.run.tests, tells(before))
                            : Table();
     const Table now = table_of(after.run.tests, true);
     static const std::vector<Seen> kNone;
@@ -455,7 +498,7 @@ void note_changing_ids(Gate& gate, const TestPhase& listed) {
 Gate judge_patch(const TestPhase& before, const TestPhase& after, bool baseline,
                  const TakenAway& taken) {
   Gate gate;
-  const bool known = baseline && before.valid;
+  const bool known = baseline && tells(before);
   const Comparison compared(before, after, baseline, taken, gate);
   const TestOutcome& tests = after.run.tests;
   const auto note = [&gate](const std::string& what) {
@@ -507,8 +550,10 @@ Gate judge_patch(const TestPhase& before, const TestPhase& after, bool baseline,
                     "that passed before is removed or renamed by the diff",
                     "that passed before are removed or renamed by the diff"));
   }
-  if (baseline && !before.valid) {
-    note("the tests gave no verdict before the patch: " + before.problem);
+  if (baseline && !known) {
+    note(before.valid
+             ? kOneCase
+             : "the tests gave no verdict before the patch: " + before.problem);
   } else if (baseline && before.ran &&
              (before.run.tests.broken || !before.run.tests.suite.complete)) {
     note(

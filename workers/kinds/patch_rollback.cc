@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "queue/ids.h"
+#include "queue/utf8.h"
 #include "workers/json_view.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/patch.h"
@@ -544,8 +545,9 @@ class RollbackRun {
                      "the rollback was denied: nothing was touched");
     }
     if (wanted.empty()) {
-      return outcome("rejected", "region.path: the patch did not change \"" +
-                                     payload_.path.substr(0, 200) + "\"");
+      return outcome("rejected",
+                     "region.path: the patch did not change \"" +
+                         std::string(utf8_head(payload_.path, 200)) + "\"");
     }
     if (!conflicts_.empty()) {
       if (auto end = merge(wanted)) return end;
@@ -919,7 +921,7 @@ class RollbackRun {
     }
     std::string ids;
     if (ids_may_change(gate_) &&
-        suite_->runner == TestPayload::Runner::pytest) {
+        suite_->runner == Runner::pytest) {
       TestPhase listed;
       SuiteOptions options;
       options.timeout_ms = std::min(left(), kListMs);
@@ -1082,9 +1084,9 @@ class RollbackRun {
     if (!end.block_reason.empty()) return end;
     if (end.code != EndCode::none && end.code != EndCode::verdict) return end;
     stage("output-before.log", before_.run.output);
-    stage("junit-before.xml", before_.run.report);
+    stage(report_name(before_, false), before_.run.report);
     stage("output-after.log", after_.run.output);
-    stage("junit-after.xml", after_.run.report);
+    stage(report_name(after_, true), after_.run.report);
     end.artifacts = staged_;
     end.side_effects = side_effects_json();
     end.result = result();
@@ -1238,9 +1240,7 @@ Result<RollbackPayload> parse_rollback(const std::string& payload) {
   out.own_test = !fields.has("test");
   if (fields.has("test") && !fields.is_null("test")) {
     Fields test = fields.object("test");
-    test.only({"cwd", "runner", "args", "command", "env", "setup", "select",
-               "scenario", "severity", "retries", "coverage"});
-    read_suite(test, out.test.emplace());
+    read_test_member(test, out.test.emplace());
     fields.take_error(test);
   }
   const std::string on_conflict = fields.text("on_conflict", 64, "fail");

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <random>
 
+#include "queue/utf8.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/pytest_watch.h"
 
@@ -30,21 +31,41 @@ void refuse_later_features(Fields& fields) {
   }
 }
 
-TestPayload::Runner runner_of(Fields& fields) {
+Runner runner_of(Fields& fields) {
   const std::string runner = fields.text("runner", 64, "pytest");
-  if (runner == "pytest") return TestPayload::Runner::pytest;
-  if (runner == "command") return TestPayload::Runner::command;
-  if (runner == "unittest" || runner == "ctest" || runner == "node" ||
-      runner == "tap") {
-    fields.fail(
-        "runner",
-        "\"" + runner + "\" is not available yet; pytest and command are");
-  } else {
-    fields.fail("runner", "\"" + runner +
-                              "\" is none of pytest, unittest, ctest, node, "
-                              "tap, command");
+  if (const auto known = runner_named(runner)) return *known;
+  fields.fail("runner",
+              "\"" + printable(runner) + "\" is none of " + all_runners());
+  return Runner::pytest;
+}
+
+void read_report_member(Fields& fields, TestPayload& out) {
+  if (!fields.has("report")) return;
+  if (out.runner != Runner::command) {
+    return fields.fail("report", "belongs to the runner command; " +
+                                     std::string(name(out.runner)) +
+                                     " has a report of its own");
   }
-  return TestPayload::Runner::pytest;
+  Fields report = fields.object("report");
+  report.only({"format", "path"});
+  const std::string format = report.text("format", 64);
+  if (format == "junit") out.report = TestPayload::Format::junit;
+  if (format == "tap") out.report = TestPayload::Format::tap;
+  if (out.report == TestPayload::Format::none) {
+    report.fail("format",
+                "\"" + printable(format) + "\" is neither junit nor tap");
+  }
+  out.report_path = report.text("path", kPathBytesMax);
+  const bool plain =
+      std::none_of(out.report_path.begin(), out.report_path.end(),
+                   [](unsigned char c) { return c < ' ' || c == 0x7F; });
+  if (!plain || !safe_relative_path(out.report_path)) {
+    report.fail("path", "\"" + printable(out.report_path) +
+                            "\" is not the path of a file below the top of "
+                            "the work tree: relative, without . and .. and "
+                            "control characters, at most 1024 bytes");
+  }
+  fields.take_error(report);
 }
 
 }  // namespace
@@ -64,6 +85,12 @@ std::string read_base_rev(Fields& fields) {
   return rev;
 }
 
+void read_test_member(Fields& fields, TestPayload& out) {
+  fields.only({"cwd", "runner", "args", "command", "report", "env", "setup",
+               "select", "scenario", "severity", "retries", "coverage"});
+  read_suite(fields, out);
+}
+
 void read_suite(Fields& fields, TestPayload& out) {
   refuse_later_features(fields);
   out.cwd = directory(fields, "cwd");
@@ -79,26 +106,38 @@ void read_suite(Fields& fields, TestPayload& out) {
       fields.fail("select", "\"" + id + "\" is an option, not a test");
     }
   }
-  const bool command = out.runner == TestPayload::Runner::command;
+  const bool command =
+      out.runner == Runner::command || out.runner == Runner::tap;
   if (command && (out.command.empty() || out.command[0].empty())) {
-    fields.fail("command", "the command runner needs one");
+    fields.fail("command", "the runner " + std::string(name(out.runner)) +
+                               " needs a program to run");
   }
   if (!command && fields.has("command")) {
-    fields.fail("command", "belongs to the runner command");
+    fields.fail("command", "belongs to the runners command and tap");
   }
-  for (const char* name : {"args", "select"}) {
-    if (command && fields.has(name)) {
-      fields.fail(name, "belongs to the runner pytest");
+  for (const char* member : {"args", "select"}) {
+    if (command && fields.has(member)) {
+      fields.fail(member,
+                  "belongs to the runners pytest, unittest, ctest and "
+                  "node; the arguments of a command are its own");
     }
   }
+  for (std::size_t i = 0; i < out.args.size(); ++i) {
+    const std::string why = argument_problem(out.runner, out.args[i]);
+    if (!why.empty()) {
+      fields.fail("args[" + std::to_string(i) + "]",
+                  "\"" + printable(out.args[i]) + "\" " + why);
+    }
+  }
+  read_report_member(fields, out);
 }
 
 Result<TestPayload> parse_test(const std::string& payload,
                                const KindSettings& settings) {
   Fields fields(payload);
   fields.only({"repo", "files", "base_rev", "cwd", "runner", "args", "command",
-               "env", "setup", "select", "scenario", "severity", "retries",
-               "coverage"});
+               "report", "env", "setup", "select", "scenario", "severity",
+               "retries", "coverage"});
   TestPayload out;
   if (fields.text("repo", kPathBytesMax).starts_with("https:")) {
     fields.fail("repo", kNoHttps);
@@ -119,7 +158,7 @@ Result<TestPayload> parse_test(const std::string& payload,
   if (auto good = fields.done(); !good) return good.error();
   if (!out.repo.empty() && repo_candidates(out.repo, settings).empty()) {
     return Error{Code::invalid,
-                 "repo: \"" + out.repo.substr(0, 200) +
+                 "repo: \"" + std::string(utf8_head(out.repo, 200)) +
                      "\" is not below one of the repository roots"};
   }
   return out;
@@ -191,7 +230,7 @@ class SuiteRunner {
     if (!shown) watch.on_output = nullptr;
     sandbox::StepResult ran = session_->run(step, watch);
     usage_.add(ran);
-    if (shown) run_.output += ran.out;
+    if (shown) run_.output += ran.out + ran.err;
     return ran;
   }
 
@@ -264,8 +303,140 @@ class SuiteRunner {
 
   End run_runner() {
     host_.progress(options_.percent, options_.what);
-    return payload_.runner == TestPayload::Runner::pytest ? run_pytest()
-                                                          : run_command();
+    if (payload_.runner == Runner::pytest) return run_pytest();
+    if (options_.list_only) return {};
+    return tells_cases(payload_) ? run_reported() : run_command();
+  }
+
+  // --- a runner that leaves a report ---
+
+  std::string who() const { return std::string(name(payload_.runner)); }
+
+  End run_reported() {
+    run_.tap = payload_.runner == Runner::tap ||
+               payload_.report == TestPayload::Format::tap;
+    sandbox::StepResult ran;
+    auto suite = reported_once(ran);
+    if (End end = ended(ran, who()); end.code != EndCode::none) return end;
+    if (!suite) {
+      add_error(tests_, who(), suite.error().what + "\n" + tail(said(ran)));
+      return {};
+    }
+    run_.reported = true;
+    tests_.suite = std::move(*suite);
+    tests_.suite.complete = tests_.suite.dropped == 0;
+    for (int i = 0; i < options_.retries && again(); ++i) {
+      host_.progress(90, "running the suite again");
+      sandbox::StepResult again;
+      suite = reported_once(again);
+      if (End end = ended(again, who()); end.code != EndCode::none) return end;
+      if (suite) merge_rerun(tests_, *suite);
+    }
+    judge_reported(ran);
+    return {};
+  }
+
+  // The report and the exit code have to say the same.
+  void judge_reported(const sandbox::StepResult& ran) {
+    Suite& s = tests_.suite;
+    const bool failing = s.failed + s.errors + tests_.flaky > 0;
+    const std::string exited = "exited with " + std::to_string(ran.exit_code);
+    std::string why;
+    if (payload_.runner == Runner::unittest && ran.exit_code == 2) {
+      why = "the run stopped before all of its cases had run";
+    } else if (!failing && s.passed == 0) {
+      why = exited + ", and no test ran";
+    } else if (ran.exit_code != 0 && !failing) {
+      why = exited + ", though its report has no failure";
+    } else if (ran.exit_code == 0 && failing) {
+      why = exited + ", though its report has failures";
+    }
+    if (why.empty()) return;
+    add_error(tests_, who(), why + "\n" + tail(said(ran)));
+    s.complete = run_.reported = false;
+  }
+
+  // One run, from an empty place for its report to what the report says.
+  Result<Suite> reported_once(sandbox::StepResult& ran) {
+    const bool theirs = payload_.runner == Runner::command;
+    const bool from_file = payload_.runner != Runner::tap;
+    const std::string report = theirs ? "repo/" + payload_.report_path
+                                      : kOwnDir + fresh_name() + ".xml";
+    RunnerCall call;
+    if (theirs || !from_file) {
+      call.argv = payload_.command;
+    } else {
+      call = call_runner(payload_.runner, payload_.args, payload_.select,
+                         "/work/" + report, kOwnDir + fresh_name() + ".mjs");
+    }
+    // What was there before the run is not its report; a name that nobody knows
+    // needs its directory alone.
+    ran.ended = sandbox::Ended::exited;
+    if (theirs && !clear(report)) {
+      return Error{Code::invalid, "what lies at the report's place, " +
+                                      payload_.report_path +
+                                      ", cannot be removed before the run"};
+    }
+    if (!theirs && from_file) {
+      if (call.file.empty()) call.file = kOwnDir + fresh_name();
+      if (auto put = session_->put(call.file, call.file_text); !put) {
+        ran.ended = put.error().code == Code::full ? sandbox::Ended::disk
+                                                   : sandbox::Ended::failed;
+        ran.detail = put.error().what;
+        return put.error();
+      }
+    }
+    sandbox::Step one = project_step(call.argv);
+    one.stdin_data = std::move(call.stdin_data);
+    one.merge_stderr = from_file;
+    ran = step(std::move(one), true);
+    tests_.duration_ms += ran.wall_ms;
+    if (ran.ended != sandbox::Ended::exited) {
+      return Error{Code::unavailable, "it did not end by itself"};
+    }
+    const std::string exited = "exited with " + std::to_string(ran.exit_code);
+    if (not_there(ran)) {
+      return Error{Code::not_found,
+                   what_to_install(payload_.runner, call.argv[0])};
+    }
+    if (!from_file && ran.truncated) {
+      return Error{Code::too_large,
+                   exited +
+                       ", and its output, which is the report, is longer "
+                       "than output_bytes"};
+    }
+    auto text = from_file ? session_->collect(report, kJunitXmlBytesMax)
+                          : Result<std::string>(ran.out);
+    if (!text) {
+      return Error{Code::invalid,
+                   exited + " and left no report (" + text.error().what + ")"};
+    }
+    auto suite = parse(*text, run_.tap, kParseMs);
+    if (run_.report.empty()) run_.report = std::move(*text);
+    if (!suite) {
+      return Error{
+          suite.error().code,
+          exited + "; its report is not accepted: " + suite.error().what};
+    }
+    return suite;
+  }
+
+  // The program to run is not in the sandbox.
+  static bool not_there(const sandbox::StepResult& ran) {
+    return ran.exit_code == 127 && !ran.detail.empty();
+  }
+
+  // What the run printed, on both streams.
+  static std::string said(const sandbox::StepResult& ran) {
+    return ran.err.empty() ? ran.out : ran.out + "\n" + ran.err;
+  }
+
+  // Whether nothing is left at a path below /work. It runs as the job may.
+  bool clear(const std::string& path) {
+    sandbox::Step remove;
+    remove.argv = {"/bin/rm", "-f", "--", "/work/" + path};
+    const auto ran = step(std::move(remove), false);
+    return ran.ended == sandbox::Ended::exited && ran.exit_code == 0;
   }
 
   // --- pytest ---
@@ -326,9 +497,14 @@ class SuiteRunner {
     if (record) expect_cases(tests_, *record);
     if (at_end || options_.list_only) return end;
     if (!run_.reported) {
+      const bool missing =
+          not_there(ran) ||
+          ran.out.find("No module named pytest") != std::string::npos;
       add_error(tests_, "pytest",
                 "exited with " + std::to_string(ran.exit_code) +
                     " and left no report (" + suite.error().what + ")\n" +
+                    (missing ? what_to_install(Runner::pytest, "pytest") + "\n"
+                             : "") +
                     tail(ran.out));
       return {};
     }
@@ -418,11 +594,17 @@ class SuiteRunner {
                          Millis timeout_ms) {
     auto xml = session_->collect(path, kJunitXmlBytesMax);
     if (!xml) return xml.error();
-    auto socket = session_->start_service(sandbox::BuiltinId::junit);
-    if (!socket) return socket.error();
-    auto suite = ask_junit(*socket, *xml, static_cast<int>(timeout_ms));
-    (void)session_->wait_service(timeout_ms);
+    auto suite = parse(*xml, false, timeout_ms);
     if (keep != nullptr) *keep = std::move(*xml);
+    return suite;
+  }
+
+  Result<Suite> parse(const std::string& text, bool tap, Millis timeout_ms) {
+    auto socket = session_->start_service(tap ? sandbox::BuiltinId::tap
+                                              : sandbox::BuiltinId::junit);
+    if (!socket) return socket.error();
+    auto suite = ask_junit(*socket, text, static_cast<int>(timeout_ms));
+    (void)session_->wait_service(timeout_ms);
     return suite;
   }
 
@@ -438,6 +620,10 @@ class SuiteRunner {
       if (outcome == Outcome::failed) {
         one.message = "exited with " + std::to_string(ran.exit_code) + "\n" +
                       tail(ran.out);
+        if (not_there(ran)) {
+          one.message = what_to_install(Runner::command, payload_.command[0]) +
+                        "\n" + one.message;
+        }
       }
       one.body = outcome;
       tests_.suite.cases.assign(1, std::move(one));
@@ -465,7 +651,7 @@ class SuiteRunner {
   static std::string tail(const std::string& text) {
     return text.size() <= kOutputTailBytes
                ? text
-               : "..." + text.substr(text.size() - kOutputTailBytes);
+               : "..." + std::string(utf8_tail(text, kOutputTailBytes));
   }
 
   const TestPayload& payload_;
@@ -531,7 +717,7 @@ End run_tests(const Attempt& attempt, Host& host) {
     return end;
   }
   stage(host, end, "output.log", run.output);
-  stage(host, end, "junit.xml", run.report);
+  stage(host, end, run.tap ? "report.tap" : "junit.xml", run.report);
   end.side_effects = side_effects_json();
   if (end.code == EndCode::none || end.code == EndCode::verdict ||
       run.tests.timed_out) {

@@ -1,13 +1,14 @@
 // workers/kinds/test_run.h
 //
 // test.run: a project's tests, from a git repository at a commit or from files
-// in the payload, by pytest or by a command whose exit code is the verdict.
+// in the payload, by a runner that leaves a report (runners.h) or by a command
+// whose exit code is the verdict.
 //
 //   prepare  a sandbox that sees the repository read-only and its mirror: git
 //            fetches, resolves base_rev            (test_run_repo.cc)
 //   run      a sandbox that sees the mirror read-only: check-out, `setup`,
 //            the runner, re-runs of failed cases    (test_run.cc)
-//   read     a sandbox that sees nothing: the JUnit report (junit.cc)
+//   read     a sandbox that sees nothing: the report (junit.cc, tap.cc)
 //   result   test_run_report.cc
 //
 //   T1  Outcomes come from the runner's own report. No report is never a pass,
@@ -29,25 +30,37 @@
 #include "queue/result.h"
 #include "workers/kinds/junit.h"
 #include "workers/kinds/run.h"
+#include "workers/kinds/runners.h"
 
 namespace machina::kinds {
 
 class Fields;
 
 struct TestPayload {
-  enum class Runner { pytest, command };
+  // Of the runner command: a file below the top of the work tree.
+  enum class Format { none, junit, tap };
   std::string repo;  // absolute, or a name below a repo root; or empty
   std::vector<std::pair<std::string, std::string>> files;
   std::string base_rev = "HEAD", cwd;
   Runner runner = Runner::pytest;
+  Format report = Format::none;
+  std::string report_path;
   std::vector<std::string> args, command, env, select;
   std::vector<std::vector<std::string>> setup;
   int retries = 0;
 };
 Result<TestPayload> parse_test(const std::string& payload,
                                const KindSettings& settings);
-// The members that say what to run: of test.run's payload, and of another
-// kind's that holds a suite (all but repo, files and base_rev).
+// Whether the outcome of a suite is one of many cases, and not of one that
+// stands for all of them.
+inline bool tells_cases(const TestPayload& suite) {
+  return suite.runner != Runner::command ||
+         suite.report != TestPayload::Format::none;
+}
+// The members that say what to run, and nothing else: those of another kind's
+// payload that holds a suite (`test`).
+void read_test_member(Fields& fields, TestPayload& out);
+// The same of test.run's payload, which has repo, files and base_rev beside.
 void read_suite(Fields& fields, TestPayload& out);
 std::string read_base_rev(Fields& fields);
 
@@ -147,8 +160,9 @@ struct SuiteRun {
   End end;  // code not none: the run was ended before its report; usage always
   TestOutcome tests;
   bool started = false;   // the check-out is there: what follows is the suite's
-  bool reported = false;  // the runner's own report was there and was read
+  bool reported = false;  // the runner's own report is there and believed
   std::string output, report;
+  bool tap = false;  // what `report` is: TAP, or JUnit
 };
 struct SuiteOptions {
   Millis timeout_ms = 0;

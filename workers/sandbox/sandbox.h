@@ -80,6 +80,7 @@ enum class BuiltinId : std::uint8_t {
   canary = 3,
   junit = 4,
   land = 5,
+  tap = 6,
   count = 8
 };
 void register_builtin(BuiltinId id, Builtin run);

@@ -1,0 +1,373 @@
+#include "workers/kinds/runners.h"
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+namespace machina::kinds {
+namespace {
+
+// Runs what `python3 -m unittest` would run with the same arguments, and writes
+// what came of each case. It comes on standard input, so nothing of it lies
+// where `setup` could change it. Every outcome is one of unittest's own calls
+// of the result. Cases that a class or module did not let begin are told with
+// what that said; where others were not reached the exit code is 2.
+constexpr char kUnittest[] =
+    R"py(import collections, os, re, sys, time, unittest
+
+REPORT = sys.argv[1]
+MAIN = os.getpid()
+sys.argv[:] = ["python3 -m unittest"] + sys.argv[2:]
+sys.path[0] = os.getcwd()
+WORST = ["passed", "skipped", "failed", "error"]
+BAD = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+FIXTURE = re.compile(r"(\w+) \((.*)\)")
+
+
+def escaped(text):
+    text = BAD.sub("?", str(text))
+    for char in "&<>\"\n\r\t":
+        text = text.replace(char, "&#%d;" % ord(char))
+    return text
+
+
+def name_of(test):
+    if isinstance(test, unittest.loader._FailedTest):
+        return test._testMethodName, "import"
+    if type(test).__name__ == "_ErrorHolder":
+        match = FIXTURE.fullmatch(test.id())
+        return (match[2], match[1]) if match else ("", test.id())
+    if type(test).__name__ == "_SubTest":
+        group, name = name_of(test.test_case)
+        return group, ADDRESS.sub(" at 0x", name + " " + test._subDescription())
+    if type(test).__name__ == "ModuleSkipped":
+        return test._testMethodName, "module"
+    group, _, name = test.id().rpartition(".")
+    return group, name or str(test)
+
+
+def tests_in(suite):
+    try:
+        parts = list(suite)
+    except TypeError:
+        return [] if suite is None else [suite]
+    return [test for part in parts for test in tests_in(part)]
+
+
+class Result(unittest.TextTestResult):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.cases, self.current, self.begun = [], None, collections.Counter()
+        self.fixtures = []
+
+    def startTest(self, test):
+        self.begun[name_of(test)] += 1
+        self.current = [name_of(test), "passed", [], time.monotonic(), 0, False]
+        super().startTest(test)
+
+    def stopTest(self, test):
+        super().stopTest(test)
+        name, outcome, notes, since, broken, ended = self.current
+        if broken and WORST.index(outcome) < 2:
+            outcome = "failed"
+            notes = ["%d of its subtests failed" % broken]
+        elif not ended and outcome == "passed":
+            outcome, notes = "error", ["it ended without an outcome"]
+        self.cases.append((name, outcome, "\n".join(notes), time.monotonic() - since))
+        self.current = None
+
+    def note(self, test, outcome, text=""):
+        if self.current is None or type(test).__name__ == "_ErrorHolder":
+            if outcome != "skipped":
+                self.cases.append((name_of(test), outcome, text, 0))
+            self.fixtures.append((name_of(test), outcome))
+        elif type(test).__name__ == "_SubTest":
+            self.cases.append((name_of(test), outcome, text, 0))
+            self.current[4] += outcome in ("failed", "error")
+        else:
+            self.current[5] = True
+            if WORST.index(outcome) > WORST.index(self.current[1]):
+                self.current[1] = outcome
+            if text:
+                self.current[2].append(text)
+
+    def said(self, error, test):
+        return self._exc_info_to_string(error, test)
+
+    def addSuccess(self, test):
+        super().addSuccess(test)
+        self.note(test, "passed")
+
+    def addError(self, test, err):
+        super().addError(test, err)
+        self.note(test, "error", self.said(err, test))
+
+    def addFailure(self, test, err):
+        super().addFailure(test, err)
+        self.note(test, "failed", self.said(err, test))
+
+    def addSkip(self, test, reason):
+        super().addSkip(test, reason)
+        self.note(test, "skipped", reason)
+
+    def addExpectedFailure(self, test, err):
+        super().addExpectedFailure(test, err)
+        self.note(test, "skipped", "expected failure")
+
+    def addUnexpectedSuccess(self, test):
+        super().addUnexpectedSuccess(test)
+        self.note(test, "failed", "unexpected success")
+
+    def addSubTest(self, test, subtest, err):
+        super().addSubTest(test, subtest, err)
+        if err is None:
+            self.note(subtest, "passed")
+        else:
+            failed = issubclass(err[0], test.failureException)
+            self.note(subtest, "failed" if failed else "error", self.said(err, test))
+
+
+class Runner(unittest.TextTestRunner):
+    resultclass = Result
+
+    def run(self, test):
+        expected = collections.Counter(map(name_of, tests_in(test)))
+        result = super().run(test)
+        cases = result.cases
+        stopped = False
+        # What a class or module did not let begin is known to be so.
+        for (group, name), count in (expected - result.begun).items():
+            why = None
+            for (where, fixture), outcome in result.fixtures:
+                if group == where or group.startswith(where + "."):
+                    why = (outcome, fixture)
+            if why is None:
+                stopped = True
+                continue
+            for _ in range(count):
+                cases.append(((group, name), why[0], "%s: %s" % (why[1], why[0]), 0))
+        result.stopped_early = stopped
+        return result
+
+
+def write(cases):
+    words = {"failed": "failure", "error": "error", "skipped": "skipped"}
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with os.fdopen(os.open(REPORT, flags, 0o600), "w", encoding="utf-8") as out:
+        out.write('<testsuites><testsuite name="unittest" tests="%d">\n' % len(cases))
+        for (group, name), outcome, text, seconds in cases:
+            out.write('<testcase classname="%s" name="%s" time="%.3f">'
+                      % (escaped(group), escaped(name), seconds))
+            if outcome in words:
+                out.write('<%s message="%s"/>' % (words[outcome], escaped(text[-4000:])))
+            out.write("</testcase>\n")
+        out.write("</testsuite></testsuites>\n")
+
+
+program = unittest.main(module=None, argv=list(sys.argv), testRunner=Runner, exit=False)
+if os.getpid() != MAIN:
+    os._exit(1)
+write(program.result.cases)
+if program.result.stopped_early:
+    print("the run stopped before all tests had run", file=sys.stderr)
+    sys.exit(2)
+sys.exit(not program.result.wasSuccessful())
+)py";
+
+// A reporter of node's own interface: it runs in the process of the runner and
+// not in those of the tests. A file that ends before its tests, or during them,
+// is node's own idea of a pass; here it is an error.
+constexpr char kNode[] = R"js(import { resolve } from 'node:path';
+const top = '/work/repo/';
+const escaped = (text) => String(text)
+  .replace(/[^\t\n\r\x20-\ud7ff\ue000-\ufffd\u{10000}-\u{10ffff}]/gu, '?')
+  .replace(/[&<>"\n\r\t]/g, (c) => `&#${c.charCodeAt(0)};`);
+const known = new Map();
+const fileOf = (path) => {
+  const key = path ?? '';
+  if (!known.has(key)) known.set(key, { names: [], begun: 0, ended: 0 });
+  return known.get(key);
+};
+const shown = (path) => !path ? '' : path.startsWith(top) ? path.slice(top.length) : path;
+const whole = (data) => data.nesting === 0 && data.file !== undefined &&
+  (data.name === data.file || resolve(data.name) === data.file);
+function testcase(file, name, outcome, message, ms) {
+  const open = `<testcase classname="${escaped(shown(file))}" name="${escaped(name)}"` +
+    ` time="${(Number(ms) || 0) / 1000}">`;
+  const note = outcome === 'passed' ? '' : `<${outcome} message="${escaped(message.slice(-4000))}"/>`;
+  return `${open}${note}</testcase>\n`;
+}
+function said(details) {
+  const error = details?.error?.cause ?? details?.error;
+  const text = error?.stack ?? error?.message ?? error ?? '';
+  return String(text).includes(String(error?.message ?? '')) ? String(text) : `${error.message}\n${text}`;
+}
+function ended(data, pass) {
+  const file = fileOf(data.file);
+  const ms = data.details?.duration_ms;
+  if (whole(data)) {
+    return pass
+      ? testcase(data.file, '(file)', 'error', 'the file ended before any test of it was reported', ms)
+      : testcase(data.file, '(file)', 'error', said(data.details), ms);
+  }
+  ++file.ended;
+  const failure = data.details?.error?.failureType;
+  if (data.details?.type === 'suite' && (pass || failure === 'subtestsFailed')) return '';
+  const name = [...file.names.slice(0, data.nesting), data.name].join(' > ');
+  const marked = (mark) => data[mark] !== undefined && data[mark] !== false;
+  const why = (mark) => typeof data[mark] === 'string' ? `: ${data[mark]}` : '';
+  if (marked('skip')) return testcase(data.file, name, 'skipped', `skip${why('skip')}`, ms);
+  if (marked('todo')) return testcase(data.file, name, 'skipped', `todo${why('todo')}`, ms);
+  return testcase(data.file, name, pass ? 'passed' : 'failure', said(data.details), ms);
+}
+export default async function* report(source) {
+  yield '<?xml version="1.0" encoding="UTF-8"?>\n<testsuites><testsuite name="node">\n';
+  for await (const { type, data } of source) {
+    if (type === 'test:enqueue' && !whole(data)) {
+      ++fileOf(data.file).begun;
+    } else if (type === 'test:start') {
+      const { names } = fileOf(data.file);
+      names.length = data.nesting;
+      names[data.nesting] = data.name;
+    } else if (type === 'test:pass' || type === 'test:fail') {
+      yield ended(data, type === 'test:pass');
+    }
+  }
+  for (const [path, file] of known) {
+    if (file.begun > file.ended) {
+      yield testcase(path, '(file)', 'error', `${file.begun - file.ended} of its tests began and did not end`, 0);
+    }
+  }
+  yield '</testsuite></testsuites>\n';
+}
+)js";
+
+constexpr std::array<std::pair<Runner, std::string_view>, 6> kNames = {{
+    {Runner::pytest, "pytest"},
+    {Runner::unittest, "unittest"},
+    {Runner::ctest, "ctest"},
+    {Runner::node, "node"},
+    {Runner::tap, "tap"},
+    {Runner::command, "command"},
+}};
+
+// One of these names, as a regular expression of CMake's.
+std::string any_of(const std::vector<std::string>& names) {
+  std::string out = "^(";
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    if (i > 0) out += '|';
+    for (const char c : names[i]) {
+      if (std::string_view("\\^$.|?*+()[]").find(c) != std::string_view::npos) {
+        out += '\\';
+      }
+      out += c;
+    }
+  }
+  return out + ")$";
+}
+
+}  // namespace
+
+std::string_view name(Runner runner) {
+  return kNames[static_cast<std::size_t>(runner)].second;
+}
+
+std::optional<Runner> runner_named(std::string_view text) {
+  for (const auto& [runner, known] : kNames) {
+    if (known == text) return runner;
+  }
+  return std::nullopt;
+}
+
+std::string all_runners() {
+  std::string out;
+  for (const auto& [runner, known] : kNames) {
+    out += (out.empty() ? "" : ", ") + std::string(known);
+  }
+  return out;
+}
+
+std::string argument_problem(Runner runner, std::string_view argument) {
+  const auto is = [&](std::string_view option) {
+    return argument == option ||
+           (argument.starts_with(option) && argument[option.size()] == '=');
+  };
+  if (runner == Runner::ctest) {
+    if (is("--output-junit") || is("--no-tests")) {
+      return "is set by the runner, which reads the report";
+    }
+    if (is("--stop-on-failure") || is("-N") || is("--show-only")) {
+      return "leaves cases out, and what did not run says nothing";
+    }
+  }
+  if (runner == Runner::node) {
+    if (is("--test-reporter") || is("--test-reporter-destination")) {
+      return "is set by the runner, which reads the report";
+    }
+    if (is("--watch") || is("--test-force-exit")) {
+      return "ends or repeats the run at its own time";
+    }
+  }
+  return "";
+}
+
+RunnerCall call_runner(Runner runner, const std::vector<std::string>& args,
+                       const std::vector<std::string>& select,
+                       const std::string& report, const std::string& file) {
+  RunnerCall call;
+  const auto add = [&](const std::vector<std::string>& more) {
+    call.argv.insert(call.argv.end(), more.begin(), more.end());
+  };
+  if (runner == Runner::unittest) {
+    call.argv = {"python3", "-", report};
+    call.stdin_data = kUnittest;
+    add(args);
+    add(select);
+  } else if (runner == Runner::ctest) {
+    call.argv = {"ctest"};
+    add(args);
+    add({"--no-tests=error", "--output-on-failure", "--output-junit", report});
+    if (!select.empty()) add({"-R", any_of(select)});
+  } else if (runner == Runner::node) {
+    call.file = file;
+    call.file_text = kNode;
+    call.argv = {"node",
+                 "--test",
+                 "--test-reporter=file:///work/" + file,
+                 "--test-reporter-destination=" + report,
+                 "--test-reporter=spec",
+                 "--test-reporter-destination=stdout"};
+    add(args);
+    add(select);
+  }
+  return call;
+}
+
+std::string what_to_install(Runner runner, const std::string& program) {
+  const char* package = nullptr;
+  switch (runner) {
+    case Runner::pytest:
+      package = "python3-pytest";
+      break;
+    case Runner::unittest:
+      package = "python3";
+      break;
+    case Runner::ctest:
+      package = "cmake";
+      break;
+    case Runner::node:
+      package = "nodejs, version 20 or newer";
+      break;
+    case Runner::tap:
+    case Runner::command:
+      break;
+  }
+  const std::string missing =
+      "\"" + program + "\" is not in the sandbox, which sees the host's /usr";
+  return package == nullptr
+             ? missing + ": install it below /usr"
+             : missing + ": install it there (Debian: " + package + ")";
+}
+
+}  // namespace machina::kinds
