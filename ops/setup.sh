@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # ops/setup.sh: installs the Debian 12 packages that building, running and
-# testing need. Does nothing, and needs no network, when all are there.
+# testing need. Does nothing, and needs no network, when all are there. It has
+# no options but --help.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+no_options "$@"
 
 build=(g++ cmake ninja-build pkg-config ccache
   libuv1-dev liburing-dev node-llhttp libsqlite3-dev libxxhash-dev nlohmann-json3-dev

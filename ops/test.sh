@@ -17,8 +17,10 @@ quick=no
 case "${1-}" in
   "") ;;
   --quick) quick=yes ;;
-  *) die "\"$1\" is no option; there is only --quick" ;;
+  -h | --help) script_help; exit 0 ;;
+  *) die_usage "\"$1\" is no option; there is only --quick" ;;
 esac
+[ $# -le 1 ] || die_usage "\"$2\" is one option too many; there is only --quick"
 jobs=$(nproc)
 started=$SECONDS
 

@@ -1,6 +1,7 @@
 #include "queue/verify.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <limits>
 #include <map>
 #include <set>
@@ -797,6 +798,21 @@ std::string_view name(LogFile::Verdict verdict) {
 bool LogReport::starts() const {
   return std::none_of(findings.begin(), findings.end(),
                       [](const LogFinding& f) { return f.stops_start; });
+}
+
+Result<LogIdentity> log_identity(const std::string& dir) {
+  auto storage = open_posix_storage(dir);
+  if (!storage) return storage.error();
+  auto manifest = read_manifest(**storage);
+  if (!manifest) return manifest.error();
+  if (!*manifest || !(*manifest)->begun) {
+    return Error{Code::not_found, dir + ": no log has begun here"};
+  }
+  char text[40];
+  std::snprintf(text, sizeof text, "%016llx%016llx",
+                static_cast<unsigned long long>((*manifest)->log_uuid[0]),
+                static_cast<unsigned long long>((*manifest)->log_uuid[1]));
+  return LogIdentity{text};
 }
 
 Result<LogReport> verify_files(const std::string& dir,

@@ -64,6 +64,13 @@ struct LogReport {
   bool starts() const;
 };
 
+// Which log lies in `dir` (<root>/queue), by its MANIFEST: a copy has the same
+// name. not_found where no log has begun; corrupt, newer, io.
+struct LogIdentity {
+  std::string uuid;  // 32 hex digits
+};
+Result<LogIdentity> log_identity(const std::string& dir);
+
 using LogProgress = std::function<void(std::uint64_t done, std::uint64_t of)>;
 
 // `dir` is <root>/queue. Checks every file below it. not_found: there is no

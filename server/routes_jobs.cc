@@ -666,9 +666,15 @@ MaybeProblem check_approval(const JobView& job, UnblockCommand* unblock) {
     if (commit && commit.is_string()) base = commit.as_string();
     if (!is_commit_name(base)) base.clear();
   }
-  // Of other kinds, what binds nothing may say what it likes.
-  if (bound.empty() && !job.kind.starts_with("patch.")) return std::nullopt;
   const bool empty = unblock->input.empty();
+  // An approval is never given by saying nothing. What a worker of another kind
+  // asks for without a digest may be answered in any words.
+  if (bound.empty() && !job.kind.starts_with("patch.")) {
+    if (!empty) return std::nullopt;
+    return bad_field("input",
+                     "it is missing; the job waits for approval: send what "
+                     "blocked.data asks for");
+  }
   if (empty || input_doc.parse(unblock->input) ||
       !input_doc.root().is_object()) {
     return bad_field("input",
@@ -678,12 +684,13 @@ MaybeProblem check_approval(const JobView& job, UnblockCommand* unblock) {
                                      "send ") +
                          kApprovalForm);
   }
-  bool approve = true;
+  bool approve = true, decided = false;
   std::string given, comment, commit;
   for (JsonValue m = input_doc.root().first(); m; m = m.next()) {
     MaybeProblem p;
     if (m.key() == "approve") {
       p = read_bool(m, "input.approve", &approve);
+      decided = true;
     } else if (m.key() == "digest") {
       p = read_string(m, "input.digest", 256, &given);
     } else if (m.key() == "base_commit") {
@@ -701,9 +708,14 @@ MaybeProblem check_approval(const JobView& job, UnblockCommand* unblock) {
         shown(commit) + " is not blocked.data.base_commit" +
             (base.empty() ? ", which this job has not" : ", " + shown(base)));
   }
-  if (given.empty() && (!approve || (merge && bound.empty()))) {
-    return std::nullopt;
+  const bool looks_again = merge && bound.empty();
+  if (looks_again && given.empty() && !decided) {
+    return bad_field("input.approve",
+                     "it is missing; the job waits for a decision: send "
+                     "{\"approve\":true} to look again or "
+                     "{\"approve\":false}");
   }
+  if (given.empty() && (!approve || looks_again)) return std::nullopt;
   if (bound.empty()) {
     return mismatch("input.digest",
                     "blocked.data names no digest to approve: deny it with "

@@ -54,6 +54,18 @@ class List {
             const std::string& remedy) {
     checks_.push_back({name, Verdict::warn, what, remedy});
   }
+  // Of a part that is not there: `set` are its variables that somebody set.
+  void none(const char* name, const std::string& what,
+            std::initializer_list<const char*> variables = {}) {
+    std::string set;
+    for (const char* variable : variables) {
+      if (is_default(variable)) continue;
+      set += (set.empty() ? "" : ", ") + std::string(variable);
+    }
+    checks_.push_back({name, Verdict::none,
+                       what + (set.empty() ? "" : "; no effect yet: " + set),
+                       ""});
+  }
   void fail(const char* name, const std::string& what,
             const std::string& remedy) {
     checks_.push_back({name, Verdict::fail, what, remedy});
@@ -207,28 +219,14 @@ class List {
   }
 
   void http_hosts() {
-    for (const auto& host : config_.list("MACHINA_HTTP_ALLOWED_HOSTS")) {
-      if (host == "*") {
-        return fail("http_allow_list", "MACHINA_HTTP_ALLOWED_HOSTS allows *",
-                    "name hosts, or *.example.com");
-      }
-    }
-    if (!config_.flag("MACHINA_HTTP_DEFAULT_DENY")) {
-      return fail("http_allow_list", "MACHINA_HTTP_DEFAULT_DENY=0",
-                  "set it to 1 and name hosts in MACHINA_HTTP_ALLOWED_HOSTS");
-    }
-    pass("http_allow_list",
-         "deny by default; jobs have no network in this version");
+    none("http_allow_list", "jobs have no network in this version",
+         {"MACHINA_HTTP_ALLOWED_HOSTS", "MACHINA_HTTP_DEFAULT_DENY"});
   }
 
   void policies() {
-    if (!text("MACHINA_POLICY_CMD").empty()) {
-      return fail("policies_pinned",
-                  "MACHINA_POLICY_CMD is set; this version runs no policies "
-                  "and checks no hash of one",
-                  "unset MACHINA_POLICY_CMD");
-    }
-    pass("policies_pinned", "not present in this version: none is run");
+    none("policies_pinned", "this version runs no policies",
+         {"MACHINA_POLICY_CMD", "MACHINA_POLICY_ALLOWED_EXE",
+          "MACHINA_POLICY_ALLOWED_SCRIPT_ROOT"});
   }
 
   void isolation() {
@@ -259,12 +257,6 @@ class List {
     if (!config_.flag("MACHINA_SECCOMP_ENABLE")) {
       return fail("seccomp", "MACHINA_SECCOMP_ENABLE=0: no allow-list",
                   "set it to 1");
-    }
-    if (config_.flag("MACHINA_SECCOMP_ALLOW_NET") ||
-        text("MACHINA_SECCOMP_PROFILE") == "net") {
-      return warn("seccomp", "jobs may make sockets",
-                  "unset MACHINA_SECCOMP_ALLOW_NET and MACHINA_SECCOMP_PROFILE "
-                  "unless a kind needs them");
     }
     pass("seccomp", "an allow-list, without sockets");
   }
@@ -383,8 +375,7 @@ class List {
                   "machina ops healthcheck says what it does");
     }
     if (facts_.request_id_echoed < 0) {
-      return warn("request_id", "no server runs here: not looked at",
-                  "start it and ask again");
+      return none("request_id", "no server runs here");
     }
     pass("request_id",
          facts_.request_id_logged > 0
@@ -394,45 +385,23 @@ class List {
   }
 
   void leases() {
-    if (!config_.flag("MACHINA_LEASE_ENFORCE") &&
-        !is_default("MACHINA_LEASE_ENFORCE")) {
-      return fail("leases_enforced", "MACHINA_LEASE_ENFORCE=0",
-                  "set MACHINA_LEASE_ENFORCE=1: leases of tools are asked for "
-                  "as soon as a version has them");
-    }
-    if (!config_.flag("MACHINA_LEASE_ENFORCE")) {
-      return warn("leases_enforced",
-                  "workers' leases are always enforced; leases of tools are "
-                  "not present in this version, and are asked for by nobody",
-                  "set MACHINA_LEASE_ENFORCE=1, for when they are");
-    }
-    pass("leases_enforced",
-         "workers' always; those of tools are not present in this version");
+    none("leases_enforced",
+         "workers' leases are always enforced; this version has no leases of "
+         "tools",
+         {"MACHINA_LEASE_ENFORCE"});
   }
 
   void plugins() {
-    if (config_.flag("MACHINA_GENESIS_ENABLE") ||
-        !config_.flag("MACHINA_GENESIS_GUARD") ||
-        !config_.flag("MACHINA_GENESIS_PROD_MODE")) {
-      fail(
-          "plugins_pinned",
-          "MACHINA_GENESIS_* allow code that was made here to be loaded, once "
-          "a version does",
-          "unset MACHINA_GENESIS_ENABLE, _GUARD and _PROD_MODE: prod is right");
-    } else {
-      pass("plugins_pinned", "not present in this version: none is loaded");
-    }
-    if (!config_.flag("MACHINA_TOOLHOST_ISOLATE")) {
-      return fail("plugin_capabilities", "MACHINA_TOOLHOST_ISOLATE=0",
-                  "set it to 1, for when there are plugins");
-    }
-    pass("plugin_capabilities", "not present in this version: none has any");
+    none("plugins_pinned", "this version loads no plugins",
+         {"MACHINA_GENESIS_ENABLE", "MACHINA_GENESIS_GUARD",
+          "MACHINA_GENESIS_PROD_MODE"});
+    none("plugin_capabilities", "this version loads no plugins",
+         {"MACHINA_TOOLHOST_ISOLATE"});
   }
 
   void metrics() {
     if (!facts_.server_runs) {
-      warn("metrics", "no server runs here: not looked at",
-           "start it and ask again");
+      none("metrics", "no server runs here");
     } else if (!facts_.metrics_answer) {
       fail("metrics", "GET /metrics does not answer",
            "machina ops healthcheck says what is wrong");
@@ -532,22 +501,24 @@ class List {
   }
 
   void verify() {
-    aged("log_verified", facts_.verified_ago_s, kVerifyEveryS,
-         "the log was checked",
-         "weekly: machina wal verify --root BACKUP, then touch " + path() +
-             "/ops/wal.verified");
+    aged("log_verified", facts_.verified, kVerifyEveryS, "the log was checked",
+         "weekly: machina wal verify --root BACKUP --record " + path());
   }
   void backup() {
-    aged("backup", facts_.backup_ago_s, kBackupEveryS, "a backup was taken",
-         "docs/operating.md has one that works; after it, touch " + path() +
-             "/ops/backup.taken");
+    aged("backup", facts_.backup, kBackupEveryS, "a backup was checked",
+         "docs/operating.md has one that works; machina wal verify --root "
+         "BACKUP --record " +
+             path() + " notes that it is whole");
   }
-  void aged(const char* name, std::int64_t ago_s, std::int64_t most_s,
+  void aged(const char* name, const Evidence& evidence, std::int64_t most_s,
             const std::string& what, const std::string& remedy) {
-    if (ago_s < 0) return warn(name, "no record that " + what, remedy);
-    std::string when = what + " " + std::to_string(ago_s / 3600) + " h ago";
-    if (ago_s > kTooOld * most_s) return fail(name, when, remedy);
-    if (ago_s > most_s) return warn(name, when, remedy);
+    if (!facts_.log_begun) return none(name, "no log has begun here");
+    if (!evidence.problem.empty()) return warn(name, evidence.problem, remedy);
+    if (evidence.ago_s < 0) return warn(name, "no record that " + what, remedy);
+    std::string when =
+        what + " " + std::to_string(evidence.ago_s / 3600) + " h ago";
+    if (evidence.ago_s > kTooOld * most_s) return fail(name, when, remedy);
+    if (evidence.ago_s > most_s) return warn(name, when, remedy);
     pass(name, when);
   }
 
@@ -577,6 +548,8 @@ const char* name(Verdict verdict) {
       return "WARN";
     case Verdict::fail:
       return "FAIL";
+    case Verdict::none:
+      return "N/A";
   }
   return "?";
 }

@@ -3,12 +3,15 @@
 // The production checklist: what to have right before others depend on a
 // server, one line per item. `machina doctor --profile prod` prints it.
 //
-//   K1  Every item is in every list, whatever the settings: an item that this
-//       version has no part for says so.
-//   K2  Each item can be made to say WARN or FAIL by one setting or one fact,
-//       and each that production must have, FAIL;
+//   K1  Every item is in every list, whatever the settings: an item that has no
+//       part here (this version has none, nothing runs yet) says N/A, and never
+//       anything else.
+//   K2  Each other item can be made to say WARN or FAIL by one setting or one
+//       fact, and each that production must have, FAIL;
 //       tests/tools/checklist_test.cc does exactly that, for each.
-//   K3  What is not PASS names what to change.
+//   K3  What is WARN or FAIL names what to change.
+//   K4  What was done is believed by what its record says, never by a file's
+//       time.
 
 #pragma once
 
@@ -20,13 +23,19 @@
 
 namespace machina {
 
-enum class Verdict : std::uint8_t { pass, warn, fail };
+enum class Verdict : std::uint8_t { pass, warn, fail, none };
 
 struct Check {
   std::string name;  // stable: scripts may look for it
   Verdict verdict = Verdict::pass;
   std::string what;    // what was found
-  std::string remedy;  // K3; empty with PASS
+  std::string remedy;  // K3; empty with PASS and N/A
+};
+
+// What a record of something that was done says.
+struct Evidence {
+  std::int64_t ago_s = -1;  // -1: there is no record, or none that counts
+  std::string problem;      // why a record that is there does not count
 };
 
 // What is looked at beside the settings.
@@ -64,7 +73,8 @@ struct ProductionFacts {
   int request_id_echoed = -1, request_id_logged = -1;
   bool metrics_answer = false;      // of the server that runs
   std::int64_t scraped_ago_s = -1;  // -1: not known, or never
-  std::int64_t verified_ago_s = -1, backup_ago_s = -1;  // -1: never
+  bool log_begun = false;  // there is a log that could be checked and saved
+  Evidence verified, backup;
 };
 
 constexpr std::int64_t kVerifyEveryS = 8 * 86'400;  // weekly, and a day's grace
@@ -75,6 +85,6 @@ std::vector<Check> production_checklist(const Config& config,
                                         const ProductionFacts& facts);
 // Whether one of them is FAIL.
 bool any_failed(const std::vector<Check>& checks);
-const char* name(Verdict verdict);  // PASS, WARN, FAIL
+const char* name(Verdict verdict);  // PASS, WARN, FAIL, N/A
 
 }  // namespace machina

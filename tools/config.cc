@@ -15,6 +15,8 @@
 
 #include "queue/check.h"
 #include "queue/utf8.h"
+#include "tools/duration.h"
+#include "tools/trust.h"
 
 extern char** environ;  // NOLINT: the only way to the whole of it
 
@@ -183,6 +185,20 @@ constexpr Variable kTable[] = {
      1024, 4 * kMiB},
 };
 
+// Accepted, checked and shown, and read by no part of this version. A name
+// that ends in _ stands for all that begin so. tests/tools/config_test.cc
+// looks for a reader of every other variable.
+constexpr std::string_view kNoEffectYet[] = {"MACHINA_WAL_CRC32",
+                                             "MACHINA_SECCOMP_PROFILE",
+                                             "MACHINA_SECCOMP_ALLOW_NET",
+                                             "MACHINA_POLICY_",
+                                             "MACHINA_HTTP_",
+                                             "MACHINA_EMBED_",
+                                             "MACHINA_GPU_DIM",
+                                             "MACHINA_TOOLHOST_ISOLATE",
+                                             "MACHINA_LEASE_ENFORCE",
+                                             "MACHINA_GENESIS_"};
+
 Error invalid(std::string what) {
   return Error{Code::invalid, std::move(what)};
 }
@@ -236,12 +252,39 @@ bool printable(std::string_view text) {
                      [](unsigned char c) { return c >= 0x20 && c != 0x7f; });
 }
 
+// The unit of a variable that is a span of time, by its name: "ms", "s", or
+// empty for what is none.
+std::string time_unit(const Variable& row) {
+  const std::string_view name = row.name;
+  if (row.type != Type::number) return "";
+  return name.ends_with("_MS") ? "ms" : name.ends_with("_SEC") ? "s" : "";
+}
+
+// "5s" of a variable in milliseconds is 5000: everything behind this reads
+// plain numbers. What cannot be said in the variable's unit stays as it is,
+// and is refused.
+std::string plain_number(const Variable& row, const std::string& text) {
+  const std::string unit = time_unit(row);
+  if (unit.empty() || text.find_first_of("dhms") == std::string::npos) {
+    return text;
+  }
+  const std::int64_t unit_ms = unit == "s" ? 1000 : 1;
+  auto ms = parse_duration_ms(text, unit_ms);
+  if (!ms || *ms % unit_ms != 0) return text;
+  return std::to_string(*ms / unit_ms);
+}
+
 // What is wrong with `text` as a value of `row`, as "must be ...", or empty.
 std::string complaint(const Variable& row, std::string_view text) {
   auto number = parse_number(text);
   switch (row.type) {
     case Type::number:
       if (number && *number >= row.min && *number <= row.max) return "";
+      if (const std::string unit = time_unit(row); !unit.empty()) {
+        const std::int64_t unit_ms = unit == "s" ? 1000 : 1;
+        return "must be " +
+               duration_range(row.min * unit_ms, row.max * unit_ms, unit);
+      }
       return "must be a whole number from " + std::to_string(row.min) + " to " +
              std::to_string(row.max);
     case Type::flag:
@@ -342,7 +385,7 @@ class Source {
     if (!seen_.insert(name).second) {
       return invalid(name + " (" + origin_ + ") is set twice");
     }
-    Config::Value value{text, origin_};
+    Config::Value value{plain_number(*row, text), origin_};
     if (auto ok = check_value(*row, value); !ok) return ok.error();
     values_[name] = std::move(value);
     if (row->type == Type::secret) note_if_open(*row, name, path_, mode_);
@@ -373,6 +416,12 @@ class Source {
   Result<void> add_secret_file(const Variable& secret, const std::string& name,
                                const std::string& path) {
     mode_t mode = 0;
+    // Who could put another file in its place would choose the secret.
+    // The mode of the file itself is judged by note_if_open().
+    if (auto ok = check_trusted(name + " (" + origin_ + ")", path, true, false);
+        !ok) {
+      return ok;
+    }
     auto bytes = read_file(path, kTextBytesMax, &mode);
     if (!bytes)
       return invalid(name + " (" + origin_ + "): " + bytes.error().what);
@@ -416,6 +465,7 @@ std::string yaml_scalar(const YAML::Node& node) {
 Result<void> add_file(const std::string& path, Values* values,
                       OpenSecrets* open) {
   mode_t mode = 0;
+  if (auto ok = check_trusted("--config", path, true); !ok) return ok;
   auto bytes = read_file(path, kFileBytesMax, &mode);
   if (!bytes) return invalid("--config: " + bytes.error().what);
   Source source("file " + path, path, mode);
@@ -525,6 +575,14 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
 
 std::span<const Variable> config_table() { return kTable; }
 
+bool has_effect(std::string_view name) {
+  return std::none_of(std::begin(kNoEffectYet), std::end(kNoEffectYet),
+                      [&](std::string_view none) {
+                        return none.ends_with('_') ? name.starts_with(none)
+                                                   : name == none;
+                      });
+}
+
 std::string nearest_variable(std::string_view name) {
   std::string full(name.substr(0, 128));  // the table's longest is 35
   if (!full.starts_with("MACHINA_")) {
@@ -556,6 +614,13 @@ std::string nearest_variable(std::string_view name) {
 
 bool Config::Value::is_default() const {
   return origin == "default" || origin.starts_with("profile ");
+}
+
+int Config::Value::nearness() const {
+  if (is_default()) return 0;
+  return origin.starts_with("command line")  ? 3
+         : origin.starts_with("environment") ? 2
+                                             : 1;
 }
 
 Result<Config> Config::load(const std::vector<std::string>& environment,
@@ -618,7 +683,8 @@ std::string Config::print() const {
     if (row.type == Type::secret) shown = shown.empty() ? "" : "(set)";
     std::string line = std::string(row.name) + "=" + shown;
     if (line.size() < 48) line.resize(48, ' ');
-    out += line + "  # " + value.origin + "\n";
+    out += line + "  # " + value.origin +
+           (has_effect(row.name) ? "" : "; no effect yet") + "\n";
   }
   return out;
 }

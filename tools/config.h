@@ -47,6 +47,8 @@ struct Variable {
   const char* choices = nullptr;
 };
 std::span<const Variable> config_table();  // lives for ever
+// Whether any part of this version reads it; false: it is "no effect yet".
+bool has_effect(std::string_view name);
 
 class Config {
  public:
@@ -55,6 +57,9 @@ class Config {
     std::string origin;  // "command line", "environment", "file F", "profile
                          // prod", "default"
     bool is_default() const;  // by profile or built in: nobody set it
+    // How near to the user it was set: command line 3, environment 2, file 1,
+    // nowhere 0.
+    int nearness() const;
   };
   // `environment`: the process's; `overrides`: from the command line, by
   // variable name; `file`: path of a YAML file or empty. Fails with

@@ -13,6 +13,8 @@
 #include <ctime>
 #include <nlohmann/json.hpp>
 
+#include "tools/trust.h"
+
 namespace machina {
 namespace {
 
@@ -370,6 +372,9 @@ OpsLock::~OpsLock() {
 // --- Detecting -------------------------------------------------------------
 
 Result<Detected> detect(const std::string& root) {
+  if (auto ok = check_trusted("MACHINA_ROOT", root, true); !ok) {
+    return ok.error();
+  }
   char* real = ::realpath(root.c_str(), nullptr);
   Detected found;
   found.root = root;

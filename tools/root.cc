@@ -11,6 +11,8 @@
 #include <cstring>
 #include <filesystem>
 
+#include "tools/trust.h"
+
 namespace machina {
 namespace {
 
@@ -163,8 +165,10 @@ Result<void> check_wanted(const std::string& path, const std::string& wanted) {
   // R5. What is there already may be a link to a shorter path: that one is
   // asked about later.
   struct stat status {};
-  if (::lstat(wanted.c_str(), &status) != 0) return check_socket_path(wanted);
-  return {};
+  if (::lstat(wanted.c_str(), &status) != 0) {
+    if (auto ok = check_socket_path(wanted); !ok) return ok;
+  }
+  return check_trusted("MACHINA_ROOT", path, false);  // R6
 }
 
 // A root that is there.

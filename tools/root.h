@@ -12,6 +12,8 @@
 //       syncs are another machine's word (NFS and its like) is refused in prod
 //       unless it is asked for by name, and warned of in dev.
 //   R5  Its Unix socket's path fits into a sockaddr_un.
+//   R6  Nobody but root and ourselves could put another directory in its
+//       place: every component and link on the way is looked at (trust.h).
 
 #pragma once
 

@@ -7,7 +7,9 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <map>
 
 namespace machina {
@@ -214,6 +216,60 @@ TEST(Config, ProfileFilesRepeatTheTable) {
     }
     EXPECT_EQ(listed, known) << profile;
   }
+}
+
+// A variable has a reader outside of the table and of what only judges
+// settings, or it says that it has no effect.
+TEST(Config, F27_WhatHasNoReaderHasNoEffectYet) {
+  namespace fs = std::filesystem;
+  std::string source;
+  for (const char* folder : {"queue", "server", "workers", "tools"}) {
+    const fs::path top = fs::path(MACHINA_SOURCE_DIR) / folder;
+    for (const auto& entry : fs::recursive_directory_iterator(top)) {
+      const std::string name = entry.path().filename().string();
+      if (entry.path().extension() != ".cc" || name == "config.cc" ||
+          name == "checklist.cc" || name == "pool_settings.cc") {
+        continue;
+      }
+      std::ifstream file(entry.path());
+      source.append(std::istreambuf_iterator<char>(file), {});
+    }
+  }
+  // What pools are handed and what they read of it are in one file.
+  std::ifstream file(std::string(MACHINA_SOURCE_DIR) +
+                     "/tools/cli/pool_settings.cc");
+  const std::string settings((std::istreambuf_iterator<char>(file)), {});
+  source += settings.substr(settings.find("}  // namespace\n"));
+  const std::string shown = load({}).print();
+  int marked = 0;
+  for (const auto& row : config_table()) {
+    const bool read =
+        source.find('"' + std::string(row.name) + '"') != std::string::npos;
+    const std::size_t at = shown.find(std::string(row.name) + "=");
+    const std::string line = shown.substr(at, shown.find('\n', at) - at);
+    EXPECT_EQ(line.ends_with("; no effect yet"), !has_effect(row.name)) << line;
+    // These two are read by the line that says what is not promised.
+    if (std::string_view(row.name).starts_with("MACHINA_SECCOMP_P") ||
+        std::string_view(row.name).starts_with("MACHINA_SECCOMP_A")) {
+      continue;
+    }
+    EXPECT_EQ(read, has_effect(row.name)) << row.name;
+    marked += has_effect(row.name) ? 0 : 1;
+  }
+  EXPECT_GE(marked, 30);
+}
+
+TEST(Config, F28_DurationsAreReadInTheVariablesUnit) {
+  Config config = load({"MACHINA_DRAIN_MS=5s", "MACHINA_LEASE_MS=1m30s",
+                        "MACHINA_API_HMAC_TTL_SEC=2m"});
+  EXPECT_EQ(config.number("MACHINA_DRAIN_MS"), 5000);
+  EXPECT_EQ(config.number("MACHINA_LEASE_MS"), 90'000);
+  EXPECT_EQ(config.number("MACHINA_API_HMAC_TTL_SEC"), 120);
+  EXPECT_SAYS(refusal({"MACHINA_DRAIN_MS=2d"}), "0..86400000 ms");
+  EXPECT_SAYS(refusal({"MACHINA_DRAIN_MS=5x"}),
+              "\"5x\" must be 0..86400000 ms");
+  EXPECT_SAYS(refusal({"MACHINA_API_HMAC_TTL_SEC=500ms"}), "1..3600 s");
+  EXPECT_SAYS(refusal({"MACHINA_QUEUE_MAX=5s"}), "must be a whole number");
 }
 
 }  // namespace

@@ -9,6 +9,8 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 
+#include "tools/duration.h"
+
 extern char** environ;  // NOLINT: the only way to the whole of it
 
 namespace machina::cli {
@@ -37,6 +39,27 @@ void add_client_settings(CLI::App& verb, std::shared_ptr<Settings> settings) {
   add_setting(verb, settings, "--root", "MACHINA_ROOT",
               "where to look for machina.sock");
   add_common(verb, settings);
+}
+
+void add_duration(CLI::App& verb, const std::string& names, std::int64_t min_ms,
+                  std::int64_t max_ms, const std::string& unit,
+                  std::function<void(std::int64_t ms)> take,
+                  const std::string& help) {
+  const std::int64_t unit_ms = unit == "s" ? 1000 : 1;
+  const std::string name = names.substr(0, names.find(','));
+  verb.add_option_function<std::string>(
+          names,
+          [=, take = std::move(take)](const std::string& text) {
+            auto ms = parse_duration_ms(text, unit_ms);
+            if (!ms || *ms < min_ms || *ms > max_ms) {
+              throw CLI::ValidationError(
+                  name, "\"" + harmless(text) + "\" must be " +
+                            duration_range(min_ms, max_ms, unit));
+            }
+            take(*ms);
+          },
+          help)
+      ->type_name(unit == "s" ? "SECONDS" : "MS");
 }
 
 std::vector<std::string> environment() {
@@ -89,7 +112,7 @@ Asked ask(const Settings& settings, const Client::Request& request, int* exit) {
                  (unknown ? "; whether it took effect is unknown: ask again "
                             "with the same --dedup-key, or look"
                           : "; is a server running there? (machina serve, "
-                            "--server, MACHINA_SERVER)"));
+                            "--server, --root, MACHINA_SERVER, MACHINA_ROOT)"));
     return asked;
   }
   if (answer->status >= 400) {

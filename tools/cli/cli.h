@@ -6,6 +6,8 @@
 
 #pragma once
 
+#include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -44,6 +46,8 @@ void add_job_verbs(CLI::App& app, int* exit);
 void add_operator_verbs(CLI::App& app, int* exit);
 // patches list|show|ancestry|search
 void add_patch_verbs(CLI::App& app, int* exit);
+// patch submit|show
+void add_patch_submit(CLI::App& app, int* exit);
 void add_top(CLI::App& app, int* exit);
 
 // The options of a verb that fill configuration. Lives as long as the parser.
@@ -59,6 +63,13 @@ void add_setting(CLI::App& verb, std::shared_ptr<Settings> settings,
 void add_common(CLI::App& verb, std::shared_ptr<Settings> settings);
 // --server, --root, --config, --json
 void add_client_settings(CLI::App& verb, std::shared_ptr<Settings> settings);
+
+// Adds an option that takes a span of time: "5s", "10m", "1h30m", or a plain
+// number of `unit` ("ms" or "s"). `take` gets milliseconds.
+void add_duration(CLI::App& verb, const std::string& names, std::int64_t min_ms,
+                  std::int64_t max_ms, const std::string& unit,
+                  std::function<void(std::int64_t ms)> take,
+                  const std::string& help);
 
 // This process's environment, as Config::load wants it.
 std::vector<std::string> environment();

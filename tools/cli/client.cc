@@ -12,6 +12,7 @@
 #include "server/signature.h"
 #include "tools/config.h"
 #include "tools/root.h"
+#include "tools/trust.h"
 
 namespace machina::cli {
 namespace {
@@ -21,6 +22,47 @@ constexpr long kConnectMs = 3000;
 bool is_socket(const std::string& path) {
   struct stat status {};
   return ::stat(path.c_str(), &status) == 0 && S_ISSOCK(status.st_mode);
+}
+
+// What is known of a socket to which connect() failed with `error`.
+std::string why_no_socket(const std::string& path, int error) {
+  struct stat status {};
+  if (::stat(path.c_str(), &status) == 0) {
+    return error == EAGAIN
+               ? "the server takes no connection now; it has no descriptor "
+                 "left, or too much to do"
+               : "nobody listens there";
+  }
+  return errno == EACCES ? "its directory is closed to this user"
+                         : "there is none";
+}
+
+// Which server is meant. What was set nearest to the user counts (command
+// line, environment, file), and never another: a server that was named and is
+// not there is an error, not a reason to speak to somebody else's. Set equally
+// near, --server comes before --root, and that before the address.
+Result<std::string> server_of(const Config& config) {
+  const auto near = [&](const char* name) {
+    return config.values().find(name)->second.nearness();
+  };
+  const int address = std::max(near("MACHINA_HOST"), near("MACHINA_PORT"));
+  const int root = near("MACHINA_ROOT");
+  const std::string& server = config.text("MACHINA_SERVER");
+  if (!server.empty() && near("MACHINA_SERVER") >= std::max(root, address)) {
+    return server;
+  }
+  const std::string socket = root_socket(config.text("MACHINA_ROOT"));
+  const bool by_root = root > 0 && root >= address;
+  // Nobody named anything: the root that `machina serve` takes here, if it is
+  // there, else its address.
+  if (by_root || (address == 0 && is_socket(socket))) return socket;
+  if (config.number("MACHINA_PORT") == 0) {
+    return Error{Code::invalid,
+                 "MACHINA_PORT: 0 names no server's port; name the server's "
+                 "root (--root) or address (--server)"};
+  }
+  return url_of(config.text("MACHINA_HOST"),
+                static_cast<int>(config.number("MACHINA_PORT")));
 }
 
 std::size_t take_body(char* bytes, std::size_t size, std::size_t count,
@@ -152,11 +194,9 @@ Result<std::unique_ptr<Client>> Client::open(const Config& config) {
   client->token_ = config.text("MACHINA_API_TOKEN");
   client->secret_ = config.text("MACHINA_API_HMAC_SECRET");
 
-  std::string server = config.text("MACHINA_SERVER");
-  if (server.empty()) {
-    std::string socket = root_socket(config.text("MACHINA_ROOT"));
-    server = is_socket(socket) ? socket : "http://127.0.0.1:8080";
-  }
+  auto named = server_of(config);
+  if (!named) return named.error();
+  std::string server = std::move(*named);
   if (server.starts_with("unix:")) server = server.substr(5);
   if (server.starts_with("/")) {
     if (server.size() > kSocketPathBytesMax) {
@@ -164,6 +204,10 @@ Result<std::unique_ptr<Client>> Client::open(const Config& config) {
                                       std::to_string(server.size()) +
                                       " bytes, a socket's path has at most " +
                                       std::to_string(kSocketPathBytesMax)};
+    }
+    // Who could put another socket there would be sent the token.
+    if (auto ok = check_trusted("the server's socket", server, true); !ok) {
+      return ok.error();
     }
     client->socket_ = server;
     client->base_ = "http://localhost";
@@ -238,16 +282,21 @@ Result<Client::Answer> Client::call(const Request& request) {
     long why_not = 0;
     lib.info(handle, CURLINFO_OS_ERRNO, &why_not);
     return Error{Code::unavailable,
-                 "cannot reach the socket " + socket_ +
-                     (!is_socket(socket_) ? ": there is none"
-                      : why_not == EAGAIN
-                          ? ": the server takes no connection now; it has no "
-                            "descriptor left, or too much to do"
-                          : ": nobody listens there")};
+                 "cannot reach the socket " + socket_ + ": " +
+                     why_no_socket(socket_, static_cast<int>(why_not))};
   }
   std::string what = *why != '\0' ? why : lib.text(code);
   return Error{never_arrived(code) ? Code::unavailable : Code::io,
                where_ + ": " + what};
+}
+
+std::string url_of(const std::string& host, int port) {
+  std::string to = host;
+  // One that listens everywhere is asked here.
+  if (to == "0.0.0.0") to = "127.0.0.1";
+  if (to == "::" || to == "[::]") to = "::1";
+  if (to.find(':') != std::string::npos && to[0] != '[') to = "[" + to + "]";
+  return "http://" + to + ":" + std::to_string(port);
 }
 
 std::string url_escape(const std::string& text) {

@@ -37,8 +37,12 @@ class Client {
     std::map<std::string, std::string> headers;  // lower-case names
   };
 
-  // The server of --server, else MACHINA_SERVER, else <root>/machina.sock if
-  // it is there, else http://127.0.0.1:8080. Code::invalid for no such form.
+  // The server that was named: MACHINA_SERVER, the root's socket, or
+  // MACHINA_HOST and MACHINA_PORT, whichever was set nearest to the user
+  // (command line, environment, file), in this order where equally near. What
+  // was named never falls back to another. Where nothing was: ./machina-data's
+  // socket if it is there, else http://127.0.0.1:8080. Code::invalid for no
+  // such form. tests/e2e/client_test.cc.
   static Result<std::unique_ptr<Client>> open(const Config& config);
   ~Client();
 
@@ -60,6 +64,9 @@ std::vector<std::string> signature_headers(const std::string& secret,
                                            const std::string& method,
                                            const std::string& path,
                                            const std::string& body);
+
+// Where a server that binds this address is reached from its own host.
+std::string url_of(const std::string& host, int port);
 
 // For one path segment or query value.
 std::string url_escape(const std::string& text);

@@ -28,16 +28,16 @@
 #include <sstream>
 #include <thread>
 
+#include "queue/verify.h"
 #include "server/descriptors.h"
 #include "tools/checklist.h"
 #include "tools/cli/cli.h"
 #include "tools/cli/client.h"
 #include "tools/cli/ops_common.h"
 #include "tools/cli/pool_settings.h"
+#include "tools/cli/start_conditions.h"
 #include "tools/ops.h"
 #include "tools/root.h"
-#include "workers/kinds/kinds.h"
-#include "workers/sandbox/sandbox.h"
 
 namespace machina::cli {
 namespace {
@@ -48,9 +48,9 @@ using std::chrono::duration_cast;
 using std::chrono::microseconds;
 using std::chrono::steady_clock;
 
-// The last slot, so that a pool of the same host is not in the way.
-constexpr int kDoctorSlot = 63;
 constexpr int kSyncSamples = 40;
+constexpr std::size_t kEvidenceBytesMax = 64 << 10;
+constexpr std::int64_t kClockGraceS = 300;
 
 std::string first_line(const std::string& path) {
   std::ifstream file(path);
@@ -164,48 +164,6 @@ Json host_facts(const std::string& root) {
 }
 
 // --- isolation -------------------------------------------------------------
-
-class TempDir {
- public:
-  TempDir() {
-    path_ = "/var/tmp/machina-doctor-XXXXXX";
-    if (::mkdtemp(path_.data()) == nullptr) path_.clear();
-    if (!path_.empty()) {
-      for (const char* sub : {"mirrors", "repos"}) {
-        fs::create_directory(path_ + "/" + sub);
-      }
-    }
-  }
-  ~TempDir() {
-    std::error_code error;
-    if (!path_.empty()) fs::remove_all(path_, error);
-  }
-  const std::string& path() const { return path_; }
-
- private:
-  std::string path_;
-};
-
-Result<sandbox::Report> examine(const Config& config, const TempDir& dir) {
-  if (dir.path().empty()) {
-    return Error{Code::io, "/var/tmp: no directory can be made there"};
-  }
-  register_built_in_handlers();
-  sandbox::SpawnerOptions options;
-  options.root = dir.path();
-  options.repo_roots = {dir.path() + "/repos"};
-  options.slot_uid_base =
-      static_cast<std::uint32_t>(config.number("MACHINA_SLOT_UID_BASE"));
-  options.seccomp_enable = config.flag("MACHINA_SECCOMP_ENABLE");
-  options.self_exe = self_exe();
-  auto spawner = sandbox::Spawner::start(options);
-  if (!spawner) return spawner.error();
-  auto channel = (*spawner)->open_slot(kDoctorSlot);
-  if (!channel) return channel.error();
-  auto slot = sandbox::Slot::attach(*channel);
-  if (!slot) return slot.error();
-  return sandbox::run_canary(**slot);
-}
 
 const char* state_name(sandbox::MechanismState state) {
   switch (state) {
@@ -336,11 +294,42 @@ void show_verdict(const Json& isolation, const Config& config) {
 
 // --- the production checklist ----------------------------------------------
 
-// Seconds since `path` was last written; -1: it is not there.
-std::int64_t age_s(const std::string& path) {
-  struct stat status {};
-  if (::lstat(path.c_str(), &status) != 0) return -1;
-  return std::max<std::int64_t>(0, ::time(nullptr) - status.st_mtime);
+// What `wal verify --record` wrote. Only what it says counts, not that the file
+// is there: somebody may have touched it, or it is about another log.
+Evidence read_evidence(const std::string& path, const std::string& log_uuid) {
+  Evidence found;
+  std::ifstream file(path, std::ios::binary);
+  if (!file) return found;
+  std::string text(kEvidenceBytesMax, '\0');
+  file.read(text.data(), static_cast<std::streamsize>(text.size()));
+  text.resize(static_cast<std::size_t>(file.gcount()));
+  const Json json = Json::parse(text, nullptr, false);
+  const auto word = [&](const char* name) {
+    return json.is_object() && json.contains(name) && json[name].is_string()
+               ? json[name].get<std::string>()
+               : std::string();
+  };
+  const std::int64_t at = parse_time_ms(word("ts"));
+  const std::int64_t now = ::time(nullptr);
+  if (at < 0 || word("digest").size() != 64 || !json.contains("last_lsn") ||
+      !json["last_lsn"].is_number_unsigned()) {
+    found.problem = path + " does not say what was checked, and when";
+  } else if (word("log_uuid") != log_uuid) {
+    found.problem = path + " is about another log";
+  } else if (at / 1000 > now + kClockGraceS) {
+    found.problem = path + " is of the future: " + word("ts");
+  } else {
+    found.ago_s = std::max<std::int64_t>(0, now - at / 1000);
+  }
+  return found;
+}
+
+void look_at_evidence(const std::string& root, ProductionFacts* facts) {
+  auto log = log_identity(root + "/queue");
+  facts->log_begun = static_cast<bool>(log);
+  if (!log) return;
+  facts->verified = read_evidence(ops_dir(root) + "/wal.verified", log->uuid);
+  facts->backup = read_evidence(ops_dir(root) + "/backup.taken", log->uuid);
 }
 
 // Another file system than its parent's.
@@ -505,8 +494,7 @@ void look_at_root(const std::string& root, ProductionFacts* facts) {
     facts->disk_bytes =
         static_cast<std::uint64_t>(disk.f_blocks) * disk.f_frsize;
   }
-  facts->verified_ago_s = age_s(ops_dir(root) + "/wal.verified");
-  facts->backup_ago_s = age_s(ops_dir(root) + "/backup.taken");
+  look_at_evidence(root, facts);
 }
 
 void look_at_server(const Settings& settings, const Config& config,
@@ -606,27 +594,28 @@ Json checks_json(const std::vector<Check>& checks) {
 
 // One line per item; the remedy is on it.
 void show_checks(const std::vector<Check>& checks) {
-  int warned = 0, failed = 0;
+  int warned = 0, failed = 0, none = 0;
   for (const auto& check : checks) {
     std::string label = check.name;
     label.resize(std::max<std::size_t>(label.size(), 20), ' ');
-    std::cout << name(check.verdict) << "  " << label << "  "
-              << harmless(check.what)
+    std::string verdict = name(check.verdict);
+    verdict.resize(4, ' ');
+    std::cout << verdict << "  " << label << "  " << harmless(check.what)
               << (check.remedy.empty() ? "" : " -- " + harmless(check.remedy))
               << "\n";
     warned += check.verdict == Verdict::warn ? 1 : 0;
     failed += check.verdict == Verdict::fail ? 1 : 0;
+    none += check.verdict == Verdict::none ? 1 : 0;
   }
   std::cout << "\n"
             << checks.size() << " items: " << failed << " FAIL, " << warned
-            << " WARN\n";
+            << " WARN, " << none << " N/A\n";
 }
 
 int doctor(const Settings& settings) {
   auto config = load(settings);
   if (!config) return kUsage;
-  TempDir dir;
-  auto report = examine(*config, dir);  // forks: before curl or a thread is
+  auto report = try_isolation(*config);  // forks: before curl or a thread is
   Json host = host_facts(config->text("MACHINA_ROOT"));
   // As a server would share them out that is started from here.
   auto files = take_descriptors(

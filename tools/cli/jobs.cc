@@ -9,37 +9,20 @@
 #include <CLI/Formatter.hpp>
 #include <algorithm>
 #include <chrono>
-#include <filesystem>
-#include <fstream>
 #include <iostream>
-#include <iterator>
 #include <nlohmann/json.hpp>
-#include <sstream>
 #include <thread>
 
 #include "queue/utf8.h"
+#include "server/signature.h"
 #include "tools/cli/cli.h"
+#include "tools/cli/show.h"
 
 namespace machina::cli {
 namespace {
 
-using Json = nlohmann::ordered_json;
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
-
-constexpr std::size_t kPayloadFileBytesMax = 4u << 20;
-constexpr int kWaitStepSeconds = 20;
-
-std::string text_of(const Json& object, const char* name) {
-  auto found = object.find(name);
-  if (found == object.end() || found->is_null()) return "";
-  return found->is_string() ? found->get<std::string>() : found->dump();
-}
-
-bool is_final(const std::string& state) {
-  return state == "succeeded" || state == "failed" || state == "cancelled" ||
-         state == "dead";
-}
 
 std::string ran_for(const Json& job) {
   std::int64_t from = parse_time_ms(text_of(job, "started_at"));
@@ -52,13 +35,6 @@ std::string error_line(const Json& job) {
   if (error == job.end() || !error->is_object()) return "";
   std::string message = text_of(*error, "message");
   return text_of(*error, "code") + (message.empty() ? "" : ": " + message);
-}
-
-void show_line(const char* name, const std::string& value) {
-  if (value.empty()) return;
-  std::string label(name);
-  label.resize(12, ' ');
-  std::cout << label << harmless(value) << "\n";
 }
 
 void show_job(const Json& job) {
@@ -77,6 +53,9 @@ void show_job(const Json& job) {
   }
   if (job.value("waiting_for_concurrency", false)) {
     state += ", others with its concurrency key run";
+  }
+  if (job.contains("served") && !job.value("served", true)) {
+    state += ", no worker that is connected serves its kind";
   }
   if (job.value("duplicate", false)) {
     state += gone ? "  (it was there already, and is past its retention)"
@@ -132,54 +111,28 @@ bool show_answer(const Settings& settings, const std::string& body, Json* job) {
   return true;
 }
 
+// What the server takes.
+constexpr std::int64_t kDelayMsMax = 3650LL * 86'400'000;
+constexpr std::int64_t kTimeoutMsMax = 7LL * 86'400'000;
+
 // --- enqueue ---------------------------------------------------------------
 
 struct EnqueueOptions {
   std::shared_ptr<Settings> settings = std::make_shared<Settings>();
   std::string kind, payload = "{}", queue, dedup_key, run_at, min_level;
   std::string concurrency_key;
-  int priority = -1, max_attempts = -1, timeout_ms = -1;
+  int priority = -1, max_attempts = -1;
   int concurrency_limit = -1;
-  std::int64_t delay_ms = -1;
+  std::int64_t delay_ms = -1, timeout_ms = -1;
   std::vector<std::string> depends_on, labels;
-  bool wait = false;
-  std::int64_t wait_seconds = 86'400;
+  bool wait = false, quiet = false;
+  std::int64_t wait_ms = 86'400'000;
 };
-
-// "@file", "@-" for standard input, or the JSON itself.
-Result<std::string> read_payload(const std::string& given) {
-  if (!given.starts_with('@')) return given;
-  std::string name = given.substr(1);
-  std::ifstream file;
-  std::istream* from = &std::cin;
-  if (name != "-") {
-    file.open(name, std::ios::binary);
-    if (!file) {
-      return Error{Code::invalid, "--payload: cannot read " + name};
-    }
-    from = &file;
-  }
-  std::string bytes(kPayloadFileBytesMax + 1, '\0');
-  from->read(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-  bytes.resize(static_cast<std::size_t>(from->gcount()));
-  if (bytes.size() > kPayloadFileBytesMax) {
-    std::error_code unknown;
-    const auto size = std::filesystem::file_size(name, unknown);
-    return Error{
-        Code::too_large,
-        "--payload: " + name + ": " +
-            (unknown ? "more" : std::to_string(size) + " bytes, more") +
-            " than " + std::to_string(kPayloadFileBytesMax) +
-            " bytes; a patch's diff may be an artifact of another job "
-            "instead (diff_artifact)"};
-  }
-  return bytes;
-}
 
 // The request's body. The payload goes in as it was written: the server is to
 // see its duplicate keys and long numbers, not this parser's view of them.
 Result<std::string> enqueue_body(const EnqueueOptions& options) {
-  auto payload = read_payload(options.payload);
+  auto payload = read_argument("--payload", options.payload);
   if (!payload) return payload;
   if (!Json::accept(*payload)) {
     return Error{Code::invalid, "--payload: not JSON (@FILE reads a file)"};
@@ -214,50 +167,6 @@ Result<std::string> enqueue_body(const EnqueueOptions& options) {
   return text + ",\"payload\":" + *payload + "}";
 }
 
-// Asks for the job until it ends or `deadline` passes; the last answer stays in
-// *job. A server that is away for a moment is asked again.
-int wait_for_end(const Settings& settings, const std::string& id,
-                 steady_clock::time_point deadline, std::string* last) {
-  int exit = kOk;
-  auto config = load(settings);
-  if (!config) return kUsage;
-  auto client = Client::open(*config);
-  if (!client) return fail(kUsage, client.error().what);
-  auto away_since = steady_clock::time_point::max();
-  while (steady_clock::now() < deadline) {
-    auto asked_at = steady_clock::now();
-    auto left =
-        std::chrono::duration_cast<std::chrono::seconds>(deadline - asked_at);
-    auto step = std::clamp<std::int64_t>(left.count(), 1, kWaitStepSeconds);
-    Client::Request request;
-    request.path = "/v1/jobs/" + url_escape(id);
-    request.headers = {"Prefer: wait=" + std::to_string(step)};
-    request.timeout_ms = static_cast<long>(step) * 1000 + 10'000;
-    auto answer = (*client)->call(request);
-    if (!answer) {
-      if (away_since == steady_clock::time_point::max()) away_since = asked_at;
-      if (asked_at - away_since > std::chrono::seconds(30)) {
-        return fail(kUnreachable, answer.error().what);
-      }
-      std::this_thread::sleep_for(milliseconds(250));
-      continue;
-    }
-    away_since = steady_clock::time_point::max();
-    if (answer->status == 503) {
-      std::this_thread::sleep_for(milliseconds(250));
-      continue;
-    }
-    if (answer->status >= 400) return show_refusal(settings, *answer);
-    *last = answer->body;
-    Json job = Json::parse(answer->body, nullptr, false);
-    if (!job.is_object() || is_final(text_of(job, "state"))) break;
-    if (steady_clock::now() - asked_at < milliseconds(100)) {
-      std::this_thread::sleep_for(milliseconds(200));
-    }
-  }
-  return exit;
-}
-
 int enqueue(const EnqueueOptions& options) {
   auto body = enqueue_body(options);
   if (!body) return fail(kUsage, body.error().what);
@@ -270,20 +179,27 @@ int enqueue(const EnqueueOptions& options) {
   if (!asked.ok) return exit;
   std::string last = asked.answer.body;
   Json job = Json::parse(last, nullptr, false);
-  if (options.wait && job.is_object() && !is_final(text_of(job, "state"))) {
-    auto deadline =
-        steady_clock::now() + std::chrono::seconds(options.wait_seconds);
+  if (!job.is_object()) return fail(kRefused, "the answer is not a job");
+  warn_not_served(job);
+  // At once, so that who waits can look at it meanwhile.
+  if (options.quiet) std::cout << text_of(job, "id") << std::endl;
+  if (options.wait && !is_final(text_of(job, "state"))) {
+    auto deadline = steady_clock::now() + milliseconds(options.wait_ms);
     exit = wait_for_end(*options.settings, text_of(job, "id"), deadline, &last);
     if (exit != kOk) return exit;
   }
-  if (!show_answer(*options.settings, last, &job)) return kRefused;
+  if (options.quiet) {
+    job = Json::parse(last, nullptr, false);
+  } else if (!show_answer(*options.settings, last, &job)) {
+    return kRefused;
+  }
   if (!options.wait) return kOk;
   if (!is_final(text_of(job, "state"))) {
     return fail(kNotSucceeded,
-                "it has not ended within " +
-                    std::to_string(options.wait_seconds) + " s and is " +
-                    text_of(job, "state") + " still; machina get " +
-                    text_of(job, "id") + " shows it later" +
+                "it has not ended within " + readable_ms(options.wait_ms) +
+                    " and is " + text_of(job, "state") +
+                    " still; machina get " + text_of(job, "id") +
+                    " shows it later" +
                     (text_of(job, "state") == "ready"
                          ? "; does a worker serve this kind? (machina stats)"
                          : ""));
@@ -299,14 +215,17 @@ void add_enqueue(CLI::App& app, int* exit) {
   verb->add_option("--queue", options->queue, "default: default");
   verb->add_option("--priority", options->priority, "0..9, 9 first")
       ->check(CLI::Range(0, 9));
-  verb->add_option("--delay-ms", options->delay_ms, "not before so long")
-      ->check(CLI::NonNegativeNumber);
+  add_duration(
+      *verb, "--delay-ms,--delay", 0, kDelayMsMax, "ms",
+      [options](std::int64_t ms) { options->delay_ms = ms; },
+      "not before so long");
   verb->add_option("--run-at", options->run_at, "RFC 3339 UTC");
   verb->add_option("--max-attempts", options->max_attempts, "default: 5")
       ->check(CLI::Range(1, 1000));
-  verb->add_option("--timeout-ms", options->timeout_ms,
-                   "of an attempt; default: its kind's")
-      ->check(CLI::PositiveNumber);
+  add_duration(
+      *verb, "--timeout-ms,--timeout", 1, kTimeoutMsMax, "ms",
+      [options](std::int64_t ms) { options->timeout_ms = ms; },
+      "of an attempt; default: its kind's");
   verb->add_option("--dedup-key", options->dedup_key,
                    "the same key again is the same job");
   verb->add_option("--concurrency-key", options->concurrency_key,
@@ -319,14 +238,19 @@ void add_enqueue(CLI::App& app, int* exit) {
   verb->add_option("--min-level", options->min_level, "L0..L4");
   verb->add_flag("--wait", options->wait,
                  "wait for its end; exit 1 unless it succeeded");
-  verb->add_option("--wait-s", options->wait_seconds,
-                   "how long --wait waits (86400)")
-      ->check(CLI::Range(1, 10'000'000));
+  add_duration(
+      *verb, "--wait-s", 1000, 10'000'000'000, "s",
+      [options](std::int64_t ms) { options->wait_ms = ms; },
+      "how long --wait waits (86400)");
+  verb->add_flag("-q,--quiet", options->quiet, "print the id only");
   add_client_settings(*verb, options->settings);
   verb->callback([options, exit] { *exit = enqueue(*options); });
 }
 
 // --- get, cancel, retry, unblock -------------------------------------------
+
+constexpr char kIdHelp[] =
+    "the job's id, or a part of it from its beginning or end that no other has";
 
 struct JobOptions {
   std::shared_ptr<Settings> settings = std::make_shared<Settings>();
@@ -340,9 +264,11 @@ struct JobOptions {
 int one_job(const JobOptions& options, const std::string& method,
             const std::string& action, const std::string& body) {
   int exit = kOk;
+  std::string id = options.id;
+  if (!resolve_id(*options.settings, false, &id, &exit)) return exit;
   Client::Request request;
   request.method = method;
-  request.path = "/v1/jobs/" + url_escape(options.id) + action;
+  request.path = "/v1/jobs/" + url_escape(id) + action;
   request.body = body;
   Asked asked = ask(*options.settings, request, &exit);
   if (!asked.ok) return exit;
@@ -351,10 +277,57 @@ int one_job(const JobOptions& options, const std::string& method,
                                                                  : kRefused;
 }
 
+// The diff that the job carries, or that it names; empty: none can be shown.
+std::string diff_of(const Settings& settings, const Json& job) {
+  auto payload = job.find("payload");
+  if (payload == job.end() || !payload->is_object()) return "";
+  if (std::string diff = text_of(*payload, "diff"); !diff.empty()) return diff;
+  const std::string from = text_of(*payload, "diff_artifact");
+  const std::size_t slash = from.find('/');
+  if (slash == std::string::npos) return "";
+  Client::Request request;
+  request.path = "/v1/jobs/" + url_escape(from.substr(0, slash)) +
+                 "/artifacts/" + url_escape(from.substr(slash + 1));
+  int exit = kOk;
+  Asked asked = ask(settings, request, &exit);
+  return asked.ok ? asked.answer.body : "";
+}
+
+void show_files(const Json& data) {
+  auto files = data.find("files");
+  if (files == data.end() || !files->is_array()) return;
+  for (const auto& file : *files) {
+    if (!file.is_object()) {
+      show_line("file",
+                file.is_string() ? file.get<std::string>() : file.dump());
+      continue;
+    }
+    std::string line = text_of(file, "path");
+    if (file.contains("added")) {
+      line += "  +" + text_of(file, "added") + " -" + text_of(file, "removed");
+    }
+    show_line("file", line);
+  }
+  if (data.value("files_truncated", false)) {
+    show_line("file", "... and more than can be listed");
+  }
+}
+
 // What the job waits for, for whoever decides.
-void show_block(const Json& blocked) {
+void show_block(const Settings& settings, const Json& job,
+                const Json& blocked) {
+  const std::string reason = text_of(blocked, "reason");
+  show_line("job", text_of(job, "id"));
+  show_line("blocked", reason);
+  std::string deadline = text_of(blocked, "deadline_at");
+  if (!deadline.empty()) show_line("until", readable_time(deadline));
   auto data = blocked.find("data");
-  if (data == blocked.end() || !data->is_object()) return;
+  if (data == blocked.end() || data->is_null()) return;
+  // A worker of any kind may ask in its own words.
+  if (!data->is_object() || (reason != "approval" && reason != "conflict")) {
+    std::cout << "data\n" << harmless(data->dump(2)) << "\n";
+    return;
+  }
   show_line("digest", text_of(*data, "digest"));
   show_line("base", text_of(*data, "base_commit"));
   show_line("branch", text_of(*data, "branch"));
@@ -368,31 +341,26 @@ void show_block(const Json& blocked) {
                          ? ", and merges"
                          : ", and does not merge: mend the branch first"));
     }
-    // Line by line: what a branch holds does not reach the terminal as it is.
-    std::istringstream diff(text_of(*data, "diff"));
-    for (std::string line; std::getline(diff, line);) {
-      std::cout << "  " << harmless(line) << "\n";
-    }
+    show_diff(text_of(*data, "diff"), "  ");
     if (data->value("diff_truncated", false)) {
       std::cout << "  ... and more than can be shown\n";
     }
   }
-  auto files = data->find("files");
-  if (files == data->end() || !files->is_array()) return;
-  for (const auto& file : *files) {
-    if (!file.is_object()) {
-      show_line("file",
-                file.is_string() ? file.get<std::string>() : file.dump());
-      continue;
-    }
-    std::string line = text_of(file, "path");
-    if (file.contains("added")) {
-      line += "  +" + text_of(file, "added") + " -" + text_of(file, "removed");
-    }
-    show_line("file", line);
+  show_files(*data);
+  if (!text_of(job, "kind").starts_with("patch.")) {
+    std::cout << "data\n" << harmless(data->dump(2)) << "\n";
+    return;
   }
-  if (data->value("files_truncated", false)) {
-    show_line("file", "... and more than can be listed");
+  if (reason == "conflict") return;
+  const std::string diff = diff_of(settings, job);
+  if (diff.empty()) return;
+  std::cout << "diff\n";
+  show_diff(diff, "  ");
+  const HexDigest hex = Sha256::of(diff);
+  if (text_of(*data, "digest") !=
+      "sha256:" + std::string(hex.data(), hex.size())) {
+    std::cerr << "machina: warning: the diff above is not the one with this "
+                 "digest: compare the digest with what you were sent\n";
   }
 }
 
@@ -407,14 +375,53 @@ std::string this_user() {
   return found->pw_name;
 }
 
+// How to decide, with what was shown filled in.
+std::string how_to_decide(const std::string& id, const Json& blocked,
+                          bool approval) {
+  if (!approval) return "--input JSON gives the job what it waits for";
+  std::string digest;
+  auto data = blocked.find("data");
+  if (data != blocked.end() && data->is_object()) {
+    digest = text_of(*data, "digest");
+  }
+  return "machina unblock " + id + " --approve" +
+         (digest.empty() ? "" : " --digest " + digest) +
+         ", or machina unblock " + id + " --deny";
+}
+
+// Shows what the job waits for; changes nothing. Who reads JSON gets what is to
+// be decided, and what is missing.
+int no_decision(const JobOptions& options, const Json& blocked, bool approval) {
+  const bool merge = text_of(blocked, "reason") == "conflict";
+  const std::string what =
+      "job " + options.id +
+      (merge      ? " waits with a conflict"
+       : approval ? " waits for approval"
+                  : " waits (" + text_of(blocked, "reason") + ")") +
+      " and no decision was given: " +
+      (approval ? "--approve or --deny" : "--input");
+  if (options.settings->json) {
+    const Json missing = {{"code", "decision-missing"},
+                          {"detail", what},
+                          {"field", approval ? "--approve" : "--input"},
+                          {"id", options.id},
+                          {"blocked", blocked}};
+    std::cout << harmless_json(missing.dump()) << "\n";
+  } else {
+    show_line("to decide", how_to_decide(options.id, blocked, approval));
+  }
+  return fail(kUsage, what);
+}
+
 // The token belongs to this one block: what is decided about what is shown
-// here cannot become a decision about something else.
-int unblock_job(const JobOptions& options) {
+// here cannot become a decision about something else. Without a decision
+// (--approve, --deny or --input) nothing is sent.
+int unblock_job(JobOptions options) {
   std::string token = options.token;
   Json input = nullptr;
   std::string raw_input;
   if (!options.input.empty()) {
-    auto given = read_payload(options.input);
+    auto given = read_argument("--input", options.input);
     if (!given || !Json::accept(*given)) {
       return fail(kUsage, given ? "--input: not JSON" : given.error().what);
     }
@@ -427,8 +434,9 @@ int unblock_job(const JobOptions& options) {
   if (!options.comment.empty() && !decided) {
     return fail(kUsage, "--comment: only with --approve or --deny");
   }
-  if (token.empty() || decided) {
-    int exit = kOk;
+  int exit = kOk;
+  if (!resolve_id(*options.settings, false, &options.id, &exit)) return exit;
+  if (token.empty() || raw_input.empty()) {
     Client::Request request;
     request.path = "/v1/jobs/" + url_escape(options.id);
     Asked asked = ask(*options.settings, request, &exit);
@@ -440,31 +448,17 @@ int unblock_job(const JobOptions& options) {
                                 text_of(job, "state"));
     }
     // A rollback that meets what changed since waits for a decision, too.
-    const bool merge = text_of(*blocked, "reason") == "conflict";
+    const bool merge = text_of(*blocked, "reason") == "conflict" &&
+                       text_of(job, "kind").starts_with("patch.");
     const bool approval = text_of(*blocked, "reason") == "approval" || merge;
     if (!options.settings->json) {
-      show_line("blocked", text_of(*blocked, "reason"));
-      show_block(*blocked);
+      show_block(*options.settings, job, *blocked);
     }
     if (decided && !approval) {
       return fail(kUsage, "the job does not wait for approval: use --input");
     }
-    if (approval && !decided && raw_input.empty()) {
-      const std::string what =
-          "job " + options.id +
-          (merge ? " waits with a conflict" : " waits for approval") +
-          " and no decision was given: --approve or "
-          "--deny";
-      // Whoever reads JSON gets what is to be decided, and what is missing.
-      if (options.settings->json) {
-        const Json missing = {{"code", "decision-missing"},
-                              {"detail", what},
-                              {"field", "--approve"},
-                              {"id", options.id},
-                              {"blocked", *blocked}};
-        std::cout << harmless_json(missing.dump()) << "\n";
-      }
-      return fail(kUsage, what);
+    if (!decided && raw_input.empty()) {
+      return no_decision(options, *blocked, approval);
     }
     if (token.empty()) token = text_of(*blocked, "token");
     if (decided) {
@@ -491,7 +485,7 @@ void add_unblock(CLI::App& app, int* exit);
 CLI::App* job_verb(CLI::App& app, const char* name, const char* help,
                    std::shared_ptr<JobOptions> options) {
   CLI::App* verb = app.add_subcommand(name, help);
-  verb->add_option("id", options->id, "the job's id")->required();
+  verb->add_option("id", options->id, kIdHelp)->required();
   add_client_settings(*verb, options->settings);
   return verb;
 }
@@ -522,10 +516,12 @@ void add_simple_verbs(CLI::App& app, int* exit) {
 void add_unblock(CLI::App& app, int* exit) {
   auto unblock = std::make_shared<JobOptions>();
   CLI::App* verb =
-      job_verb(app, "unblock", "Give a blocked job what it waits for", unblock);
+      job_verb(app, "unblock",
+               "Show what a blocked job waits for, or decide it", unblock);
   verb->add_flag("--approve", unblock->approve,
                  "what a job that waits for approval asks for");
-  verb->add_flag("--deny", unblock->deny)->excludes("--approve");
+  verb->add_flag("--deny", unblock->deny, "say no to it")
+      ->excludes("--approve");
   verb->add_option("--digest", unblock->digest,
                    "approve only if this is what the job asks for");
   verb->add_option("--comment", unblock->comment, "why; kept with the patch");
@@ -548,21 +544,22 @@ struct ListOptions {
 };
 
 std::string list_path(const ListOptions& options) {
-  std::string path = "/v1/jobs?limit=" + std::to_string(options.limit);
+  std::string path = "/v1/jobs?";
   auto add = [&](const std::string& name, const std::string& value) {
-    if (!value.empty()) path += "&" + name + "=" + url_escape(value);
+    if (value.empty()) return;
+    path += (path.ends_with('?') ? "" : "&") + name + "=" + url_escape(value);
   };
   add("state", options.state);
   add("kind", options.kind);
   add("queue", options.queue);
   add("since", options.since);
   add("until", options.until);
-  add("cursor", options.cursor);
   for (const auto& label : options.labels) {
     std::size_t equals = std::min(label.find('='), label.size());
     add("label." + label.substr(0, equals),
         label.substr(std::min(equals + 1, label.size())));
   }
+  if (path.ends_with('?')) path.pop_back();
   return path;
 }
 
@@ -590,13 +587,10 @@ int list(const ListOptions& options) {
       return fail(kUsage, "--label: \"" + harmless(label) + "\" must be K=V");
     }
   }
-  Client::Request request;
-  request.path = list_path(options);
-  Asked asked = ask(*options.settings, request, &exit);
-  if (!asked.ok) return exit;
-  Json page = Json::parse(asked.answer.body, nullptr, false);
-  if (!page.is_object() || !page["jobs"].is_array()) {
-    return fail(kRefused, "the answer is not a list of jobs");
+  Json page;
+  if (!fetch_pages(*options.settings, list_path(options), "jobs", options.limit,
+                   options.cursor, &page, &exit)) {
+    return exit;
   }
   if (options.settings->json) {
     std::cout << harmless_json(page.dump()) << "\n";
@@ -628,7 +622,7 @@ void add_list(CLI::App& app, int* exit) {
   verb->add_option("--label", options->labels, "K=V");
   verb->add_option("--since", options->since, "created since, RFC 3339");
   verb->add_option("--until", options->until, "created until, RFC 3339");
-  verb->add_option("--limit", options->limit, "jobs of a page")
+  verb->add_option("--limit", options->limit, "jobs that are shown (50)")
       ->check(CLI::Range(1, 1000));
   verb->add_option("--cursor", options->cursor, "of the page before");
   add_client_settings(*verb, options->settings);
@@ -652,15 +646,17 @@ void write_log(const std::string& text) {
 }
 
 int logs(const LogOptions& options) {
+  int exit = kOk;
+  std::string id = options.id;
+  if (!resolve_id(*options.settings, false, &id, &exit)) return exit;
   Client::Request request;
-  request.path = "/v1/jobs/" + url_escape(options.id) + "/logs";
+  request.path = "/v1/jobs/" + url_escape(id) + "/logs";
   if (options.attempt > 0) {
     request.path += "?attempt=" + std::to_string(options.attempt);
   }
   Client::Request state;
-  state.path = "/v1/jobs/" + url_escape(options.id);
+  state.path = "/v1/jobs/" + url_escape(id);
   std::size_t shown = 0;
-  int exit = kOk;
   for (bool last = !options.follow;;) {
     // The state first: what is logged before the end is then in the log.
     if (!last) {
@@ -673,7 +669,7 @@ int logs(const LogOptions& options) {
     if (!log.ok) return exit;
     if (options.settings->json) {
       if (last) {
-        const Json whole = {{"id", options.id}, {"log", log.answer.body}};
+        const Json whole = {{"id", id}, {"log", log.answer.body}};
         std::cout << harmless_json(whole.dump(-1, ' ', false,
                                               Json::error_handler_t::replace))
                   << "\n";
@@ -693,7 +689,7 @@ int logs(const LogOptions& options) {
 void add_logs(CLI::App& app, int* exit) {
   auto options = std::make_shared<LogOptions>();
   CLI::App* verb = app.add_subcommand("logs", "Print what a job printed");
-  verb->add_option("id", options->id, "the job's id")->required();
+  verb->add_option("id", options->id, kIdHelp)->required();
   verb->add_option("--attempt", options->attempt, "default: the last")
       ->check(CLI::PositiveNumber);
   verb->add_flag("-f,--follow", options->follow, "until the job has ended");

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <iostream>
 #include <string>
+#include <vector>
 
 #include "tools/cli/cli.h"
 
@@ -25,29 +26,40 @@ int main(int argc, char** argv) {
   add_job_verbs(app, &exit);
   add_operator_verbs(app, &exit);
   add_sign(app, &exit);
+  add_patch_submit(app, &exit);
   add_patch_verbs(app, &exit);
   add_wal(app, &exit);
   add_top(app, &exit);
   add_version(app, &exit);
 
+  // `machina help ops start` is `machina ops start --help`.
+  std::vector<std::string> words(argv + 1, argv + argc);
+  if (!words.empty() && words.front() == "help") {
+    words.erase(words.begin());
+    std::erase_if(words, [](const auto& word) { return word[0] == '-'; });
+    words.emplace_back("--help");
+  }
+
   // Said here, because the parser would only say that a verb is missing.
   CLI::App* at = &app;
   std::string path = "machina";
-  for (int i = 1; i < argc && argv[i][0] != '-'; ++i) {
+  for (const std::string& word : words) {
+    if (word.starts_with('-')) break;
     auto verbs = at->get_subcommands([](CLI::App*) { return true; });
     if (verbs.empty()) break;
     auto named = std::find_if(
         verbs.begin(), verbs.end(),
-        [&](const CLI::App* verb) { return verb->get_name() == argv[i]; });
+        [&](const CLI::App* verb) { return verb->get_name() == word; });
     if (named == verbs.end()) {
-      return fail(kUsage, "there is no verb \"" + harmless(argv[i]) + "\"; " +
+      return fail(kUsage, "there is no verb \"" + harmless(word) + "\"; " +
                               path + " --help lists them");
     }
     at = *named;
     path += " " + at->get_name();
   }
   try {
-    app.parse(argc, argv);
+    std::reverse(words.begin(), words.end());  // as the parser takes them
+    app.parse(std::move(words));
   } catch (const CLI::Success& asked_for_help) {
     return app.exit(asked_for_help);
   } catch (const CLI::ParseError& error) {

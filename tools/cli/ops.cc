@@ -17,7 +17,7 @@
 #include <random>
 
 #include "tools/cli/ops_common.h"
-#include "tools/promises.h"
+#include "tools/cli/start_conditions.h"
 #include "tools/root.h"
 
 namespace machina::cli {
@@ -371,7 +371,7 @@ int ops_start(const OpsOptions& options) {
   if (!config) return kOpsUsage;
   // The unit has a configuration of its own, and refuses by itself.
   auto refusals = options.launcher == "systemd" ? std::vector<std::string>()
-                                                : start_refusals(*config);
+                                                : settings_faults(*config);
   for (const auto& line : refusals) fail(kOpsUsage, line);
   if (!refusals.empty()) return kOpsUsage;
   const std::string& named = config->text("MACHINA_ROOT");
@@ -507,10 +507,21 @@ CLI::App* add_verb(CLI::App& ops, const std::string& name,
   return verb;
 }
 
+// `owner` keeps `*to` for as long as the parser lives.
+void add_seconds(CLI::App& verb, const std::string& name, std::int64_t min_ms,
+                 double* to, std::shared_ptr<OpsOptions> owner,
+                 const std::string& help) {
+  add_duration(
+      verb, name, min_ms, 86'400'000, "s",
+      [to, owner = std::move(owner)](std::int64_t ms) {
+        *to = static_cast<double>(ms) / 1000;
+      },
+      help);
+}
+
 void add_wait(CLI::App& verb, std::shared_ptr<OpsOptions> options) {
-  verb.add_option("--wait-seconds", options->wait_seconds,
-                  "how long it may take until all is well")
-      ->check(CLI::Range(0.1, 86400.0));
+  add_seconds(verb, "--wait-seconds", 100, &options->wait_seconds, options,
+              "how long it may take until all is well");
 }
 
 void add_listen(CLI::App& verb, std::shared_ptr<OpsOptions> options) {
@@ -542,11 +553,9 @@ void add_ops(CLI::App& app, int* exit) {
   kill->add_option("--from", killing->from,
                    "end only what this report of detect names and still is "
                    "that process");
-  kill->add_option(
-          "--term-seconds", killing->term_seconds,
-          "grace between TERM and KILL, in which running jobs may end; "
-          "default: 8")
-      ->check(CLI::Range(0.0, 86400.0));
+  add_seconds(*kill, "--term-seconds", 0, &killing->term_seconds, killing,
+              "grace between TERM and KILL, in which running jobs may end; "
+              "default: 8");
 
   auto starting = std::make_shared<OpsOptions>();
   CLI::App* start = add_verb(*ops, "start", "Start a server in the background",
@@ -575,10 +584,9 @@ void add_ops(CLI::App& app, int* exit) {
   add_disk(*restart, restarting);
   restart->add_flag("--pool", restarting->replace_pool,
                     "then replace the pool too, as its jobs end");
-  restart
-      ->add_option("--handover-seconds", restarting->handover_seconds,
-                   "how long the old server may take to let go")
-      ->check(CLI::Range(0.1, 86400.0));
+  add_seconds(*restart, "--handover-seconds", 100,
+              &restarting->handover_seconds, restarting,
+              "how long the old server may take to let go");
 
   add_doctor(*ops, exit);
 

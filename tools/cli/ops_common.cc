@@ -357,17 +357,6 @@ WorkersThere await_workers(const OpsOptions& options, const std::string& socket,
 
 namespace {
 
-std::string url_of(const PidFile& file) {
-  std::string host = file.host;
-  // One that listens everywhere is asked here.
-  if (host == "0.0.0.0") host = "127.0.0.1";
-  if (host == "::" || host == "[::]") host = "::1";
-  if (host.find(':') != std::string::npos && host[0] != '[') {
-    host = "[" + host + "]";
-  }
-  return "http://" + host + ":" + std::to_string(file.port);
-}
-
 class HealthCheck {
  public:
   // `until`, of steady_ms(): no answer is waited for beyond it.
@@ -378,7 +367,9 @@ class HealthCheck {
   Health run() {
     Health health;
     std::string socket = root_socket(found_.root);
-    std::string url = found_.serve ? url_of(*found_.serve_file) : "";
+    std::string url =
+        found_.serve ? url_of(found_.serve_file->host, found_.serve_file->port)
+                     : "";
     OpsJson serve_pids = OpsJson::array(), pool_pids = OpsJson::array();
     if (found_.serve) serve_pids.push_back(found_.serve->process.id.pid);
     if (found_.pool) pool_pids.push_back(found_.pool->process.id.pid);

@@ -8,11 +8,14 @@
 #include <nlohmann/json.hpp>
 
 #include "tools/cli/cli.h"
+#include "tools/cli/show.h"
 
 namespace machina::cli {
 namespace {
 
-using Json = nlohmann::ordered_json;
+constexpr char kPatchIdHelp[] =
+    "the patch's id, which is its job's; a part of it that no other has will "
+    "do";
 
 struct PatchOptions {
   std::shared_ptr<Settings> settings = std::make_shared<Settings>();
@@ -20,12 +23,6 @@ struct PatchOptions {
   std::string license_fingerprint, session, diff_digest;
   int limit = 50;
 };
-
-std::string text_of(const Json& object, const char* name) {
-  auto found = object.find(name);
-  if (found == object.end() || found->is_null()) return "";
-  return found->is_string() ? found->get<std::string>() : found->dump();
-}
 
 std::string inner(const Json& object, const char* outer, const char* name) {
   auto found = object.find(outer);
@@ -39,19 +36,18 @@ std::string lines_of(const Json& object) {
 }
 
 // Asks; false: *exit says why not. With --json the answer is shown as it is.
-bool fetch(const PatchOptions& options, const std::string& path, int* exit,
+bool fetch(const Settings& settings, const std::string& path, int* exit,
            Json* answer) {
   Client::Request request;
   request.path = path;
-  Asked asked = ask(*options.settings, request, exit);
+  Asked asked = ask(settings, request, exit);
   if (!asked.ok) return false;
   *answer = Json::parse(asked.answer.body, nullptr, false);
   if (!answer->is_object()) {
     *exit = fail(kRefused, "the answer is not JSON");
     return false;
   }
-  if (options.settings->json)
-    std::cout << harmless_json(answer->dump()) << "\n";
+  if (settings.json) std::cout << harmless_json(answer->dump()) << "\n";
   return true;
 }
 
@@ -94,16 +90,15 @@ void show_table(const Json& patches, bool provenance) {
 }
 
 int list(const PatchOptions& options, const char* verb) {
-  std::string path = "/v1/patches?limit=" + std::to_string(options.limit);
+  std::string path = "/v1/patches";
   std::string again;
   auto add = [&](const char* name, const std::string& value) {
     if (value.empty()) return;
-    path += std::string("&") + name + "=" + url_escape(value);
-    if (std::string(name) != "cursor") {
-      std::string option(name);
-      std::replace(option.begin(), option.end(), '_', '-');
-      again += " --" + option + " " + value;
-    }
+    path += (path.find('?') == path.npos ? "?" : "&") + std::string(name) +
+            "=" + url_escape(value);
+    std::string option(name);
+    std::replace(option.begin(), option.end(), '_', '-');
+    again += " --" + option + " " + value;
   };
   add("license", options.license);
   add("vector", options.vector);
@@ -113,11 +108,15 @@ int list(const PatchOptions& options, const char* verb) {
   add("diff_digest", options.diff_digest);
   add("repo", options.repo);
   add("outcome", options.outcome);
-  add("cursor", options.cursor);
   int exit = kOk;
   Json page;
-  if (!fetch(options, path, &exit, &page) || options.settings->json) {
+  if (!fetch_pages(*options.settings, path, "patches", options.limit,
+                   options.cursor, &page, &exit)) {
     return exit;
+  }
+  if (options.settings->json) {
+    std::cout << harmless_json(page.dump()) << "\n";
+    return kOk;
   }
   show_table(page["patches"], false);
   std::string cursor = text_of(page, "cursor");
@@ -126,13 +125,6 @@ int list(const PatchOptions& options, const char* verb) {
               << " --cursor " << harmless(cursor) << "\n";
   }
   return kOk;
-}
-
-void show_line(const char* name, const std::string& value) {
-  if (value.empty()) return;
-  std::string label(name);
-  label.resize(12, ' ');
-  std::cout << label << harmless(value) << "\n";
 }
 
 void show_tests(const Json& patch) {
@@ -292,22 +284,19 @@ void show_patch(const Json& patch) {
   }
 }
 
-int show(const PatchOptions& options) {
+int show(PatchOptions options) {
   int exit = kOk;
-  Json patch;
-  if (!fetch(options, "/v1/patches/" + url_escape(options.id), &exit, &patch) ||
-      options.settings->json) {
-    return exit;
-  }
-  show_patch(patch);
-  return kOk;
+  if (!resolve_id(*options.settings, true, &options.id, &exit)) return exit;
+  return show_patch_record(*options.settings, options.id);
 }
 
-int ancestry(const PatchOptions& options) {
+int ancestry(PatchOptions options) {
   int exit = kOk;
   Json answer;
-  if (!fetch(options, "/v1/patches/" + url_escape(options.id) + "/ancestry",
-             &exit, &answer) ||
+  if (!resolve_id(*options.settings, true, &options.id, &exit)) return exit;
+  if (!fetch(*options.settings,
+             "/v1/patches/" + url_escape(options.id) + "/ancestry", &exit,
+             &answer) ||
       options.settings->json) {
     return exit;
   }
@@ -331,13 +320,23 @@ void add_page(CLI::App* verb, const std::shared_ptr<PatchOptions>& options) {
                    "a path, or a name below a repository root");
   verb->add_option("--outcome", options->outcome,
                    "such as applied, conflict, rejected or tests_failed");
-  verb->add_option("--limit", options->limit, "patches of a page")
+  verb->add_option("--limit", options->limit, "patches that are shown (50)")
       ->check(CLI::Range(1, 1000));
   verb->add_option("--cursor", options->cursor, "of the page before");
   add_client_settings(*verb, options->settings);
 }
 
 }  // namespace
+
+int show_patch_record(const Settings& settings, const std::string& id) {
+  int exit = kOk;
+  Json patch;
+  if (fetch(settings, "/v1/patches/" + url_escape(id), &exit, &patch) &&
+      !settings.json) {
+    show_patch(patch);
+  }
+  return exit;
+}
 
 void add_patch_verbs(CLI::App& app, int* exit) {
   CLI::App* patches =
@@ -351,14 +350,14 @@ void add_patch_verbs(CLI::App& app, int* exit) {
 
   auto shown = std::make_shared<PatchOptions>();
   verb = patches->add_subcommand("show", "Show a patch");
-  verb->add_option("id", shown->id, "the patch's id: its job's")->required();
+  verb->add_option("id", shown->id, kPatchIdHelp)->required();
   add_client_settings(*verb, shown->settings);
   verb->callback([shown, exit] { *exit = show(*shown); });
 
   auto traced = std::make_shared<PatchOptions>();
   verb = patches->add_subcommand("ancestry",
                                  "A patch, its parent, and so on to the root");
-  verb->add_option("id", traced->id, "the patch's id: its job's")->required();
+  verb->add_option("id", traced->id, kPatchIdHelp)->required();
   add_client_settings(*verb, traced->settings);
   verb->callback([traced, exit] { *exit = ancestry(*traced); });
 

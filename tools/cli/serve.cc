@@ -8,7 +8,6 @@
 #include <CLI/App.hpp>
 #include <CLI/Config.hpp>
 #include <CLI/Formatter.hpp>
-#include <filesystem>
 #include <iostream>
 #include <nlohmann/json.hpp>
 
@@ -18,6 +17,7 @@
 #include "tools/cli/ops_common.h"
 #include "tools/cli/pool_settings.h"
 #include "tools/cli/serve_events.h"
+#include "tools/cli/start_conditions.h"
 #include "tools/ops.h"
 #include "tools/promises.h"
 #include "tools/root.h"
@@ -27,7 +27,6 @@ namespace machina::cli {
 namespace {
 
 constexpr Millis kLastWordsMs = 2000;  // to a log that nobody reads
-constexpr long kAskMs = 3000;          // a server that runs
 
 struct ServeOptions {
   std::shared_ptr<Settings> settings = std::make_shared<Settings>();
@@ -46,6 +45,7 @@ void print_config(const Config& config, bool json) {
     bool secret = row.type == Variable::Type::secret && !value.text.empty();
     all[row.name] = {{"value", secret ? "(set)" : value.text},
                      {"origin", value.origin}};
+    if (!has_effect(row.name)) all[row.name]["no_effect_yet"] = true;
   }
   std::cout << all.dump(2) << "\n";
 }
@@ -162,102 +162,19 @@ void close_ranks(bool prod) {
   }
 }
 
-// A malformed pattern would silently allow nothing.
-Result<void> check_patterns(const Config& config) {
-  for (const auto& pattern : config.list("MACHINA_KINDS_ALLOWED")) {
-    if (!valid_kind_pattern(pattern)) {
-      return Error{Code::invalid, "MACHINA_KINDS_ALLOWED: \"" + pattern +
-                                      "\" must be a kind, or one that ends "
-                                      "in .*"};
-    }
-  }
-  return {};
-}
-
-Result<void> listening_fault(Result<void> tried) {
-  if (tried || tried.error().code != Code::conflict) return tried;
-  return Error{Code::conflict,
-               "MACHINA_PORT: " + tried.error().what +
-                   "; another program has it (ss -ltnp shows which): end that "
-                   "one, or choose another port"};
-}
-
-// A new root is not made for a server that cannot listen.
-Result<void> probe_port(const Config& config) {
-  std::error_code error;
-  if (std::filesystem::exists(config.text("MACHINA_ROOT") + "/queue", error)) {
-    return {};
-  }
-  return listening_fault(
-      can_listen(config.text("MACHINA_HOST"),
-                 static_cast<int>(config.number("MACHINA_PORT"))));
-}
-
-// What stops a server as late as the log file does, an operator wants to know
-// by its whole name, and what to write instead.
-int bad_log_file(const std::string& what) {
-  return fail(kUsage,
-              "MACHINA_LOG_FILE: " + what +
-                  "; name a file below a directory that this user may write, "
-                  "such as <root>/logs/server.log");
-}
-
-// The address is another's: not of the server that is to be replaced.
-Result<void> check_port(const Config& config, const Detected* running) {
-  const std::string& host = config.text("MACHINA_HOST");
-  const int port = static_cast<int>(config.number("MACHINA_PORT"));
-  if (running != nullptr && running->serve_file->host == host &&
-      running->serve_file->port == port) {
-    return {};
-  }
-  return listening_fault(can_listen(host, port));
-}
-
-// Workers are not tried out here: what those that run have proven is known.
-Result<void> check_level(const ServeOptions& options, const Config& config,
-                         const Detected& running) {
-  const auto least =
-      static_cast<int>(config.number("MACHINA_SANDBOX_MIN_LEVEL"));
-  OpsOptions asking;
-  asking.settings = options.settings;
-  const int has =
-      look_at_workers(asking, root_socket(running.root), kAskMs).level;
-  if (!config.prod() || has < 0 || has >= least) return {};
-  const auto word = [](int level) { return "L" + std::to_string(level); };
-  return Error{Code::invalid, "MACHINA_SANDBOX_MIN_LEVEL: " + word(least) +
-                                  " is asked for, and the workers that run "
-                                  "here have proven " +
-                                  word(has)};
-}
-
 // Whether a server would start here just now, or take over from the one that
-// runs. Changes nothing.
+// runs.
 int check(const ServeOptions& options, const Config& config) {
-  const std::string& path = config.text("MACHINA_ROOT");
-  if (auto ok = examine_root(path, config.prod(), options.unsafe_fs); !ok) {
-    return fail(kUsage, ok.error().what);
-  }
-  const std::string& log = config.text("MACHINA_LOG_FILE");
-  if (!log.empty()) {
-    if (auto ok = LineFile::examine(log); !ok) {
-      return bad_log_file(ok.error().what);
-    }
-  }
-  auto found = detect(path);
-  const Detected* running = found && found->serve ? &*found : nullptr;
-  if (auto ok = check_port(config, running); !ok) {
-    return fail(kUsage, ok.error().what);
-  }
-  if (running != nullptr) {
-    if (auto ok = check_level(options, config, *running); !ok) {
-      return fail(kUsage, ok.error().what);
-    }
-  }
+  long takes_over = 0;
+  const StartFault fault =
+      place_fault(*options.settings, config, options.unsafe_fs, options.no_pool,
+                  &takes_over);
+  if (!fault.what.empty()) return fail(fault.exit, fault.what);
   if (::isatty(STDOUT_FILENO) == 0) return kOk;  // a script has the exit code
-  std::cout << (running != nullptr
+  std::cout << (takes_over != 0
                     ? "a server with these settings would take over from "
                       "process " +
-                          std::to_string(running->serve->process.id.pid)
+                          std::to_string(takes_over)
                     : std::string("a server with these settings would start"))
             << "\n";
   return kOk;
@@ -271,12 +188,9 @@ int serve(const ServeOptions& options) {
     print_config(*config, options.settings->json);
     return kOk;
   }
-  auto refusals = start_refusals(*config);
+  auto refusals = settings_faults(*config);
   for (const auto& line : refusals) fail(kUsage, line);
   if (!refusals.empty()) return kUsage;
-  if (auto ok = check_patterns(*config); !ok) {
-    return fail(kUsage, ok.error().what);
-  }
   for (const auto& line : config->open_secrets()) {
     std::cerr << "warning: " << line << "\n";
   }
@@ -297,7 +211,7 @@ int serve(const ServeOptions& options) {
   close_ranks(config->prod());
   auto lines = log_file(*config);
   if (!lines) {
-    return bad_log_file(lines.error().what);
+    return fail(kUsage, log_file_fault(lines.error().what));
   }
   say_as(say_options(*config, "server"));
   say_in_background(std::move(*lines));

@@ -18,9 +18,11 @@
 #include <cstring>
 #include <iostream>
 #include <mutex>
+#include <nlohmann/json.hpp>
 #include <thread>
 
 #include "tools/cli/cli.h"
+#include "tools/cli/show.h"
 #include "tools/cli/top_view.h"
 
 namespace machina::cli {
@@ -28,6 +30,7 @@ namespace {
 
 constexpr long kAskMs = 2000;
 constexpr int kRunningShown = 50;
+constexpr int kRunningPagesMax = 20;  // that are looked through for them
 
 struct TopOptions {
   std::shared_ptr<Settings> settings = std::make_shared<Settings>();
@@ -73,9 +76,18 @@ TopSample take_sample(Client& client, Client::Answer* refused) {
   sample.histograms = read_histograms(body);
   if (!get("/v1/workers", &body)) return sample;
   sample.workers = std::move(body);
-  if (!get("/v1/jobs?state=running&limit=" + std::to_string(kRunningShown),
-           &body)) {
-    return sample;
+  // A page may be empty before the list ends: the next ones are asked for.
+  std::string cursor;
+  for (int page = 0; page < kRunningPagesMax; ++page) {
+    if (!get("/v1/jobs?state=running&limit=" + std::to_string(kRunningShown) +
+                 (cursor.empty() ? "" : "&cursor=" + url_escape(cursor)),
+             &body)) {
+      return sample;
+    }
+    const Json jobs = Json::parse(body, nullptr, false);
+    if (!jobs.is_object() || !jobs.value("jobs", Json::array()).empty()) break;
+    cursor = text_of(jobs, "cursor");
+    if (cursor.empty()) break;
   }
   sample.running = std::move(body);
   sample.reached = true;
@@ -267,7 +279,7 @@ int once(const TopOptions& options, Client& client) {
     return fail(kUnreachable,
                 first.why +
                     "; is a server running there? (machina serve, "
-                    "--server, MACHINA_SERVER)");
+                    "--server, --root, MACHINA_SERVER, MACHINA_ROOT)");
   }
   ::usleep(static_cast<useconds_t>(options.interval_s * 1'000'000));
   TopSample now = take_sample(client, nullptr);
@@ -287,15 +299,6 @@ int once(const TopOptions& options, Client& client) {
     std::cout << line << "\n";
   }
   return kOk;
-}
-
-bool wants_color() {
-  bool color = true, term = false;
-  for (const auto& entry : environment()) {
-    if (entry.starts_with("NO_COLOR=") && entry.size() > 9) color = false;
-    if (entry.starts_with("TERM=")) term = entry != "TERM=dumb";
-  }
-  return color && term;
 }
 
 int top(const TopOptions& options) {
@@ -324,9 +327,12 @@ void add_top(CLI::App& app, int* exit) {
   auto options = std::make_shared<TopOptions>();
   CLI::App* verb = app.add_subcommand(
       "top", "A live view of queues, rates, workers and running jobs");
-  verb->add_option("--interval", options->interval_s, "seconds between looks")
-      ->default_val("1")
-      ->check(CLI::Range(0.2, 60.0));
+  add_duration(
+      *verb, "--interval", 200, 60'000, "s",
+      [options](std::int64_t ms) {
+        options->interval_s = static_cast<double>(ms) / 1000;
+      },
+      "between looks (1 s)");
   verb->add_flag("--once", options->once,
                  "print one frame and exit; so too where there is no terminal");
   add_client_settings(*verb, options->settings);

@@ -11,16 +11,22 @@
 #include <CLI/App.hpp>
 #include <CLI/Config.hpp>
 #include <CLI/Formatter.hpp>
+#include <cerrno>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <ctime>
 #include <iostream>
 #include <nlohmann/json.hpp>
 
 #include "queue/utf8.h"
 #include "queue/verify.h"
+#include "server/signature.h"
 #include "tools/cli/cli.h"
+#include "tools/ops.h"
 #include "tools/root.h"
+#include "tools/trust.h"
 
 namespace machina::cli {
 namespace {
@@ -329,7 +335,55 @@ void print_text(const LogReport& report, const Replayed& replayed) {
   }
 }
 
-int verify(const Settings& settings) {
+// What was checked, as a record that doctor believes: <ROOT>/ops/wal.verified,
+// and of a copy of ROOT's log <ROOT>/ops/backup.taken.
+Result<void> record_verified(const std::string& to, const std::string& root,
+                             const std::string& dir, const LogReport& report) {
+  char* real = ::realpath(to.c_str(), nullptr);
+  if (real == nullptr) {
+    return Error{Code::invalid,
+                 "--record: " + to + ": " + std::strerror(errno)};
+  }
+  const std::string target = real;
+  std::free(real);
+  if (auto ok = check_trusted("--record", target, true); !ok) return ok;
+  auto checked = log_identity(dir);
+  if (!checked) return checked.error();
+  auto live = log_identity(target + "/queue");
+  if (!live) return Error{Code::invalid, "--record: " + live.error().what};
+  if (live->uuid != checked->uuid) {
+    return Error{Code::invalid, "--record: " + target +
+                                    " has another log than " + root +
+                                    ", which was checked"};
+  }
+  std::string files;
+  for (const LogFile& f : report.files) {
+    files += f.name + " " + std::to_string(f.bytes) + " " +
+             std::to_string(f.records) + " " + std::to_string(f.first) + " " +
+             std::to_string(f.last) + "\n";
+  }
+  const HexDigest digest = Sha256::of(checked->uuid + "\n" + files);
+  const Json json = {{"ts", rfc3339_now()},
+                     {"root", root},
+                     {"log_uuid", checked->uuid},
+                     {"verdict", verdict_of(report)},
+                     {"first_lsn", report.first},
+                     {"last_lsn", report.last},
+                     {"durable_lsn", report.durable},
+                     {"records", report.records},
+                     {"bytes", report.bytes},
+                     {"digest", std::string(digest.data(), digest.size())}};
+  const std::string text = json.dump(1) + "\n";
+  if (auto ok = write_report(target, "wal.verified", text); !ok) return ok;
+  struct stat here {
+  }, there{};
+  const bool copy =
+      ::stat(root.c_str(), &here) == 0 && ::stat(target.c_str(), &there) == 0 &&
+      (here.st_dev != there.st_dev || here.st_ino != there.st_ino);
+  return copy ? write_report(target, "backup.taken", text) : Result<void>();
+}
+
+int verify(const Settings& settings, const std::string& record) {
   std::string root;
   auto dir = queue_dir(settings, &root);
   if (!dir) {
@@ -343,6 +397,9 @@ int verify(const Settings& settings) {
       print_json(root, LogReport{}, Replayed{});
     } else {
       std::cout << root << ": no log has begun here; nothing to verify\n";
+    }
+    if (!record.empty()) {
+      return fail(kUsage, "--record: there is nothing to note of " + root);
     }
     return kOk;
   }
@@ -377,7 +434,11 @@ int verify(const Settings& settings) {
   } else {
     print_text(*report, replayed);
   }
-  return report->findings.empty() ? kOk : kDamaged;
+  if (!report->findings.empty()) return kDamaged;
+  if (record.empty()) return kOk;
+  hold->reset();  // the record may be of this very root
+  auto kept = record_verified(record, root, *dir, *report);
+  return kept ? kOk : fail(exit_for(kept.error()), kept.error().what);
 }
 
 // --- inspect ---------------------------------------------------------------
@@ -486,8 +547,8 @@ int inspect(InspectOptions& options) {
 }  // namespace
 
 void add_wal(CLI::App& app, int* exit) {
-  CLI::App* wal =
-      app.add_subcommand("wal", "Look at the log's files; changes nothing");
+  CLI::App* wal = app.add_subcommand(
+      "wal", "Look at the log's files; changes none of them");
   wal->require_subcommand(1);
 
   auto settings = std::make_shared<Settings>();
@@ -495,7 +556,13 @@ void add_wal(CLI::App& app, int* exit) {
       "verify", "Check every byte of the log of a stopped server");
   add_setting(*verb, settings, "--root", "MACHINA_ROOT", "the server's root");
   add_common(*verb, settings);
-  verb->callback([settings, exit] { *exit = verify(*settings); });
+  auto record = std::make_shared<std::string>();
+  verb->add_option("--record", *record,
+                   "note in this root's ops/ what was checked, where it is "
+                   "whole: doctor looks there")
+      ->type_name("ROOT");
+  verb->callback(
+      [settings, record, exit] { *exit = verify(*settings, *record); });
 
   auto options = std::make_shared<InspectOptions>();
   verb = wal->add_subcommand("inspect", "Show what the log's records say");

@@ -1,0 +1,183 @@
+#include "tools/cli/start_conditions.h"
+
+#include <unistd.h>
+
+#include <filesystem>
+
+#include "queue/line_file.h"
+#include "queue/verify.h"
+#include "server/server.h"
+#include "tools/cli/ops_common.h"
+#include "tools/ops.h"
+#include "tools/promises.h"
+#include "tools/root.h"
+#include "workers/kinds/kinds.h"
+
+namespace machina::cli {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr long kAskMs = 3000;  // a server that runs
+// The last slot, so that a pool of the same host is not in the way.
+constexpr int kTrialSlot = 63;
+constexpr int kLocked = 75;
+
+class TempDir {
+ public:
+  TempDir() {
+    path_ = "/var/tmp/machina-doctor-XXXXXX";
+    if (::mkdtemp(path_.data()) == nullptr) path_.clear();
+    if (!path_.empty()) {
+      for (const char* sub : {"mirrors", "repos"}) {
+        fs::create_directory(path_ + "/" + sub);
+      }
+    }
+  }
+  ~TempDir() {
+    std::error_code error;
+    if (!path_.empty()) fs::remove_all(path_, error);
+  }
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+Result<void> listening_fault(Result<void> tried) {
+  if (tried || tried.error().code != Code::conflict) return tried;
+  return Error{Code::conflict,
+               "MACHINA_PORT: " + tried.error().what +
+                   "; another program has it (ss -ltnp shows which): end that "
+                   "one, or choose another port"};
+}
+
+// The address is another's: not of the server that is to be replaced.
+Result<void> check_port(const Config& config, const Detected* running) {
+  const std::string& host = config.text("MACHINA_HOST");
+  const int port = static_cast<int>(config.number("MACHINA_PORT"));
+  if (running != nullptr && running->serve_file->host == host &&
+      running->serve_file->port == port) {
+    return {};
+  }
+  return listening_fault(can_listen(host, port));
+}
+
+// Of a server that runs the workers have proven a level, and they stay; else
+// it is tried out, as the pool's workers would.
+Result<void> check_level(const Settings& settings, const Config& config,
+                         const Detected* running, bool no_pool) {
+  const auto least =
+      static_cast<int>(config.number("MACHINA_SANDBOX_MIN_LEVEL"));
+  if (!config.prod() || config.number("MACHINA_WORKERS") == 0) return {};
+  const auto word = [](int level) { return "L" + std::to_string(level); };
+  int has = -1;
+  if (running != nullptr) {
+    OpsOptions asking;
+    *asking.settings = settings;
+    has = look_at_workers(asking, root_socket(running->root), kAskMs).level;
+  }
+  const bool known = has >= 0;
+  if (!known && no_pool) return {};
+  if (!known) {
+    auto tried = try_isolation(config);
+    if (!tried) {
+      return Error{Code::invalid,
+                   "MACHINA_SANDBOX_MIN_LEVEL: no sandbox can be made here: " +
+                       tried.error().what + "; machina doctor says more"};
+    }
+    has = tried->level;
+  }
+  if (has >= least) return {};
+  return Error{Code::invalid,
+               "MACHINA_SANDBOX_MIN_LEVEL: " + word(least) +
+                   " is asked for, and " +
+                   (known ? "the workers that run here have proven "
+                          : "a sandbox of this user reaches ") +
+                   word(has) +
+                   "; machina doctor says what to change, or accept less on "
+                   "purpose"};
+}
+
+}  // namespace
+
+std::vector<std::string> settings_faults(const Config& config) {
+  std::vector<std::string> lines = start_refusals(config);
+  // A malformed pattern would silently allow nothing.
+  for (const auto& pattern : config.list("MACHINA_KINDS_ALLOWED")) {
+    if (!valid_kind_pattern(pattern)) {
+      lines.push_back("MACHINA_KINDS_ALLOWED: \"" + pattern +
+                      "\" must be a kind, or one that ends in .*");
+    }
+  }
+  return lines;
+}
+
+std::string log_file_fault(const std::string& what) {
+  return "MACHINA_LOG_FILE: " + what +
+         "; name a file below a directory that this user may write, such as "
+         "<root>/logs/server.log";
+}
+
+Result<void> probe_port(const Config& config) {
+  std::error_code error;
+  if (fs::exists(config.text("MACHINA_ROOT") + "/queue", error)) return {};
+  return check_port(config, nullptr);
+}
+
+StartFault place_fault(const Settings& settings, const Config& config,
+                       bool unsafe_fs, bool no_pool, long* takes_over) {
+  const std::string& path = config.text("MACHINA_ROOT");
+  const auto fault = [](const std::string& what) {
+    return StartFault{kUsage, what};
+  };
+  *takes_over = 0;
+  if (auto ok = examine_root(path, config.prod(), unsafe_fs); !ok) {
+    return fault(ok.error().what);
+  }
+  const std::string& log = config.text("MACHINA_LOG_FILE");
+  if (!log.empty()) {
+    if (auto ok = LineFile::examine(log); !ok) {
+      return fault(log_file_fault(ok.error().what));
+    }
+  }
+  auto found = detect(path);
+  const Detected* running = found && found->serve ? &*found : nullptr;
+  if (running != nullptr) {
+    *takes_over = running->serve->process.id.pid;
+  } else if (auto free = hold_log(path + "/queue");
+             !free && free.error().code == Code::conflict) {
+    return {kLocked, free.error().what};
+  }
+  if (auto ok = check_port(config, running); !ok) {
+    return fault(ok.error().what);
+  }
+  if (auto ok = check_level(settings, config, running, no_pool); !ok) {
+    return fault(ok.error().what);
+  }
+  return {};
+}
+
+Result<sandbox::Report> try_isolation(const Config& config) {
+  TempDir dir;
+  if (dir.path().empty()) {
+    return Error{Code::io, "/var/tmp: no directory can be made there"};
+  }
+  register_built_in_handlers();
+  sandbox::SpawnerOptions options;
+  options.root = dir.path();
+  options.repo_roots = {dir.path() + "/repos"};
+  options.slot_uid_base =
+      static_cast<std::uint32_t>(config.number("MACHINA_SLOT_UID_BASE"));
+  options.seccomp_enable = config.flag("MACHINA_SECCOMP_ENABLE");
+  options.self_exe = self_exe();
+  auto spawner = sandbox::Spawner::start(options);
+  if (!spawner) return spawner.error();
+  auto channel = (*spawner)->open_slot(kTrialSlot);
+  if (!channel) return channel.error();
+  auto slot = sandbox::Slot::attach(*channel);
+  if (!slot) return slot.error();
+  return sandbox::run_canary(**slot);
+}
+
+}  // namespace machina::cli
