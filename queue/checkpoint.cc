@@ -80,9 +80,11 @@ Result<std::vector<std::byte>> decode(const std::string& name,
   if (get<std::uint64_t>(p) != kHeadMagic ||
       crc32c(0, bytes.first(92)) != get<std::uint32_t>(p + 92))
     return damaged(name, "its header's checksum fails");
-  if (get<std::uint16_t>(p + 10) > kLogFormat ||
-      (get<std::uint64_t>(p + 16) & ~kKnownIncompat) != 0)
-    return Error{Code::newer, name + " was written by a later version"};
+  if (get<std::uint16_t>(p + 10) > kLogFormat)
+    return Error{Code::newer, name + ": it was written by a newer version of "
+                                     "this program; use that version"};
+  if (auto ok = check_features(get<std::uint64_t>(p + 16)); !ok)
+    return Error{Code::newer, name + ": " + ok.error().what};
   if (get<std::uint64_t>(p + 32) != manifest.log_uuid[0] ||
       get<std::uint64_t>(p + 40) != manifest.log_uuid[1] ||
       get<std::uint64_t>(p + 48) != lsn)

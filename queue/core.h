@@ -321,6 +321,8 @@ class Core {
    private:
     std::unique_ptr<const Impl> state_;
   };
+  // The features (queue/record.h) that a reader of this image needs.
+  static std::uint64_t image_features(std::span<const std::byte> image);
   // Takes time in proportion to pages, not to jobs: a millisecond for millions.
   std::shared_ptr<const Frozen> freeze();
 

@@ -571,6 +571,10 @@ void Core::Frozen::save(std::vector<std::byte>* out) const {
   state_->save(out);
 }
 
+std::uint64_t Core::image_features(std::span<const std::byte> image) {
+  return Reader(image).u64() == kMagicKeys ? kFeatureConcurrencyKeys : 0;
+}
+
 Result<void> Core::Impl::load(std::span<const std::byte> bytes) {
   CHECK(applied == 0 && jobs.used() == 0 && lines.empty());
   return Loader(this, bytes).load();

@@ -118,6 +118,7 @@ class Log::Impl {
   struct CheckpointJob {
     Lsn lsn = 0;
     Millis time_ms = 0;
+    std::uint64_t features = 0;
     Image image;
   };
   Result<void> run_checkpoint(const CheckpointJob& job);
@@ -147,6 +148,8 @@ class Log::Impl {
   std::deque<std::unique_ptr<Batch>> staged_;  // closed, not handed over
   std::shared_ptr<Segment> tail_;
   std::uint64_t next_seq_ = 1;
+  std::uint64_t log_uuid_[2] = {0, 0};
+  std::uint64_t features_ = 0, features_compat_ = 0;  // of new segments
   std::vector<std::byte> scratch_;
   std::vector<BatchBuffer> buffers_;  // at most 2, to be used again
   Millis time_ms_ = 0;                // greatest logged
@@ -257,6 +260,7 @@ Result<void> Log::Impl::load_checkpoint(const Load& load,
       manifest_.checkpoint[1] = {};
     }
     *covered = report->checkpoint = checkpoint.lsn;
+    if (options_.image_features) features_ |= options_.image_features(*image);
     return load(checkpoint.lsn, *image);
   }
   if (manifest_.checkpoint[1].lsn != 0)
@@ -291,6 +295,7 @@ Result<void> Log::Impl::recover(Lsn replay_from, Lsn covered,
     Lsn from = std::max(std::min(covered, replay_from) + 1,
                         chain.live.front().header.first_lsn);
     Visit counting = [&](const Record& record) {
+      features_ |= features_of(record);  // before there was a bit for them
       if (record.lsn > covered) {
         bytes_since_checkpoint_ += record_room(record.bytes);
       }
@@ -346,6 +351,10 @@ Result<void> Log::Impl::begin_writing(Chain* chain, const Scan& scan) {
   ++manifest_.generation;
   epoch_ = ++manifest_.writer_epoch;
   manifest_.clean = false;
+  features_ |= manifest_.feature_incompat;
+  manifest_.feature_incompat = features_;
+  features_compat_ = manifest_.feature_compat;
+  std::copy_n(manifest_.log_uuid, 2, log_uuid_);
   manifest_.durable_lsn = scan.last;
   manifest_.time_ms = time_ms_;
   if (auto ok = write_manifest(storage_, manifest_); !ok) return ok;
@@ -404,10 +413,10 @@ std::shared_ptr<Segment> Log::Impl::make_segment(std::uint64_t bytes,
                                                  Place base, Lsn first_lsn) {
   auto segment = std::make_shared<Segment>();
   SegmentHeader& header = segment->header;
-  header.feature_incompat = manifest_.feature_incompat;
-  header.feature_compat = manifest_.feature_compat;
-  header.log_uuid[0] = manifest_.log_uuid[0];
-  header.log_uuid[1] = manifest_.log_uuid[1];
+  // Not from manifest_: that is the keeper's while a checkpoint is made.
+  header.feature_incompat = features_;
+  header.feature_compat = features_compat_;
+  std::copy_n(log_uuid_, 2, header.log_uuid);
   header.seq = next_seq_++;
   header.salt = random_.next();
   header.writer_epoch = epoch_;
@@ -439,10 +448,12 @@ Result<void> Log::Impl::append(Record* record) {
                                       std::to_string(scratch_.size()) +
                                       " bytes; a batch holds " +
                                       std::to_string(options_.batch_bytes_max)};
+  features_ |= features_of(*record);
   if (open_) {
     std::size_t used = open_->used + need;
     if (used > options_.batch_bytes_max ||
-        open_->offset + room_for(used) > tail_->header.bytes)
+        open_->offset + room_for(used) > tail_->header.bytes ||
+        tail_->header.feature_incompat != features_)
       close_batch();
   }
   if (!open_) open_batch(need);
@@ -468,7 +479,9 @@ void Log::Impl::open_batch(std::size_t need) {
   std::uint64_t room = room_for(kBatchHeaderBytes + need);
   std::unique_lock hold(mutex_);
   ++bound_;  // from here on no vouching batch takes the offset
-  if (tail_offset_ + room > tail_->header.bytes) {
+  // W7: a new feature needs a header that says so.
+  if (tail_offset_ + room > tail_->header.bytes ||
+      tail_->header.feature_incompat != features_) {
     hold.unlock();
     roll(need);
     hold.lock();
@@ -703,6 +716,7 @@ Result<void> Log::Impl::run_checkpoint(const CheckpointJob& job) {
     std::lock_guard hold(mutex_);
     manifest = manifest_;
   }
+  manifest.feature_incompat |= job.features;
   const Manifest::Checkpoint oldest = manifest.checkpoint[1];
   auto written =
       write_checkpoint(storage_, manifest, job.lsn, job.time_ms, job.image());
@@ -851,7 +865,7 @@ void Log::Impl::checkpoint(Lsn lsn, Millis time_ms, Image image) {
   std::lock_guard hold(mutex_);
   if (lsn == 0 || lsn <= manifest_.checkpoint[0].lsn) return;  // nothing new
   checkpointing_ = true;
-  checkpoint_job_ = CheckpointJob{lsn, time_ms, std::move(image)};
+  checkpoint_job_ = CheckpointJob{lsn, time_ms, features_, std::move(image)};
   keeper_ready_.notify_one();
 }
 
@@ -984,6 +998,7 @@ Result<void> Log::Impl::close() {
   if (!options_.fsync) ok = sync_unsynced();
   ++manifest_.generation;
   manifest_.clean = true;
+  manifest_.feature_incompat = features_;
   manifest_.durable_lsn = appended_;
   manifest_.time_ms = time_ms_;
   if (ok) ok = write_manifest(storage_, manifest_);

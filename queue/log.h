@@ -19,6 +19,10 @@
 //   W6  A place handed out by append() names the same record for as long as
 //       its segment is kept, across restarts.
 //
+//   W7  Whoever cannot read all that is in the log finds a feature bit that it
+//       does not know, durable before the first such record: in a segment's
+//       header, and from the next checkpoint on in MANIFEST.
+//
 // The loop thread owns a Log. One thread of the Log's own writes and syncs; it
 // owns the bytes of the batch it carries, and hands them back as a message:
 // `wake` is called on that thread, the owner then calls poll(). Readers of
@@ -53,6 +57,8 @@ struct LogOptions {
   Clock* clock = nullptr;    // when segments were made; null: system_clock()
   Random* random = nullptr;  // salts, on the owner's thread; null: the system's
   std::function<void()> on_locked;  // open() has wal/LOCK; recovery begins
+  // Features (queue/record.h) that an image needs. Null: none.
+  std::function<std::uint64_t(std::span<const std::byte>)> image_features;
 };
 
 struct RecoveryReport {

@@ -29,11 +29,8 @@ Result<Manifest> decode_copy(std::span<const std::byte> bytes) {
   Manifest m;
   m.feature_incompat = get<std::uint64_t>(p + 16);
   m.feature_compat = get<std::uint64_t>(p + 24);
-  if ((m.feature_incompat & ~kKnownIncompat) != 0)
-    return Error{Code::newer,
-                 "wal/MANIFEST has features that this program does not know: "
-                 "bits " +
-                     std::to_string(m.feature_incompat)};
+  if (auto ok = check_features(m.feature_incompat); !ok)
+    return Error{Code::newer, "wal/MANIFEST: " + ok.error().what};
   m.log_uuid[0] = get<std::uint64_t>(p + 32);
   m.log_uuid[1] = get<std::uint64_t>(p + 40);
   m.generation = get<std::uint64_t>(p + 48);

@@ -363,6 +363,19 @@ RecordType type_of(const Record& record) {
   return static_cast<RecordType>(record.body.index() + 1);
 }
 
+std::uint64_t features_of(const Record& record) {
+  auto of_job = [](const EnqueueRecord& r) {
+    return r.job.concurrency_key.empty() ? 0 : kFeatureConcurrencyKeys;
+  };
+  std::uint64_t features = 0;
+  if (auto* job = std::get_if<EnqueueRecord>(&record.body)) {
+    features = of_job(*job);
+  } else if (auto* end = std::get_if<EndRecord>(&record.body)) {
+    for (const EnqueueRecord& child : end->children) features |= of_job(child);
+  }
+  return features;
+}
+
 void encode(const Record& record, std::vector<std::byte>* out) {
   Writer w(out);
   w.signed_number(record.time_ms);

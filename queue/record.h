@@ -138,6 +138,14 @@ struct Record {
 };
 
 RecordType type_of(const Record&);
+
+// What a reader must know beside the first format, one bit each. A program that
+// meets a bit which it does not know refuses the log as newer, before it reads
+// a record. Whoever gives records a new type or member gives it a bit here.
+constexpr std::uint64_t kFeatureConcurrencyKeys = 1;  // jobs have them
+// Those that this record needs: its segment must carry them.
+std::uint64_t features_of(const Record&);
+
 void encode(const Record&, std::vector<std::byte>* out);  // appends
 Result<Record> decode(RecordType type, std::span<const std::byte> bytes);
 

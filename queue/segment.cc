@@ -33,6 +33,15 @@ std::uint32_t record_crc(std::uint64_t seed, const std::byte* header,
 
 }  // namespace
 
+Result<void> check_features(std::uint64_t bits, std::uint64_t known) {
+  if ((bits & ~known) == 0) return {};
+  return Error{Code::newer,
+               "it was written by a newer version of this program and has "
+               "features that this one does not know: bits " +
+                   std::to_string(bits) + ", known are " +
+                   std::to_string(known) + "; use that version"};
+}
+
 void encode_segment_header(SegmentHeader* header,
                            std::span<std::byte, kSegmentHeaderBytes> out) {
   std::fill(out.begin(), out.end(), std::byte{0});
@@ -82,10 +91,8 @@ Result<SegmentHeader> decode_segment_header(std::span<const std::byte> bytes) {
   header.flags = get<std::uint32_t>(p + 12);
   header.feature_incompat = get<std::uint64_t>(p + 16);
   header.feature_compat = get<std::uint64_t>(p + 24);
-  if ((header.feature_incompat & ~kKnownIncompat) != 0)
-    return Error{Code::newer,
-                 "has features that this program does not know: bits " +
-                     std::to_string(header.feature_incompat)};
+  if (auto ok = check_features(header.feature_incompat); !ok)
+    return ok.error();
   header.log_uuid[0] = get<std::uint64_t>(p + 32);
   header.log_uuid[1] = get<std::uint64_t>(p + 40);
   header.seq = get<std::uint64_t>(p + 48);

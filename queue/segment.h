@@ -36,8 +36,13 @@ constexpr std::size_t kBatchHeaderBytes = 64;
 constexpr std::size_t kRecordHeaderBytes = 12;
 
 constexpr std::uint16_t kLogFormat = 1;
-constexpr std::uint64_t kKnownIncompat = 0;    // feature bits we understand
+// Feature bits that we understand (queue/record.h).
+constexpr std::uint64_t kKnownIncompat = kFeatureConcurrencyKeys;
 constexpr std::uint32_t kSegmentUnsynced = 1;  // written with fsync off
+
+// newer, where `bits` of a file have one that is not `known`.
+Result<void> check_features(std::uint64_t bits,
+                            std::uint64_t known = kKnownIncompat);
 
 constexpr std::uint64_t pad_to(std::uint64_t bytes, std::uint64_t unit) {
   return (bytes + unit - 1) / unit * unit;

@@ -16,6 +16,7 @@ constexpr Millis kCloseWaitMs = 30'000;  // for a stuck disk or SQLite
 ShardOptions with_sources(ShardOptions options, Clock& clock, Random& random) {
   if (options.log.clock == nullptr) options.log.clock = &clock;
   if (options.log.random == nullptr) options.log.random = &random;
+  options.log.image_features = Core::image_features;
   return options;
 }
 

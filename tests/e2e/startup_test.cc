@@ -11,6 +11,7 @@
 #include <span>
 
 #include "queue/manifest.h"
+#include "queue/segment.h"
 #include "tests/e2e/fixture.h"
 
 namespace machina::e2e {
@@ -134,6 +135,56 @@ TEST_P(Startup, LogFromANewerVersionIsRefusedAndLeftAlone) {
   write(path, old);
   start(quiet);
   EXPECT_EQ(kept(), 50u);
+}
+
+// The bit must be there for the older program, which knows none.
+TEST_P(Startup, F31_KeysSetABitAndAnUnknownBitIsSaidToBeNewer) {
+  Serve quiet;
+  quiet.workers = 0;
+  start(quiet);
+  auto segments = [&] {
+    std::map<std::string, SegmentHeader> found;
+    for (const auto& entry :
+         fs::directory_iterator(p().root() + "/queue/wal")) {
+      if (entry.path().extension() != ".seg") continue;
+      std::string bytes = e2e::read_file(entry.path()).substr(0, 8192);
+      auto header = decode_segment_headers(std::as_bytes(std::span(bytes)));
+      EXPECT_TRUE(header.has_value()) << entry.path();
+      if (header) found[entry.path()] = *header;
+    }
+    return found;
+  };
+  for (int i = 0; i < 3; ++i) p().submit({{"kind", "ext.keep"}});
+  for (const auto& [path, header] : segments()) {
+    EXPECT_EQ(header.feature_incompat, 0u) << path;
+  }
+  p().submit({{"kind", "ext.keep"}, {"concurrency_key", "one"}});
+  p().kill_server();
+  std::string path;
+  SegmentHeader last;
+  for (const auto& [name, header] : segments()) {
+    if (header.seq > last.seq) path = name, last = header;
+  }
+  EXPECT_EQ(last.feature_incompat, kFeatureConcurrencyKeys);
+  EXPECT_FALSE(check_features(last.feature_incompat, 0).has_value());
+  // And we are the older program of one to come.
+  std::string old = e2e::read_file(path), newer = old;
+  last.feature_incompat |= std::uint64_t{1} << 41;
+  std::vector<std::byte> copy(kSegmentHeaderBytes);
+  encode_segment_header(&last, std::span<std::byte, kSegmentHeaderBytes>(
+                                   copy.data(), kSegmentHeaderBytes));
+  for (std::size_t at : {std::size_t{0}, kSegmentHeaderBytes}) {
+    newer.replace(at, copy.size(), reinterpret_cast<const char*>(copy.data()),
+                  copy.size());
+  }
+  write(path, newer);
+  expect_refused(serve({}), 2,
+                 {fs::path(path).filename().string(), "newer version",
+                  "2199023255553"});
+  EXPECT_TRUE(e2e::read_file(path) == newer) << "it was touched";
+  write(path, old);
+  restart();
+  EXPECT_EQ(kept(), 4u);
 }
 
 TEST_P(Startup, DamageToWhatWasDurableIsRefusedNotCut) {

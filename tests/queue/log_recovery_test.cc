@@ -595,6 +595,103 @@ TEST(Segments, ReadFindsARottenBody) {
   EXPECT_FALSE(j.log->read(1ull << 60, bytes));
 }
 
+Record with_key(std::uint64_t n) {
+  Record record = numbered(n);
+  auto& job = std::get<EnqueueRecord>(record.body).job;
+  job.concurrency_key = "one at a time";
+  job.concurrency_limit = 1;
+  return record;
+}
+
+std::uint64_t features_of_segment(Journal& j, const std::string& name) {
+  auto header = decode_segment_headers(j.disk.contents(name));
+  EXPECT_TRUE(header) << name;
+  return header ? header->feature_incompat : 0;
+}
+
+std::uint64_t features_of_manifest(Journal& j) {
+  auto manifest = decode_manifest(j.disk.contents("wal/MANIFEST"));
+  EXPECT_TRUE(manifest);
+  return manifest ? manifest->feature_incompat : 0;
+}
+
+// A program from before concurrency keys knows no bit at all: it must meet one
+// wherever it could meet a record with a key.
+TEST(Features, F31_WhatIsWrittenSetsTheBitThatKeepsAnOlderProgramAway) {
+  Journal j;
+  ASSERT_TRUE(j.open());
+  ASSERT_TRUE(j.put(3));
+  EXPECT_EQ(features_of_segment(j, j.segments().back()), 0u)
+      << "an older program can read all of it";
+  ASSERT_TRUE(j.append(1));  // before it, in the same turn
+  for (std::uint64_t n : {5, 6}) {
+    Record keyed = with_key(n);
+    std::get<EnqueueRecord>(keyed.body).created_ms = j.life;
+    ASSERT_TRUE(j.log->append(&keyed));
+    j.lives[n] = j.life;
+  }
+  j.write();
+  ASSERT_EQ(j.log->durable(), 6u);
+  ASSERT_EQ(j.segments().size(), 2u) << "one new segment, not one a record";
+  EXPECT_EQ(features_of_segment(j, j.segments()[0]), 0u);
+  EXPECT_EQ(features_of_segment(j, j.segments()[1]), kFeatureConcurrencyKeys);
+  auto older = check_features(features_of_segment(j, j.segments()[1]), 0);
+  ASSERT_FALSE(older);
+  EXPECT_EQ(older.error().code, Code::newer);
+  EXPECT_NE(older.error().what.find("newer version"), std::string::npos);
+  EXPECT_TRUE(check_features(features_of_segment(j, j.segments()[1])));
+  // MANIFEST says so before the segments that said so are gone.
+  j.log->set_history_applied(6);
+  j.checkpoint();
+  EXPECT_EQ(features_of_manifest(j), kFeatureConcurrencyKeys);
+  j.crash();
+  ASSERT_TRUE(j.open()) << j.error.what;
+  ASSERT_TRUE(j.sound());
+  ASSERT_TRUE(j.put(1));
+  EXPECT_EQ(features_of_segment(j, j.segments().back()),
+            kFeatureConcurrencyKeys);
+}
+
+// Of programs before there was a bit: what they left says no more than its
+// image does.
+TEST(Features, F31_AnOldLogGetsItsBitsWhenItIsOpened) {
+  Journal j;
+  ASSERT_TRUE(j.open());
+  ASSERT_TRUE(j.put(1));
+  j.checkpoint();
+  j.crash();
+  j.options.image_features = [](std::span<const std::byte>) {
+    return kFeatureConcurrencyKeys;
+  };
+  ASSERT_TRUE(j.open()) << j.error.what;
+  EXPECT_EQ(features_of_manifest(j), kFeatureConcurrencyKeys);
+  EXPECT_EQ(features_of_segment(j, j.segments().back()),
+            kFeatureConcurrencyKeys);
+}
+
+TEST(Features, F31_ABitFromTheFutureIsNewerAndNothingIsTouched) {
+  Journal j;
+  ASSERT_TRUE(j.open());
+  ASSERT_TRUE(j.put(3));
+  j.crash();
+  std::string name = j.segments().back();
+  auto header = decode_segment_headers(j.disk.contents(name));
+  ASSERT_TRUE(header);
+  header->feature_incompat |= std::uint64_t{1} << 63;
+  std::vector<std::byte> copy(kSegmentHeaderBytes);
+  encode_segment_header(
+      &*header,
+      std::span<std::byte, kSegmentHeaderBytes>(copy.data(), copy.size()));
+  j.disk.overwrite(name, 0, copy);
+  j.disk.overwrite(name, kSegmentHeaderBytes, copy);
+  auto before = j.disk.digest();
+  ASSERT_FALSE(j.open());
+  EXPECT_EQ(j.error.code, Code::newer);
+  EXPECT_NE(j.error.what.find(name), std::string::npos) << j.error.what;
+  EXPECT_NE(j.error.what.find("newer version"), std::string::npos);
+  EXPECT_EQ(j.disk.digest(), before);
+}
+
 TEST(Segments, SpareBecomesTheNextAndANewOneIsMade) {
   LogOptions options = small_log();
   options.spares = true;
