@@ -122,20 +122,12 @@ Result<std::vector<std::byte>> decode(const std::string& name,
   return image;
 }
 
-}  // namespace
-
-std::string checkpoint_name(Lsn lsn) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "wal/%016llx.ckpt",
-                static_cast<unsigned long long>(lsn));
-  return text;
-}
-
-Result<Manifest::Checkpoint> write_checkpoint(
-    Storage& storage, const Manifest& manifest, Lsn lsn, Millis time_ms,
-    std::span<const std::byte> image) {
-  std::string name = checkpoint_name(lsn), tmp = name + ".tmp";
-  auto file = storage.open(tmp, OpenMode::create);
+Result<Manifest::Checkpoint> write_image(Storage& storage,
+                                         const std::string& tmp, bool there,
+                                         const Manifest& manifest, Lsn lsn,
+                                         Millis time_ms,
+                                         std::span<const std::byte> image) {
+  auto file = storage.open(tmp, there ? OpenMode::write : OpenMode::create);
   if (!file) return file.error();
   Sink sink(**file);
   if (auto ok = sink.add(encode_head(manifest, lsn, time_ms, image.size()));
@@ -162,10 +154,38 @@ Result<Manifest::Checkpoint> write_checkpoint(
   put(tail.data() + 24, chunks);
   put(tail.data() + 28, crc32c(0, std::span(tail).first(28)));
   if (auto ok = sink.add(tail); !ok) return ok.error();
+  if (there) {  // what is left over goes
+    if (auto ok = (*file)->truncate(sink.bytes()); !ok) return ok.error();
+  }
   if (auto ok = (*file)->sync(); !ok) return ok.error();
-  if (auto ok = storage.rename(tmp, name); !ok) return ok.error();
-  if (auto ok = storage.sync_dir("wal"); !ok) return ok.error();
   return Manifest::Checkpoint{lsn, sink.bytes(), sink.digest()};
+}
+
+}  // namespace
+
+std::string checkpoint_name(Lsn lsn) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "wal/%016llx.ckpt",
+                static_cast<unsigned long long>(lsn));
+  return text;
+}
+
+Result<Manifest::Checkpoint> write_checkpoint(
+    Storage& storage, const Manifest& manifest, Lsn lsn, Millis time_ms,
+    std::span<const std::byte> image, const std::string& room) {
+  std::string name = checkpoint_name(lsn), tmp = name + ".tmp";
+  if (!room.empty()) tmp = room;
+  auto written = write_image(storage, tmp, !room.empty(), manifest, lsn,
+                             time_ms, image);
+  Result<void> named;
+  if (written) named = storage.rename(tmp, name);
+  if (!written || !named) {
+    Error error = written ? named.error() : written.error();
+    if (error.code == Code::full && room.empty()) (void)storage.remove(tmp).has_value();
+    return error;
+  }
+  if (auto ok = storage.sync_dir("wal"); !ok) return ok.error();
+  return written;
 }
 
 Result<std::vector<std::byte>> read_checkpoint(

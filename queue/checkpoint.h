@@ -21,11 +21,14 @@ namespace machina {
 std::string checkpoint_name(Lsn lsn);
 
 // Writes the file under a temporary name, syncs, renames and syncs the
-// directory. What it returns belongs into the manifest.
+// directory. What it returns belongs into the manifest. `room`: a file to write
+// it into, whose blocks are there already; empty: a new one. Code::full: there
+// is no new file, and the room is as it was or larger.
 Result<Manifest::Checkpoint> write_checkpoint(Storage& storage,
                                               const Manifest& manifest, Lsn lsn,
                                               Millis time_ms,
-                                              std::span<const std::byte> image);
+                                              std::span<const std::byte> image,
+                                              const std::string& room = "");
 
 // The image. corrupt: anything about the file differs from `expected` or does
 // not hold. newer.

@@ -220,6 +220,11 @@ struct CoreTotals {
   std::uint64_t attempts_failed_by_code[kEndCodes] = {};
 };
 
+// Log room that is promised: to each live job, for a grant and an end; to each
+// lease, for a result.
+constexpr std::uint64_t kReservePerJob = 512;
+constexpr std::uint64_t kReservePerLease = 64 << 10;
+
 class Core {
  public:
   explicit Core(const CoreOptions&);

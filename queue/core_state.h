@@ -48,8 +48,6 @@ constexpr Millis kForgetLateMs = 1000;    // so that they go in batches
 // given back looks at each.
 constexpr std::uint32_t kKeyLinesMax = 64;
 constexpr std::size_t kFeedMax = 1024;  // grants to parked calls by one Tick
-constexpr std::uint64_t kReservePerJob = 512;         // a grant and an end
-constexpr std::uint64_t kReservePerLease = 64 << 10;  // and a result
 
 enum JobFlag : std::uint8_t {
   kUsed = 1,

@@ -32,11 +32,23 @@ constexpr auto kSparePause = std::chrono::milliseconds(4);
 constexpr std::size_t kSyncSamplesMax = 4096;
 constexpr std::size_t kReadersMax = 64;  // files open for read()
 constexpr std::size_t kKeptBufferBytes = 1 << 20;
+constexpr auto kStallPause = std::chrono::milliseconds(200);
+constexpr char kRoomName[] = "wal/checkpoint-room.tmp";
+// The end of a held file that a record of this size may find too short.
+constexpr std::uint64_t kWasteBytes = 64 << 10;
 
 // Room that a batch of `used` bytes takes, with the block behind it for a
 // vouching batch.
 std::uint64_t room_for(std::uint64_t used) {
   return pad_to(used, kBlockBytes) + kBlockBytes;
+}
+
+// Records that a held file of `bytes` takes for certain, each of at most
+// `record` bytes.
+std::uint64_t room_in(std::uint64_t bytes, std::uint64_t record) {
+  std::uint64_t lost = kSegmentDataOffset + kBlockBytes +
+                       std::min(bytes / 8, std::max(record, kWasteBytes));
+  return bytes > lost ? bytes - lost : 0;
 }
 
 }  // namespace
@@ -72,6 +84,11 @@ class Log::Impl {
   Result<std::pair<RecordType, std::vector<std::byte>>> read(
       Place place, std::uint32_t bytes) const;
   void need(Place place, int delta);
+  void hold(std::uint64_t log_bytes, std::uint64_t checkpoint_bytes);
+  Room room() const;
+  bool fits(std::uint64_t bytes, std::uint64_t keep) const;
+  bool lacking() const { return lacking_.load(std::memory_order_acquire); }
+  bool stalled() const { return stalled_.load(std::memory_order_acquire); }
   Stats take_stats();
   bool write_one();
 
@@ -92,17 +109,20 @@ class Log::Impl {
   bool checkpointing_ = false;
   bool may_release_ = false;  // not before a checkpoint of this start
   std::uint64_t bytes_since_checkpoint_ = 0;
+  Lsn checkpointed_ = 0;
   std::uint64_t staged_bytes_ = 0;
 
  private:
   // --- opening, in order ---
   Result<void> start_manifest();
+  Result<void> adopt();
   Result<void> sweep(bool tmp);
   Result<void> load_checkpoint(const Load& load, RecoveryReport* report,
                                Lsn* covered);
   Result<void> recover(Lsn replay_from, Lsn covered, const Visit& visit,
                        RecoveryReport* report);
   Result<void> begin_writing(Chain* chain, const Scan& scan);
+  Result<void> begin_tail(Place base, Lsn first_lsn);
   void remember(const FoundSegment& found);
   void describe(RecoveryReport* report) const;
 
@@ -112,6 +132,14 @@ class Log::Impl {
   void open_batch(std::size_t need);
   void close_batch();
   void roll(std::size_t need);
+  // A file that is not needed for anything else once it is taken; under mutex_.
+  struct Held {
+    std::string name;
+    std::uint64_t bytes = 0;
+    bool spare = false;   // of a whole segment's size
+    bool zeroed = false;  // written, not only allocated
+  };
+  std::optional<Held> take_held(std::uint64_t least);
   BatchBuffer take_buffer();
 
   // --- keeper's work ---
@@ -125,8 +153,18 @@ class Log::Impl {
   Result<void> run_removals(const std::vector<std::string>& names);
   Result<void> sync_unsynced();
   Result<void> make_spare();
-  bool pause_spare();
-  bool wants_spare() const;  // under mutex_
+  Result<void> zero_spare(const Held& spare);
+  bool pause_spare(const Held& spare);
+  Result<void> make_room();
+  Result<void> allocate(File& file, std::uint64_t bytes);
+  Result<void> no_room(const Error& error, const std::string& name);
+  // These under mutex_:
+  bool wants_spare() const;
+  bool wants_room() const;
+  std::uint64_t unit_bytes() const;
+  std::uint64_t units_held() const;
+  std::uint64_t tail_room() const;
+  void settle_room();
 
   void poison(const Error& error);
   void wake_owner();
@@ -175,10 +213,20 @@ class Log::Impl {
   Manifest manifest_;
   Lsn written_ = 0;                // by the log thread
   std::uint64_t tail_bytes_ = 0;   // size of the segment being bound
-  std::uint64_t spare_bytes_ = 0;  // 0: there is none
-  std::string spare_name_;
+  Place tail_base_ = 0;
+  bool tail_held_ = false;         // its blocks are there
+  std::vector<Held> held_;
   std::uint64_t spare_number_ = 0;
   bool spare_wanted_ = true;
+  std::string zeroing_;            // the held file that the keeper writes
+  std::uint64_t hold_log_ = 0, hold_checkpoint_ = 0;  // what is to be held
+  std::uint64_t room_bytes_ = 0;   // of the checkpoint's room
+  bool room_refused_ = false;      // until the owner asks again
+  bool checkpoint_full_ = false;
+  Lsn checkpoint_lsn_ = 0;         // of the one under way, and the bytes that
+  std::uint64_t checkpoint_grown_ = 0;  // it was to cover
+  std::string lacking_why_;
+  std::atomic<bool> lacking_{false}, stalled_{false};
   bool stop_ = false;
   std::function<void()> wake_;
   std::string cause_;
@@ -234,10 +282,43 @@ Result<void> Log::Impl::sweep(bool tmp) {
   for (const std::string& name : *names) {
     std::string full = "wal/" + name;
     bool stale = name.ends_with(tmp ? ".tmp" : ".ckpt");
+    stale &= full != kManifestTmp && (full != kRoomName || !options_.hold);
+    for (const Held& held : held_)
+      stale &= full != held.name || !options_.hold;
     for (const auto& checkpoint : manifest_.checkpoint)
       stale &= checkpoint.lsn == 0 || full != checkpoint_name(checkpoint.lsn);
     if (!stale) continue;
     if (auto ok = storage_.remove(full); !ok) return ok;
+  }
+  return {};
+}
+
+// What an earlier start held is held on: on a full disk it is all there is.
+Result<void> Log::Impl::adopt() {
+  if (!options_.hold) return {};
+  auto names = storage_.list("wal");
+  if (!names) return names.error();
+  for (const std::string& name : *names) {
+    bool room = "wal/" + name == kRoomName;
+    bool held = (name.starts_with("held-") || name.starts_with("spare-")) &&
+                name.ends_with(".tmp");
+    if (!room && !held) continue;
+    auto file = storage_.open("wal/" + name, OpenMode::write);
+    if (!file) return file.error();
+    auto size = (*file)->size();
+    if (!size) return size.error();
+    // After a power cut it may be shorter than it was, or have holes.
+    auto whole = (*file)->allocate(*size);
+    if (!whole && whole.error().code != Code::full) return whole;
+    if (room) room_bytes_ = whole ? *size : 0;
+    if (room || !whole || *size < unit_bytes() || *size % kBlockBytes != 0)
+      continue;
+    const bool spare = options_.spares && options_.fsync &&
+                       *size == pad_to(options_.segment_bytes, kBlockBytes);
+    held_.push_back({"wal/" + name, *size, spare, false});
+    spare_number_ = std::max<std::uint64_t>(
+        spare_number_,
+        std::strtoull(name.c_str() + name.find('-') + 1, nullptr, 10));
   }
   return {};
 }
@@ -347,6 +428,7 @@ Result<void> Log::Impl::begin_writing(Chain* chain, const Scan& scan) {
   appended_ = durable_ = scan.last;
   link.last_lsn = scan.last;
 
+  if (auto ok = adopt(); !ok) return ok;
   if (auto ok = sweep(true); !ok) return ok;
   ++manifest_.generation;
   epoch_ = ++manifest_.writer_epoch;
@@ -361,12 +443,8 @@ Result<void> Log::Impl::begin_writing(Chain* chain, const Scan& scan) {
   if (auto ok = sweep(false); !ok) return ok;
 
   writer_ = std::make_unique<LogWriter>(storage_, options_, link, scan.last);
-  std::uint64_t bytes =
-      std::min(options_.first_segment_bytes, options_.segment_bytes);
-  tail_ = make_segment(std::max<std::uint64_t>(bytes, 4 * kBlockBytes), base,
-                       scan.last + 1);
-  tail_->zero_fill = options_.fsync && options_.spares;
-  if (auto ok = writer_->enter(tail_); !ok) return ok;
+  checkpointed_ = manifest_.checkpoint[0].lsn;
+  if (auto ok = begin_tail(base, scan.last + 1); !ok) return ok;
   for (const FoundSegment& segment : chain->dead) {
     if (segment.name == tail_->name) continue;
     if (auto ok = storage_.remove(segment.name); !ok) return ok;
@@ -377,6 +455,26 @@ Result<void> Log::Impl::begin_writing(Chain* chain, const Scan& scan) {
   if (manifest_.begun) return {};
   manifest_.begun = true;
   return write_manifest(storage_, manifest_);
+}
+
+// A small segment, so that it is there at once; on a full disk one of those
+// that are held.
+Result<void> Log::Impl::begin_tail(Place base, Lsn first_lsn) {
+  std::uint64_t bytes =
+      std::min(options_.first_segment_bytes, options_.segment_bytes);
+  bytes = std::max<std::uint64_t>(bytes, 4 * kBlockBytes);
+  tail_ = make_segment(bytes, base, first_lsn);
+  tail_->zero_fill = options_.fsync && options_.spares;
+  auto entered = writer_->enter(tail_);
+  if (!entered && entered.error().code == Code::full) {
+    if (auto held = take_held(bytes)) {
+      tail_ = make_segment(held->bytes, base, first_lsn);
+      tail_->spare = held->name;
+      entered = writer_->enter(tail_);
+    }
+  }
+  tail_held_ = entered && options_.hold;
+  return entered;
 }
 
 void Log::Impl::remember(const FoundSegment& found) {
@@ -431,7 +529,9 @@ std::shared_ptr<Segment> Log::Impl::make_segment(std::uint64_t bytes,
   }
   std::lock_guard hold(mutex_);
   tail_offset_ = kSegmentDataOffset;
+  tail_base_ = base;
   tail_bytes_ = header.bytes;
+  tail_held_ = false;
   ++stats_.segments;
   return segment;
 }
@@ -501,22 +601,20 @@ void Log::Impl::close_batch() {
 }
 
 // The next batch begins a new segment: of the spare if there is one that is
-// large enough, else a plain one.
+// large enough, else of another held file, else a plain one.
 void Log::Impl::roll(std::size_t need) {
   std::uint64_t least = kSegmentDataOffset + room_for(kBatchHeaderBytes + need);
   std::uint64_t bytes = 0;
-  std::string spare;
+  std::optional<Held> held;
   bool unused = false;
   {
     std::lock_guard hold(mutex_);
-    if (spare_bytes_ >= least) {
-      bytes = std::exchange(spare_bytes_, 0);
-      spare = std::exchange(spare_name_, {});
-    }
+    held = take_held(least);
+    if (held) bytes = held->bytes;
     unused = tail_offset_ == kSegmentDataOffset;
     spare_wanted_ = true;
   }
-  if (spare.empty()) {
+  if (!held) {
     // With fsync on it is the slower kind; the next spare should not wait long.
     std::uint64_t plain = options_.segment_bytes;
     if (options_.fsync) plain = std::min(plain, kPlainSegmentBytes);
@@ -528,8 +626,30 @@ void Log::Impl::roll(std::size_t need) {
     table_.erase(tail_->header.base);
   }
   tail_ = make_segment(bytes, base, appended_ + 1);
-  tail_->spare = spare;
+  if (held) tail_->spare = held->name;
+  {
+    std::lock_guard hold(mutex_);
+    tail_held_ = held.has_value();
+  }
   keeper_ready_.notify_one();
+}
+
+// Zeroed ones first: they sync faster. Without hold() only those.
+std::optional<Log::Impl::Held> Log::Impl::take_held(std::uint64_t least) {
+  auto best = held_.end();
+  auto rank = [this](const Held& held) {
+    if (held.zeroed) return 0;
+    if (!held.spare) return 1;
+    return held.name == zeroing_ ? 3 : 2;  // the keeper lets go of it
+  };
+  for (auto it = held_.begin(); it != held_.end(); ++it) {
+    if (it->bytes < least || (!it->zeroed && !options_.hold)) continue;
+    if (best == held_.end() || rank(*it) < rank(*best)) best = it;
+  }
+  if (best == held_.end()) return std::nullopt;
+  Held held = std::move(*best);
+  held_.erase(best);
+  return held;
 }
 
 BatchBuffer Log::Impl::take_buffer() {
@@ -566,11 +686,20 @@ void Log::Impl::poll() {
     if (buffers_.size() < 2 && batch->buffer.capacity() <= kKeptBufferBytes)
       buffers_.push_back(std::move(batch->buffer));
   }
-  if (checkpointed) {
-    checkpointing_ = false;
-    may_release_ = true;
-    release();
+  if (!checkpointed) return;
+  checkpointing_ = false;
+  bool full;
+  {
+    std::lock_guard hold(mutex_);
+    full = std::exchange(checkpoint_full_, false);
   }
+  if (full) {
+    bytes_since_checkpoint_ += checkpoint_grown_;
+    return;
+  }
+  checkpointed_ = checkpoint_lsn_;
+  may_release_ = true;
+  release();
 }
 
 // --- the log thread ----------------------------------------------------------
@@ -578,20 +707,33 @@ void Log::Impl::poll() {
 bool Log::Impl::write_batch() {
   std::unique_ptr<Batch> batch;
   {
-    std::lock_guard hold(mutex_);
+    std::unique_lock hold(mutex_);
     if (work_.empty() || poisoned()) return false;
     batch = std::move(work_.front());
     work_.pop_front();
     busy_ = true;
+    // The keeper may still be writing zeros to what became this segment.
+    const std::string& spare = batch->segment->spare;
+    done_ready_.wait(hold, [&] { return spare.empty() || zeroing_ != spare; });
   }
   auto before = Steady::now();
   auto ok = writer_->write(*batch);
   auto after = Steady::now();
-  if (!ok) poison(ok.error());
+  // W8: it stays where it is, the same bytes for the same place.
+  const bool full = !ok && ok.error().code == Code::full;
+  if (!ok && !full) poison(ok.error());
   {
     std::lock_guard hold(mutex_);
     busy_ = false;
+    stalled_ = full;
+    if (full) {
+      lacking_ = true;
+      lacking_why_ = ok.error().what;
+      work_.push_front(std::move(batch));
+    }
     if (ok) {
+      if (batch->segment->header.base == tail_base_ && options_.hold)
+        tail_held_ = true;
       --bound_;
       vouched_ = false;
       written_ = batch->last_lsn();
@@ -609,7 +751,7 @@ bool Log::Impl::write_batch() {
     }
   }
   wake_owner();
-  return true;
+  return !full;
 }
 
 // Closes the gap of W3: rot in the last batch is known for what it is once a
@@ -630,13 +772,28 @@ bool Log::Impl::write_vouch() {
     busy_ = true;
   }
   auto ok = writer_->vouch(segment, offset, time_ms);
-  if (!ok) poison(ok.error());
+  auto full = [&] { return !ok && ok.error().code == Code::full; };
+  while (full() && options_.own_thread) {  // batches may be bound behind it
+    std::unique_lock hold(mutex_);
+    stalled_ = lacking_ = true;
+    lacking_why_ = ok.error().what;
+    work_ready_.wait_for(hold, kStallPause, [this] { return stop_; });
+    if (stop_) return false;
+    hold.unlock();
+    ok = writer_->vouch(segment, offset, time_ms);
+  }
+  if (!ok && !full()) poison(ok.error());
   {
     std::lock_guard hold(mutex_);
     busy_ = false;
+    stalled_ = full();
+    if (full()) {  // it was never there
+      tail_offset_ = offset;
+      vouched_ = false;
+    }
   }
   wake_owner();  // records may have been staged meanwhile
-  return true;
+  return !full();
 }
 
 void Log::Impl::run_writer() {
@@ -660,6 +817,7 @@ void Log::Impl::run_writer() {
     hold.unlock();
     write_batch();
     hold.lock();
+    if (stalled()) work_ready_.wait_for(hold, kStallPause, [&] { return stop_; });
   }
 }
 
@@ -667,21 +825,99 @@ void Log::Impl::run_writer() {
 
 bool Log::Impl::wants_spare() const {
   return options_.spares && options_.fsync && spare_wanted_ &&
-         spare_bytes_ == 0;
+         std::none_of(held_.begin(), held_.end(),
+                      [](const Held& held) { return held.zeroed; });
+}
+
+// Held files that are not the spare: as large as a segment without one.
+std::uint64_t Log::Impl::unit_bytes() const {
+  std::uint64_t bytes = options_.segment_bytes;
+  if (options_.fsync) bytes = std::min(bytes, kPlainSegmentBytes);
+  return pad_to(bytes, kBlockBytes);
+}
+
+std::uint64_t Log::Impl::units_held() const {
+  std::uint64_t bytes = 0;
+  for (const Held& held : held_) {
+    if (!held.spare) bytes += room_in(held.bytes, 0);
+  }
+  return bytes;
+}
+
+bool Log::Impl::wants_room() const {
+  if (!options_.hold || room_refused_) return false;
+  return units_held() < hold_log_ || room_bytes_ < hold_checkpoint_;
+}
+
+// Under mutex_, after any change of what is held or to be held.
+void Log::Impl::settle_room() {
+  if (stalled() || !options_.hold || room_refused_) return;
+  if (units_held() >= hold_log_ && room_bytes_ >= hold_checkpoint_)
+    lacking_ = false;
+}
+
+void Log::Impl::hold(std::uint64_t log_bytes, std::uint64_t checkpoint_bytes) {
+  std::lock_guard hold(mutex_);
+  hold_log_ = log_bytes;
+  hold_checkpoint_ = pad_to(checkpoint_bytes, kBlockBytes);
+  room_refused_ = false;
+  spare_wanted_ = true;
+  // What was needed for a short while goes back, but for a few.
+  for (auto it = held_.begin();
+       it != held_.end() && units_held() > hold_log_ + 4 * unit_bytes();) {
+    if (it->spare) {
+      ++it;
+      continue;
+    }
+    removals_.push_back(it->name);
+    it = held_.erase(it);
+  }
+  settle_room();
+  keeper_ready_.notify_one();
+}
+
+// Of the segment being written, behind what is staged.
+std::uint64_t Log::Impl::tail_room() const {
+  std::uint64_t used = tail_offset_ + (open_ ? open_->padded() : 0);
+  used += 2 * kBlockBytes;  // the next batch's header, a vouching batch
+  return tail_held_ && used < tail_bytes_ ? tail_bytes_ - used : 0;
+}
+
+Log::Room Log::Impl::room() const {
+  std::lock_guard hold(mutex_);
+  Room room;
+  room.held = tail_room();
+  for (const Held& held : held_) room.held += room_in(held.bytes, 0);
+  room.lacking = lacking();
+  room.stalled = stalled();
+  if (room.lacking || room.stalled) room.why = lacking_why_;
+  return room;
+}
+
+bool Log::Impl::fits(std::uint64_t bytes, std::uint64_t keep) const {
+  std::lock_guard hold(mutex_);
+  if (stalled()) return false;
+  const std::uint64_t record =
+      std::min<std::uint64_t>(bytes, options_.batch_bytes_max);
+  std::uint64_t room = tail_room();
+  if (bytes > room) room = 0;  // what is left of it is lost
+  for (const Held& held : held_) room += room_in(held.bytes, record);
+  return room >= bytes && room - bytes >= keep;
 }
 
 bool Log::Impl::keep_one() {
   if (do_checkpoint()) return true;
   std::vector<std::string> names;
-  bool spare = false;
+  bool room = false, spare = false;
   {
     std::lock_guard hold(mutex_);
     if (poisoned()) return false;
     names.swap(removals_);
-    spare = names.empty() && wants_spare();
+    room = names.empty() && wants_room();
+    spare = names.empty() && !room && wants_spare();
   }
-  if (names.empty() && !spare) return false;
-  auto ok = spare ? make_spare() : run_removals(names);
+  if (names.empty() && !room && !spare) return false;
+  auto ok = room ? make_room() : spare ? make_spare() : run_removals(names);
   if (!ok) poison(ok.error());
   return true;
 }
@@ -696,9 +932,15 @@ bool Log::Impl::do_checkpoint() {
   }
   auto ok = run_checkpoint(*job);
   job.reset();  // what it holds is much, and should go before it is done
-  if (!ok) poison(ok.error());
+  const bool full = !ok && ok.error().code == Code::full;
+  if (!ok && !full) poison(ok.error());
   {
     std::lock_guard hold(mutex_);
+    checkpoint_full_ = full;
+    if (full) {
+      lacking_ = true;
+      lacking_why_ = ok.error().what;
+    }
     checkpoint_busy_ = false;
     checkpoint_done_ = true;
     done_ready_.notify_all();
@@ -709,24 +951,33 @@ bool Log::Impl::do_checkpoint() {
 
 Result<void> Log::Impl::run_checkpoint(const CheckpointJob& job) {
   if (!options_.fsync) {
-    if (auto ok = sync_unsynced(); !ok) return ok;
+    // Never again, whatever it was (S3).
+    if (auto ok = sync_unsynced(); !ok) return Error{Code::io, ok.error().what};
   }
   Manifest manifest;
+  std::string room;
   {
     std::lock_guard hold(mutex_);
     manifest = manifest_;
+    if (std::exchange(room_bytes_, 0) != 0) room = kRoomName;
   }
   manifest.feature_incompat |= job.features;
   const Manifest::Checkpoint oldest = manifest.checkpoint[1];
   auto written =
-      write_checkpoint(storage_, manifest, job.lsn, job.time_ms, job.image());
+      write_checkpoint(storage_, manifest, job.lsn, job.time_ms, job.image(),
+                       room);
   if (!written) return written.error();
   ++manifest.generation;
   manifest.checkpoint[1] = manifest.checkpoint[0];
   manifest.checkpoint[0] = *written;
   manifest.durable_lsn = std::max(manifest.durable_lsn, writer_->synced());
   manifest.time_ms = std::max(manifest.time_ms, job.time_ms);
-  if (auto ok = write_manifest(storage_, manifest); !ok) return ok;
+  if (auto ok = write_manifest(storage_, manifest); !ok) {
+    // Nobody names it.
+    if (ok.error().code == Code::full)
+      (void)storage_.remove(checkpoint_name(job.lsn)).has_value();
+    return ok;
+  }
   {
     std::lock_guard hold(mutex_);
     manifest_ = manifest;
@@ -758,51 +1009,155 @@ Result<void> Log::Impl::run_removals(const std::vector<std::string>& names) {
   for (const std::string& name : names) {
     if (auto ok = storage_.remove(name); !ok) return ok;
   }
+  {
+    std::lock_guard hold(mutex_);
+    room_refused_ = false;  // there is some now
+  }
   return storage_.sync_dir("wal");
 }
 
-// Zeros, written politely: small steps, each synced, with pauses, unless the
-// log will soon want it. A full disk is no fault of the log's: it then goes on
-// in plain segments.
+// One more file that is held, or the checkpoint's room.
+Result<void> Log::Impl::make_room() {
+  std::string name = kRoomName;
+  std::uint64_t bytes = 0;
+  bool log = false;
+  {
+    std::lock_guard hold(mutex_);
+    log = units_held() < hold_log_;
+    bytes = log ? unit_bytes() : hold_checkpoint_;
+    if (log) name = "wal/held-" + std::to_string(++spare_number_) + ".tmp";
+  }
+  auto file = storage_.open(name, log ? OpenMode::create : OpenMode::write);
+  if (!file && !log && file.error().code == Code::not_found)
+    file = storage_.open(name, OpenMode::create);
+  if (!file) return no_room(file.error(), "");
+  auto ok = allocate(**file, bytes);
+  if (ok) ok = (*file)->sync();
+  file->reset();
+  if (!ok) return no_room(ok.error(), log ? name : "");
+  std::lock_guard hold(mutex_);
+  if (log) {
+    held_.push_back({name, bytes, false, false});
+  } else {
+    room_bytes_ = bytes;
+  }
+  settle_room();
+  return {};
+}
+
+// Not even tried where it cannot be: a try takes the last of the room from
+// others, if only for a moment.
+Result<void> Log::Impl::allocate(File& file, std::uint64_t bytes) {
+  auto size = file.size();
+  if (!size) return size.error();
+  auto free = storage_.free_bytes();
+  if (free && *size < bytes && *free < bytes - *size)
+    return Error{Code::full, "no space for " + std::to_string(bytes - *size) +
+                                 " bytes that are to be held: " +
+                                 std::to_string(*free) + " are free"};
+  return file.allocate(bytes);
+}
+
+// A full disk is no fault of the log's: whoever asked for room hears of it.
+Result<void> Log::Impl::no_room(const Error& error, const std::string& name) {
+  if (error.code != Code::full) return error;
+  {
+    std::lock_guard hold(mutex_);
+    room_refused_ = true;
+    lacking_ = true;
+    lacking_why_ = error.what;
+  }
+  wake_owner();
+  if (name.empty()) return {};
+  return storage_.remove(name);
+}
+
+// The next segment, before it is needed: its blocks first, then zeros. A full
+// disk is no fault of the log's: it then goes on without.
 Result<void> Log::Impl::make_spare() {
-  std::string name;
+  Held spare;
   {
     std::lock_guard hold(mutex_);
     spare_wanted_ = false;
-    name = "wal/spare-" + std::to_string(++spare_number_) + ".tmp";
+    for (const Held& held : held_) {
+      if (held.spare) spare = held;
+    }
+    if (spare.name.empty())
+      spare.name = "wal/spare-" + std::to_string(++spare_number_) + ".tmp";
   }
-  auto file = storage_.open(name, OpenMode::create);
+  if (spare.bytes == 0) {
+    auto file = storage_.open(spare.name, OpenMode::create);
+    if (!file && file.error().code == Code::full) return {};
+    if (!file) return file.error();
+    spare.bytes = pad_to(options_.segment_bytes, kBlockBytes);
+    spare.spare = true;
+    if (auto ok = allocate(**file, spare.bytes); !ok) {
+      if (ok.error().code != Code::full) return ok;
+      return storage_.remove(spare.name);
+    }
+    std::lock_guard hold(mutex_);
+    held_.push_back(spare);
+    zeroing_ = spare.name;
+  } else {
+    // It may have been taken since.
+    std::lock_guard hold(mutex_);
+    for (const Held& held : held_) {
+      if (held.name == spare.name) zeroing_ = spare.name;
+    }
+    if (zeroing_.empty()) return {};
+  }
+  auto ok = zero_spare(spare);
+  std::lock_guard hold(mutex_);
+  bool whole = ok && !zeroing_.empty();
+  zeroing_.clear();
+  for (Held& held : held_) {
+    if (held.name == spare.name) held.zeroed = whole && !stop_;
+  }
+  done_ready_.notify_all();
+  if (!ok && ok.error().code == Code::full) return {};
+  return ok;
+}
+
+// Written politely: small steps, each synced, with pauses, unless the log will
+// soon want it.
+Result<void> Log::Impl::zero_spare(const Held& spare) {
   // As durable the zeros go past the page cache, which would copy each of them
   // once more and keep it; they are as many bytes as the log itself writes.
-  if (file && options_.direct) file = storage_.open(name, OpenMode::durable);
+  auto file = storage_.open(spare.name, options_.direct ? OpenMode::durable
+                                                        : OpenMode::write);
   if (!file) return file.error();
   BatchBuffer zeros;
   zeros.reserve(kSpareStepBytes, 0);
   std::memset(zeros.data(), 0, kSpareStepBytes);
-  std::uint64_t size = pad_to(options_.segment_bytes, kBlockBytes), at = 0;
-  while (at < size) {
-    std::size_t step = std::min<std::uint64_t>(kSpareStepBytes, size - at);
+  for (std::uint64_t at = 0; at < spare.bytes;) {
+    std::size_t step =
+        std::min<std::uint64_t>(kSpareStepBytes, spare.bytes - at);
     auto ok = (*file)->write_at(at, {zeros.data(), step});
     if (ok && !options_.direct) ok = (*file)->sync();
-    if (!ok && ok.error().code == Code::full) return storage_.remove(name);
     if (!ok) return ok;
     at += step;
-    if (!pause_spare()) return {};
+    if (!pause_spare(spare)) break;
   }
-  std::lock_guard hold(mutex_);
-  spare_bytes_ = size;
-  spare_name_ = name;
   return {};
 }
 
 // False when there is no use in going on.
-bool Log::Impl::pause_spare() {
+bool Log::Impl::pause_spare(const Held& spare) {
   if (!options_.own_thread) return true;
   do_checkpoint();
   std::unique_lock hold(mutex_);
+  if (wants_room()) {
+    hold.unlock();
+    if (auto ok = make_room(); !ok) poison(ok.error());
+    hold.lock();
+  }
   bool urgent = tail_offset_ > tail_bytes_ / 2;
   if (!urgent) keeper_ready_.wait_for(hold, kSparePause, [&] { return stop_; });
-  return !stop_ && !poisoned();
+  bool taken = std::none_of(
+      held_.begin(), held_.end(),
+      [&](const Held& held) { return held.name == spare.name; });
+  if (taken || stop_ || poisoned()) zeroing_.clear();
+  return !zeroing_.empty();
 }
 
 void Log::Impl::run_keeper() {
@@ -811,7 +1166,8 @@ void Log::Impl::run_keeper() {
       std::unique_lock hold(mutex_);
       keeper_ready_.wait(hold, [this] {
         return stop_ || (!poisoned() && (checkpoint_job_ ||
-                                         !removals_.empty() || wants_spare()));
+                                         !removals_.empty() || wants_room() ||
+                                         wants_spare()));
       });
       if (stop_) return;
     }
@@ -861,9 +1217,10 @@ void Log::Impl::stop_threads() {
 
 void Log::Impl::checkpoint(Lsn lsn, Millis time_ms, Image image) {
   CHECK(!checkpointing_ && lsn <= durable_);
-  bytes_since_checkpoint_ = 0;
+  checkpoint_grown_ = std::exchange(bytes_since_checkpoint_, 0);
   std::lock_guard hold(mutex_);
   if (lsn == 0 || lsn <= manifest_.checkpoint[0].lsn) return;  // nothing new
+  checkpoint_lsn_ = lsn;
   checkpointing_ = true;
   checkpoint_job_ = CheckpointJob{lsn, time_ms, features_, std::move(image)};
   keeper_ready_.notify_one();
@@ -983,16 +1340,20 @@ Result<void> Log::Impl::close() {
       done_ready_.wait(hold, [this] {
         bool idle =
             work_.empty() && !busy_ && !checkpoint_job_ && !checkpoint_busy_;
-        return idle || poisoned();
+        return idle || poisoned() || stalled();
       });
     }
     poll();
+    if (stalled()) break;
     if (!open_ && staged_.empty()) break;
     flush();
   }
   stop_threads();
   if (poisoned())
     return Error{Code::io, "the log is poisoned: " + poison_cause()};
+  if (stalled())
+    return Error{Code::full, "records that nobody was told of find no room: " +
+                                 room().why};
   closed_ = true;
   Result<void> ok;
   if (!options_.fsync) ok = sync_unsynced();
@@ -1002,7 +1363,7 @@ Result<void> Log::Impl::close() {
   manifest_.durable_lsn = appended_;
   manifest_.time_ms = time_ms_;
   if (ok) ok = write_manifest(storage_, manifest_);
-  if (ok) ok = sweep(true);  // the spare: the next start makes its own
+  if (ok) ok = sweep(true);
   if (!ok) poison(ok.error());
   lock_.reset();
   return ok;
@@ -1074,6 +1435,16 @@ void Log::checkpoint(Lsn lsn, Millis time_ms, std::vector<std::byte> image) {
   impl_->checkpoint(lsn, time_ms, [image = std::move(image)] { return image; });
 }
 bool Log::checkpointing() const { return impl_->checkpointing_; }
+Lsn Log::checkpointed() const { return impl_->checkpointed_; }
+void Log::hold(std::uint64_t log_bytes, std::uint64_t checkpoint_bytes) {
+  impl_->hold(log_bytes, checkpoint_bytes);
+}
+Log::Room Log::room() const { return impl_->room(); }
+bool Log::lacking() const { return impl_->lacking(); }
+bool Log::stalled() const { return impl_->stalled(); }
+bool Log::fits(std::uint64_t bytes, std::uint64_t keep) const {
+  return impl_->fits(bytes, keep);
+}
 std::uint64_t Log::bytes_since_checkpoint() const {
   return impl_->bytes_since_checkpoint_;
 }

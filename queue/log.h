@@ -22,6 +22,10 @@
 //   W7  Whoever cannot read all that is in the log finds a feature bit that it
 //       does not know, durable before the first such record: in a segment's
 //       header, and from the next checkpoint on in MANIFEST.
+//   W8  A full disk is no fault. What finds no room (Code::full) is tried again
+//       for as long as it takes: the batch that is being written (stalled()),
+//       a checkpoint, a file that is held. What is held (hold()) is there
+//       already: while the held room lasts, nothing stalls.
 //
 // The loop thread owns a Log. One thread of the Log's own writes and syncs; it
 // owns the bytes of the batch it carries, and hands them back as a message:
@@ -52,6 +56,7 @@ struct LogOptions {
   std::uint64_t first_segment_bytes = 1ull << 20;  // of an empty root
   std::size_t batch_bytes_max = 8u << 20;
   bool spares = true;        // pre-zero the next segment in the background
+  bool hold = false;         // keep room: see hold()
   bool own_thread = true;    // false: write() is called by the owner (tests)
   bool direct = true;        // try O_DIRECT|O_DSYNC
   Clock* clock = nullptr;    // when segments were made; null: system_clock()
@@ -149,12 +154,34 @@ class Log {
   // durable()) on a background thread, where it is also called: tmp, sync,
   // rename, sync_dir, MANIFEST; then removes what no one needs. At most one at
   // a time; checkpointing() tells. Done is noticed by poll(). A failure poisons
-  // the log.
+  // the log, but for a full disk: then there is none, see checkpointed().
   using Image = std::function<std::vector<std::byte>()>;
   void checkpoint(Lsn lsn, Millis time_ms, Image image);
   void checkpoint(Lsn lsn, Millis time_ms, std::vector<std::byte> image);
   bool checkpointing() const;
   std::uint64_t bytes_since_checkpoint() const;
+
+  // The room that is to be there before it is needed, beside the segment being
+  // written and the spare: files of their own blocks, made in the background
+  // and kept over restarts, which become segments when the disk has no more to
+  // give; and one for a checkpoint of `checkpoint_bytes`. Each call has the
+  // log try again for what it could not get.
+  void hold(std::uint64_t log_bytes, std::uint64_t checkpoint_bytes);
+  struct Room {
+    std::uint64_t held = 0;  // bytes of records that have their blocks
+    bool lacking = false;    // the disk refused some of what is to be held
+    bool stalled = false;    // records are staged that find no room
+    std::string why;         // of the last two
+  };
+  Room room() const;
+  bool lacking() const;  // as in room(); cheap
+  bool stalled() const;
+  // Whether records of `bytes` in all find held room, and `keep` bytes are left
+  // of it then.
+  bool fits(std::uint64_t bytes, std::uint64_t keep) const;
+  // The newest checkpoint: that of the last call of checkpoint() once
+  // checkpointing() is false, or an earlier one where the disk was full.
+  Lsn checkpointed() const;
 
   // Bytes staged and not yet durable: what a caller should bound.
   std::uint64_t staged_bytes() const;
@@ -165,6 +192,7 @@ class Log {
   bool write_one();
 
   // Waits for all that is staged, marks the manifest clean, stops the threads.
+  // Code::full: it is stalled; what is staged was never durable.
   Result<void> close();
 
   struct Stats {

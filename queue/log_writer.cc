@@ -62,7 +62,7 @@ Result<void> LogWriter::put(const SegmentHeader& segment, std::uint64_t offset,
   seal_batch(&header, segment, offset, bytes);
   if (auto ok = file_->write_at(offset, bytes); !ok) return ok;
   if (options_.fsync && !options_.direct) {
-    if (auto ok = file_->sync(); !ok) return ok;
+    if (auto ok = file_->sync(); !ok) return Error{Code::io, ok.error().what};
   }
   link_ = {segment.seq, header.seq, header.last_lsn(), header.header_crc};
   prev_crc_ = header.header_crc;
@@ -81,23 +81,16 @@ Result<void> LogWriter::enter(const std::shared_ptr<Segment>& segment) {
 
   bool plain = segment->spare.empty();
   std::string tmp = plain ? segment->name + ".tmp" : segment->spare;
-  auto made = storage_.open(tmp, plain ? OpenMode::create : OpenMode::write);
-  if (!made) return made.error();
-  std::size_t bytes = kSegmentDataOffset;
-  if (segment->zero_fill) bytes = header.bytes;
-  BatchBuffer buffer;
-  buffer.reserve(bytes, 0);
-  std::memset(buffer.data(), 0, bytes);
-  std::span<std::byte, kSegmentHeaderBytes> copy(buffer.data(),
-                                                 kSegmentHeaderBytes);
-  encode_segment_header(&header, copy);
-  std::memcpy(buffer.data() + kSegmentHeaderBytes, buffer.data(),
-              kSegmentHeaderBytes);
-  if (auto ok = (*made)->write_at(0, {buffer.data(), bytes}); !ok) return ok;
-  if (auto ok = (*made)->sync(); !ok) return ok;
-  made->reset();
-  if (auto ok = storage_.rename(tmp, segment->name); !ok) return ok;
-  if (auto ok = storage_.sync_dir("wal"); !ok) return ok;
+  auto made = make_file(*segment, tmp);
+  if (made) made = storage_.rename(tmp, segment->name);
+  if (!made) {
+    // What is held stays held; what was begun goes, and may be tried again.
+    bool again = made.error().code == Code::full;
+    if (again && plain) (void)storage_.remove(tmp).has_value();
+    return made;
+  }
+  if (auto ok = storage_.sync_dir("wal"); !ok)
+    return Error{Code::io, ok.error().what};
 
   bool durable = options_.fsync && options_.direct;
   auto file = storage_.open(segment->name,
@@ -111,6 +104,29 @@ Result<void> LogWriter::enter(const std::shared_ptr<Segment>& segment) {
     unsynced_.push_back(segment->name);
   }
   return {};
+}
+
+// Both headers, synced; with `hold` all the blocks that it will ever need.
+Result<void> LogWriter::make_file(Segment& segment,
+                                  const std::string& tmp) {
+  bool plain = segment.spare.empty();
+  auto made = storage_.open(tmp, plain ? OpenMode::create : OpenMode::write);
+  if (!made) return made.error();
+  if (plain && options_.hold) {
+    if (auto ok = (*made)->allocate(segment.header.bytes); !ok) return ok;
+  }
+  std::size_t bytes = kSegmentDataOffset;
+  if (segment.zero_fill) bytes = segment.header.bytes;
+  BatchBuffer buffer;
+  buffer.reserve(bytes, 0);
+  std::memset(buffer.data(), 0, bytes);
+  std::span<std::byte, kSegmentHeaderBytes> copy(buffer.data(),
+                                                 kSegmentHeaderBytes);
+  encode_segment_header(&segment.header, copy);
+  std::memcpy(buffer.data() + kSegmentHeaderBytes, buffer.data(),
+              kSegmentHeaderBytes);
+  if (auto ok = (*made)->write_at(0, {buffer.data(), bytes}); !ok) return ok;
+  return (*made)->sync();
 }
 
 void LogWriter::set_synced(Lsn lsn) {

@@ -46,7 +46,7 @@ class BatchBuffer {
 struct Segment {
   SegmentHeader header;
   std::string name;
-  std::string spare;       // the pre-zeroed file it is made of; empty: none
+  std::string spare;       // the held file it is made of; empty: none
   bool zero_fill = false;  // make it of zeros when it is created
   std::int64_t needs = 0;  // places in it that are needed; the owner's
 
@@ -74,7 +74,7 @@ class LogWriter {
             Lsn synced);
 
   // Durable when it returns (with fsync off: written). After an error nothing
-  // more may be written.
+  // more may be written, but for Code::full: then the same again, some time.
   Result<void> write(Batch& batch);
   // An empty batch that says how far the log is durable.
   Result<void> vouch(const std::shared_ptr<Segment>& segment,
@@ -90,6 +90,7 @@ class LogWriter {
   std::vector<std::string> take_unsynced();
 
  private:
+  Result<void> make_file(Segment& segment, const std::string& tmp);
   Result<void> put(const SegmentHeader& segment, std::uint64_t offset,
                    BatchHeader header, std::span<std::byte> bytes);
 

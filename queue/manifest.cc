@@ -14,7 +14,6 @@ constexpr std::uint32_t kClean = 1, kBegun = 2;
 constexpr std::size_t kCopyBytes = 4096;
 constexpr std::size_t kCrcAt = kCopyBytes - 4;
 constexpr char kName[] = "wal/MANIFEST";
-constexpr char kTmpName[] = "wal/MANIFEST.tmp";
 
 Result<Manifest> decode_copy(std::span<const std::byte> bytes) {
   if (bytes.size() < kCopyBytes)
@@ -97,9 +96,23 @@ Result<std::optional<Manifest>> read_manifest(Storage& storage) {
   return std::optional<Manifest>(*manifest);
 }
 
+// The one before is kept as the file of the next, so that no room is needed
+// for it on a full disk.
 Result<void> write_manifest(Storage& storage, const Manifest& manifest) {
   auto bytes = encode_manifest(manifest);
-  if (auto ok = write_file(storage, kTmpName, kName, bytes); !ok) return ok;
+  auto file = storage.open(kManifestTmp, OpenMode::write);
+  if (!file && file.error().code == Code::not_found)
+    file = storage.open(kManifestTmp, OpenMode::create);
+  if (!file) return file.error();
+  auto size = (*file)->size();
+  if (!size) return size.error();
+  if (*size > bytes.size()) {
+    if (auto ok = (*file)->truncate(bytes.size()); !ok) return ok;
+  }
+  if (auto ok = (*file)->write_at(0, bytes); !ok) return ok;
+  if (auto ok = (*file)->sync(); !ok) return ok;
+  file->reset();
+  if (auto ok = storage.exchange(kManifestTmp, kName); !ok) return ok;
   return storage.sync_dir("wal");
 }
 
@@ -119,16 +132,6 @@ Result<std::vector<std::byte>> read_file(Storage& storage,
   if (!got) return got.error();
   bytes.resize(*got);
   return bytes;
-}
-
-Result<void> write_file(Storage& storage, const std::string& tmp,
-                        const std::string& name,
-                        std::span<const std::byte> bytes) {
-  auto file = storage.open(tmp, OpenMode::create);
-  if (!file) return file.error();
-  if (auto ok = (*file)->write_at(0, bytes); !ok) return ok;
-  if (auto ok = (*file)->sync(); !ok) return ok;
-  return storage.rename(tmp, name);
 }
 
 }  // namespace machina

@@ -25,17 +25,15 @@ Result<Manifest> decode_manifest(std::span<const std::byte> bytes);
 
 // Nothing where there is no such file.
 Result<std::optional<Manifest>> read_manifest(Storage& storage);
-// Durable when it returns: tmp, sync, rename, sync_dir.
+// The manifest to come, and room for it: what was the manifest before.
+constexpr char kManifestTmp[] = "wal/MANIFEST.tmp";
+// Durable when it returns: tmp, sync, exchange, sync_dir. Code::full: the
+// manifest is the one before.
 Result<void> write_manifest(Storage& storage, const Manifest& manifest);
 
 // Reads all of a file of at most `max` bytes.
 Result<std::vector<std::byte>> read_file(Storage& storage,
                                          std::string_view name,
                                          std::uint64_t max);
-// Writes `bytes` to a new `tmp`, syncs it and renames it to `name`; durable
-// once the caller has synced the directory.
-Result<void> write_file(Storage& storage, const std::string& tmp,
-                        const std::string& name,
-                        std::span<const std::byte> bytes);
 
 }  // namespace machina

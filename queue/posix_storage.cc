@@ -23,6 +23,7 @@ namespace {
 constexpr std::size_t kBlock = 4096;
 constexpr int kLockTries = 6;  // a dying process may hold it a little longer
 constexpr int kLockPauseMs = 50;
+constexpr std::size_t kZerosBytes = 256 << 10;
 
 Error system_error(const char* what, const std::string& name) {
   int error = errno;
@@ -134,6 +135,16 @@ class PosixFile : public File {
     if (::fstat(fd_.get(), &info) != 0)
       return system_error("cannot stat", name_);
     return static_cast<std::uint64_t>(info.st_size);
+  }
+
+  Result<void> allocate(std::uint64_t bytes) override {
+    int fd = fd_.get();
+    while (::fallocate(fd, 0, 0, static_cast<off_t>(bytes)) != 0) {
+      if (errno == EINTR) continue;
+      if (errno == EOPNOTSUPP) return File::allocate(bytes);
+      return system_error("cannot allocate", name_);
+    }
+    return {};
   }
 
   Result<void> truncate(std::uint64_t bytes) override {
@@ -253,6 +264,18 @@ class PosixStorage : public Storage {
     return {};
   }
 
+  Result<void> exchange(std::string_view from, std::string_view to) override {
+    std::string one(from), other(to);
+    if (auto ok = check_name(one); !ok) return ok;
+    if (auto ok = check_name(other); !ok) return ok;
+    if (::renameat2(dir_.get(), one.c_str(), dir_.get(), other.c_str(),
+                    RENAME_EXCHANGE) == 0)
+      return {};
+    if (errno == ENOENT || errno == EINVAL || errno == ENOSYS)
+      return rename(from, to);
+    return system_error("cannot rename", full(one));
+  }
+
   Result<void> remove(std::string_view view) override {
     std::string name(view);
     if (auto ok = check_name(name); !ok) return ok;
@@ -350,6 +373,19 @@ constexpr KnownFileSystem kFileSystems[] = {
 };
 
 }  // namespace
+
+// For file systems that cannot do better: written bytes have blocks.
+Result<void> File::allocate(std::uint64_t bytes) {
+  auto now = size();
+  if (!now) return now.error();
+  const std::vector<std::byte> zeros(kZerosBytes);
+  for (std::uint64_t at = *now; at < bytes;) {
+    std::size_t step = std::min<std::uint64_t>(zeros.size(), bytes - at);
+    if (auto ok = write_at(at, std::span(zeros).first(step)); !ok) return ok;
+    at += step;
+  }
+  return {};
+}
 
 Result<std::unique_ptr<Storage>> open_posix_storage(const std::string& path) {
   Fd dir(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));

@@ -12,8 +12,19 @@ namespace {
 
 constexpr Millis kCloseWaitMs = 30'000;  // for a stuck disk or SQLite
 
-// The log takes time and chance from where the shard does.
-ShardOptions with_sources(ShardOptions options, Clock& clock, Random& random) {
+constexpr std::uint64_t kSegmentShare = 16;  // of a small file system
+constexpr std::uint64_t kSegmentBytesMin = 1u << 20;
+
+// The log takes time and chance from where the shard does, and room to hold
+// that a small file system can spare.
+ShardOptions with_sources(ShardOptions options, Storage& storage, Clock& clock,
+                          Random& random) {
+  options.log.hold = true;
+  if (auto total = storage.total_bytes(); total && *total != 0) {
+    std::uint64_t share = *total / kSegmentShare / kSegmentBytesMin;
+    share = std::max<std::uint64_t>(share, 1) * kSegmentBytesMin;
+    options.log.segment_bytes = std::min(options.log.segment_bytes, share);
+  }
   if (options.log.clock == nullptr) options.log.clock = &clock;
   if (options.log.random == nullptr) options.log.random = &random;
   options.log.image_features = Core::image_features;
@@ -39,7 +50,8 @@ ShardImpl::ShardImpl(Storage& storage, Clock& clock, Random& random,
     : storage_(storage),
       clock_(clock),
       random_(random),
-      options_(with_sources(options, clock, random)),
+      options_(with_sources(options, storage, clock, random)),
+      segment_bytes_(options.log.segment_bytes),
       core_(options.core),
       cache_(options.body_cache_bytes) {}
 
@@ -227,7 +239,17 @@ void ShardImpl::turn() {
     return;
   }
   look_at_clock(false);
-  if (new_offset_ && core_.applied() > 0) say_clock();
+  if (new_offset_ && core_.applied() > 0 &&
+      (!log_->lacking() ||
+       log_->fits(kDecisionBytes, core_.reserved_bytes()))) {
+    say_clock();
+  }
+  const bool lacked = room_.lacking;
+  room_ = log_->room();
+  if (room_.lacking && !lacked) {  // somebody else was faster
+    disk_at_mono_ = std::min(disk_at_mono_, mono());
+    answer_parked_leases();
+  }
   run_due();
   run_timers();
   list_on();
@@ -241,6 +263,7 @@ void ShardImpl::turn() {
   feed();
   run_checkpoint();
   sample_disk();
+  hold_room(false);
   log_->flush();  // what sending brought in
   if (log_->poisoned()) fail_all_poisoned();
 }
@@ -249,6 +272,13 @@ void ShardImpl::run_due() {
   for (int round = 0; round < kTickRoundsMax; ++round) {
     core_.set_mono(mono());
     if (core_.next_due() > now() && core_.next_due_mono() > mono()) return;
+    // It will still be due when there is room.
+    if (log_->lacking() &&
+        (mono() < due_retry_mono_ ||
+         !log_->fits(kDecisionBytes, core_.reserved_bytes()))) {
+      due_retry_mono_ = std::max(due_retry_mono_, mono() + kFullRetryMs);
+      return;
+    }
     auto decision = decide(Command(TickCommand{}));
     if (!decision) return;
     const bool idle = decision->records.empty();
@@ -266,11 +296,12 @@ Millis ShardImpl::next_due_ms() {
   if (log_->poisoned()) {
     return held_.empty() && calls_.empty() ? -1 : 0;
   }
+  const Millis due_wait = log_->lacking() ? due_retry_mono_ - at : 0;
   if (Millis next = core_.next_due(); next != INT64_MAX) {
-    sooner(next - server_clock_.now(at));
+    sooner(std::max(next - server_clock_.now(at), due_wait));
   }
   if (Millis mono_due = core_.next_due_mono(); mono_due != INT64_MAX) {
-    sooner(mono_due - at);
+    sooner(std::max(mono_due - at, due_wait));
   }
   if (!timers_.empty()) sooner(timers_.begin()->first - at);
   if (!held_.empty() && held_.front()->lsn <= log_->durable()) sooner(0);
@@ -283,7 +314,7 @@ Millis ShardImpl::next_due_ms() {
   if (!scanning_.empty()) sooner(0);
   if (!image_ && !log_->checkpointing() && core_.applied() > checkpoint_lsn_ &&
       log_->bytes_since_checkpoint() >= image_bytes_) {
-    sooner(checkpoint_at_mono_ - at);
+    sooner(std::max(checkpoint_at_mono_, checkpoint_retry_mono_) - at);
   }
   if (!disk_busy_) sooner(disk_at_mono_ - at);
   return due == INT64_MAX ? -1 : due;
@@ -377,6 +408,7 @@ ShardStats ShardImpl::stats() {
   stats.live_jobs = core_.live_jobs();
   stats.reserved_bytes = core_.reserved_bytes();
   stats.disk_free_bytes = disk_free_ == UINT64_MAX ? 0 : disk_free_;
+  stats.disk = disk();
   stats.log = log_->take_stats();
   stats.poisoned = log_->poisoned();
   stats.draining = draining_;

@@ -14,6 +14,10 @@
 //       applied when it was decided: reads, refusals and duplicates included.
 //   H2  Responses to one connection may come in any order; `sequence` tells.
 //   H3  After poison every request but reads is answered `poisoned`.
+//   H4  A full disk refuses (`disk_low`) before anything is decided: new jobs
+//       first, then leases, last of all ends. It never poisons, and freed room
+//       heals it. What the ends of leased jobs need is held before they are
+//       leased: results of up to kReservePerLease bytes always find room.
 
 #pragma once
 
@@ -87,7 +91,7 @@ struct Response {
   enum class Status : std::uint8_t {
     done,        // see items
     poisoned,    // 503: the outcome is unknown
-    disk_low,    // 507
+    disk_low,    // 507: nothing of it was done; room heals it
     lagging,     // 503: history is too far behind
     draining,    // 503: no new leases
     bad_cursor,  // 400
@@ -118,6 +122,25 @@ struct ShardOptions {
   std::string history_dir;  // absolute; SQLite
 };
 
+// How full the disk is, and what is still done. Room for the ends of what was
+// accepted, and for a checkpoint, is held by the log: it is not among what is
+// free.
+enum class DiskLevel : std::uint8_t {
+  ok,
+  soft,  // no new jobs, no uploads
+  hard,  // only ends and cancels
+  full,  // nothing that has to be written
+};
+struct DiskState {
+  DiskLevel level = DiskLevel::ok;
+  std::uint64_t free_bytes = 0;
+  std::uint64_t soft_bytes = 0, hard_bytes = 0;  // needed free for more
+  std::uint64_t held_bytes = 0;      // of the log, allocated already
+  std::uint64_t promised_bytes = 0;  // of these: to jobs that were accepted
+  std::string says;  // why it is not ok, and what to do; empty: it is ok
+};
+std::string_view name(DiskLevel level);
+
 struct ShardStats {
   std::vector<QueueCounts> queues;
   CoreTotals totals;
@@ -132,6 +155,7 @@ struct ShardStats {
   // samples since the last call, seconds; bounded
   std::vector<std::pair<std::string, double>> wait_seconds,
       run_seconds;  // kind
+  DiskState disk;
 };
 
 class Shard {
@@ -183,6 +207,7 @@ class Shard {
   };
   virtual Progress progress() const { return {}; }
   virtual bool poisoned() const = 0;
+  virtual DiskState disk() const { return {}; }
 };
 
 }  // namespace machina

@@ -257,7 +257,12 @@ void ShardImpl::run_checkpoint() {
     log_->checkpoint(image_->lsn, image_->time_ms, std::move(save));
     image_.reset();
   }
-  if (image_ || log_->checkpointing() || core_.applied() <= checkpoint_lsn_) {
+  if (image_ || log_->checkpointing()) return;
+  if (checkpoint_lsn_ > log_->checkpointed()) {  // no room for it
+    checkpoint_lsn_ = log_->checkpointed();
+    checkpoint_retry_mono_ = mono() + kFullRetryMs;
+  }
+  if (core_.applied() <= checkpoint_lsn_ || mono() < checkpoint_retry_mono_) {
     return;
   }
   // It is due when the log has grown by as much as the last image had bytes,
@@ -289,9 +294,31 @@ void ShardImpl::sample_disk() {
     return [this, bytes] {
       disk_busy_ = false;
       disk_free_ = bytes;
-      if (disk_low(disk_hard_)) answer_parked_leases();
+      hold_room(true);
+      if (disk_low(disk_hard_) || log_->lacking()) answer_parked_leases();
+      say_disk();
     };
   });
+}
+
+// What is promised, and a margin, in whole units; and room for an image. Grows
+// at once; becomes less by a unit a second.
+void ShardImpl::hold_room(bool sampled) {
+  const std::uint64_t unit =
+      std::min<std::uint64_t>(kHoldUnitBytes, options_.log.segment_bytes);
+  const std::uint64_t margin =
+      std::min<std::uint64_t>(kHoldMarginBytes, unit / 4 * 3);
+  std::uint64_t log = core_.reserved_bytes() + margin;
+  std::uint64_t image = image_bytes_ + image_bytes_ / 4;
+  image = std::max(image, core_.live_jobs() * 128);
+  image = (image / kCheckpointRoomBytes + 1) * kCheckpointRoomBytes;
+  image = std::min(image, std::max(image_bytes_ * 2, std::size_t{unit}));
+  if (sampled && hold_log_ > unit) log = std::max(log, hold_log_ - unit);
+  if (!sampled && log <= hold_log_ && image <= hold_checkpoint_) return;
+  // In steps, so that it is not asked for at every turn.
+  hold_log_ = sampled ? log : std::max(hold_log_, log + margin / 4);
+  hold_checkpoint_ = image;
+  log_->hold(hold_log_, hold_checkpoint_);
 }
 
 // `segments` of the log, or one part in `share` of a small file system: a
@@ -312,15 +339,19 @@ ShardImpl::DiskBound ShardImpl::disk_bound(std::uint64_t set,
                      size_words(segment_bytes)};
 }
 
-// The first sample is taken before the first request.
+// The first sample is taken before the first request; room is held from the
+// first turn on.
 void ShardImpl::start_disk(RecoveryReport* report) {
   auto total = storage_.total_bytes();
   const std::uint64_t whole = total ? *total : 0;
-  const std::uint64_t segment = options_.log.segment_bytes;
-  disk_soft_ = disk_bound(options_.disk_soft_bytes, 4, segment, whole, 4);
-  disk_hard_ = disk_bound(options_.disk_hard_bytes, 1, segment, whole, 8);
+  disk_soft_ =
+      disk_bound(options_.disk_soft_bytes, 4, segment_bytes_, whole, 4);
+  disk_hard_ =
+      disk_bound(options_.disk_hard_bytes, 1, segment_bytes_, whole, 8);
   if (auto free = storage_.free_bytes()) disk_free_ = *free;
   disk_at_mono_ = mono() + kDiskSampleMs;
+  hold_room(true);
+  room_ = log_->room();
   if (!disk_low(disk_soft_)) return;
   const bool hard = disk_low(disk_hard_);
   report->text += std::string("; warning: ") +
@@ -329,22 +360,110 @@ void ShardImpl::start_disk(RecoveryReport* report) {
                   disk_words(hard ? disk_hard_ : disk_soft_);
 }
 
-// Room for what was promised to live jobs is not free.
+// What was promised to live jobs and is not held yet comes on top.
+std::uint64_t ShardImpl::needed(const DiskBound& bound) const {
+  const std::uint64_t promised = core_.reserved_bytes();
+  return bound.bytes + promised - std::min(promised, room_.held);
+}
+
 bool ShardImpl::disk_low(const DiskBound& bound) const {
-  return disk_free_ < bound.bytes + core_.reserved_bytes();
+  return disk_free_ < needed(bound);
 }
 
 std::string ShardImpl::disk_words(const DiskBound& bound) const {
-  const std::uint64_t reserved = core_.reserved_bytes();
+  const std::uint64_t more = needed(bound) - bound.bytes;
   return "disk: " + std::to_string(disk_free_) + " bytes free, " +
-         std::to_string(bound.bytes + reserved) + " needed (" + bound.from +
-         ", and " + std::to_string(reserved) + " bytes for the jobs in queue)";
+         std::to_string(bound.bytes + more) + " needed (" + bound.from +
+         ", and " + std::to_string(more) +
+         " bytes for the jobs in queue); make room on the file system of the "
+         "root";
+}
+
+std::string ShardImpl::full_words() const {
+  const Log::Room room = log_->room();
+  return "disk: the log found no room (" + room.why + "); " +
+         std::to_string(room.held) + " bytes are held, " +
+         std::to_string(core_.reserved_bytes()) +
+         " of them for the jobs in queue; make room on the file system of the "
+         "root";
 }
 
 bool ShardImpl::refuse_if_low(const CallPtr& call, const DiskBound& bound) {
-  if (!disk_low(bound)) return false;
-  refuse(call, Response::Status::disk_low, disk_words(bound));
+  const bool low = disk_low(bound);
+  if (!low && (&bound == &disk_hard_ || !log_->lacking())) return false;
+  refuse(call, Response::Status::disk_low,
+         low ? disk_words(bound) : full_words());
   return true;
+}
+
+std::uint64_t ShardImpl::promised_but(std::uint64_t bytes) const {
+  const std::uint64_t promised = core_.reserved_bytes();
+  return promised - std::min(promised, bytes);
+}
+
+bool ShardImpl::refuse_if_full(const CallPtr& call, std::uint64_t bytes,
+                               std::uint64_t keep) {
+  if (!log_->lacking()) return false;
+  if (log_->fits(bytes + kDecisionBytes, keep)) return false;
+  refuse(call, Response::Status::disk_low, full_words());
+  return true;
+}
+
+// So many leases as the held room has ends for; false: not one.
+bool ShardImpl::shorten(LeaseCommand* lease) const {
+  if (!log_->lacking()) return true;
+  for (int n = lease->max; n > 0; n /= 2) {
+    const auto count = static_cast<std::uint64_t>(n);
+    if (!log_->fits(kDecisionBytes + count * kGrantBytes,
+                    core_.reserved_bytes() + count * kReservePerLease))
+      continue;
+    lease->max = n;
+    lease->waiter = 0;
+    return true;
+  }
+  return false;
+}
+
+DiskState ShardImpl::disk() const {
+  DiskState state;
+  state.free_bytes = disk_free_ == UINT64_MAX ? 0 : disk_free_;
+  state.soft_bytes = needed(disk_soft_);
+  state.hard_bytes = needed(disk_hard_);
+  state.held_bytes = room_.held;
+  state.promised_bytes = core_.reserved_bytes();
+  if (log_->stalled()) {
+    state.level = DiskLevel::full;
+    state.says = "nothing is written until there is room; " + full_words();
+  } else if (disk_low(disk_hard_)) {
+    state.level = DiskLevel::hard;
+    state.says = "only ends and cancels are taken; " + disk_words(disk_hard_);
+  } else if (disk_low(disk_soft_) || log_->lacking()) {
+    state.level = DiskLevel::soft;
+    state.says = "no new jobs and no uploads are taken; " +
+                 (disk_low(disk_soft_) ? disk_words(disk_soft_) : full_words());
+  }
+  return state;
+}
+
+// Once a change, but not at every turn of a disk that is just at a bound.
+void ShardImpl::say_disk() {
+  const DiskState state = disk();
+  if (state.level == disk_said_) return;
+  if (state.level < disk_said_ && mono() < disk_said_mono_ + 2 * kDiskSampleMs)
+    return;
+  disk_said_ = state.level;
+  disk_said_mono_ = mono();
+  if (state.level == DiskLevel::ok) {
+    Saying(Severity::info, "disk_ok", "the disk has room again");
+  } else {
+    Saying(Severity::warn, "disk_low",
+           "disk level " + std::string(name(state.level)) + ": " + state.says);
+  }
+}
+
+std::string_view name(DiskLevel level) {
+  constexpr std::string_view kNames[] = {"ok", "soft", "hard", "full"};
+  return kNames[static_cast<int>(level)];
 }
 
 // What the histograms of waiting and running get from a record that is about

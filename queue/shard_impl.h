@@ -60,7 +60,17 @@ constexpr Millis kFeedMs = 500;
 constexpr Millis kFeedIdleMs = 5000;  // applied() follows without rows
 constexpr Millis kFeedRetryMs = 1000;
 constexpr Millis kExpireMs = 60'000;
-constexpr Millis kDiskSampleMs = 1000;
+constexpr Millis kDiskSampleMs = 250;
+constexpr Millis kFullRetryMs = 1000;  // of what a full disk refused
+// Log room that is held beside what is promised, in parts of a unit: while the
+// disk fills up, what is under way must not eat what is promised.
+constexpr std::uint64_t kHoldUnitBytes = 16u << 20;
+constexpr std::uint64_t kHoldMarginBytes = 12u << 20;
+constexpr std::uint64_t kCheckpointRoomBytes = 1u << 20;  // at least
+// What one decision writes beside what it was asked for: an end tells 256
+// dependents, a Tick does 256 of each thing.
+constexpr std::uint64_t kDecisionBytes = 128u << 10;
+constexpr std::uint64_t kGrantBytes = 256;  // a grant's record
 constexpr Millis kClockSaidMs = 500;  // a smaller step is nobody's doing
 constexpr Millis kLevelSeenMs = 60'000;
 constexpr Millis kListWaitMs = 15'000;  // for history to catch up with the core
@@ -189,6 +199,7 @@ class ShardImpl final : public Shard {
     return {core_.applied(), log_->durable()};
   }
   bool poisoned() const override { return log_->poisoned(); }
+  DiskState disk() const override;
 
  private:
   using ConnectionKey = std::pair<std::uint32_t, std::uint64_t>;
@@ -295,15 +306,26 @@ class ShardImpl final : public Shard {
   static DiskBound disk_bound(std::uint64_t set, std::uint64_t segments,
                               std::uint64_t segment_bytes, std::uint64_t total,
                               std::uint64_t share);
+  std::uint64_t needed(const DiskBound& bound) const;
   bool disk_low(const DiskBound& bound) const;
   bool refuse_if_low(const CallPtr& call, const DiskBound& bound);
+  // Where the log lacks room: does what a command writes find held room, with
+  // what is promised to others (`keep`) left?
+  bool refuse_if_full(const CallPtr& call, std::uint64_t bytes,
+                      std::uint64_t keep);
+  std::uint64_t promised_but(std::uint64_t bytes) const;
+  bool shorten(LeaseCommand* lease) const;
   std::string disk_words(const DiskBound& bound) const;
+  std::string full_words() const;
+  void hold_room(bool sampled);
+  void say_disk();
   void sample_times(const Record& record);
 
   Storage& storage_;
   Clock& clock_;
   Random& random_;
   const ShardOptions options_;
+  const std::uint64_t segment_bytes_;  // as set: what the bounds are counted in
   Core core_;
   ServerClock server_clock_;
   std::uint64_t boot_ = 0;
@@ -374,6 +396,12 @@ class ShardImpl final : public Shard {
   Millis checkpoint_at_mono_ = 0;
 
   DiskBound disk_soft_, disk_hard_;
+  Log::Room room_;  // as of this turn
+  std::uint64_t hold_log_ = 0, hold_checkpoint_ = 0;
+  Millis due_retry_mono_ = 0;         // what is due waits for room until then
+  Millis checkpoint_retry_mono_ = 0;  // "
+  DiskLevel disk_said_ = DiskLevel::ok;
+  Millis disk_said_mono_ = 0;
   std::uint64_t disk_free_ = UINT64_MAX;
   Millis disk_at_mono_ = 0;
   bool disk_busy_ = false;

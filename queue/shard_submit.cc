@@ -17,6 +17,28 @@ struct Overload : Fs... {
 template <class... Fs>
 Overload(Fs...) -> Overload<Fs...>;
 
+// What the log needs for these, at most.
+std::uint64_t log_bytes(const NewJob& job) {
+  std::uint64_t bytes = 256 + job.kind.size() + job.queue.size() +
+                        job.tenant.size() + job.payload.size() +
+                        job.dedup_key.size() + job.sandbox.size() +
+                        job.traceparent.size() + job.request_id.size() +
+                        job.concurrency_key.size() +
+                        2 * sizeof(JobId) * job.depends_on.size();
+  for (const auto& [key, value] : job.labels)
+    bytes += 8 + key.size() + value.size();
+  return bytes;
+}
+
+std::uint64_t log_bytes(const Outcome& outcome) {
+  std::uint64_t bytes = 256 + outcome.message.size() + outcome.result.size() +
+                        outcome.isolation.size() + outcome.usage.size() +
+                        outcome.side_effects.size();
+  for (const std::string& artifact : outcome.artifacts)
+    bytes += 8 + artifact.size();
+  return bytes;
+}
+
 bool is_read(const Request& request) {
   return !std::holds_alternative<Command>(request.what);
 }
@@ -32,6 +54,13 @@ void ShardImpl::submit(Request request) {
   if (log_->poisoned() &&
       (!is_read(request) || core_.applied() > log_->durable())) {
     return refuse(call, Response::Status::poisoned, log_->poison_cause());
+  }
+  // Nothing is decided while what was decided finds no room; nor is it told.
+  if (log_->stalled() &&
+      (!is_read(request) || core_.applied() > log_->durable())) {
+    call->response.status = Response::Status::disk_low;
+    call->response.detail = full_words();
+    return send(call);
   }
   std::visit(Overload{[&](Command& command) {
                         run_command(call, std::move(command), request.wait_ms);
@@ -53,12 +82,34 @@ void ShardImpl::run_command(const CallPtr& call, Command command,
             if (refuse_if_low(call, disk_hard_)) return;
             retry(call, std::move(c));
           },
-          [&](CancelCommand&) { change(call, command, Purpose::cancel); },
-          [&](UnblockCommand&) {
-            if (refuse_if_low(call, disk_hard_)) return;
+          [&](CancelCommand&) {
+            if (refuse_if_full(call, 0, promised_but(kReservePerJob))) return;
+            change(call, command, Purpose::cancel);
+          },
+          [&](UnblockCommand& c) {
+            const std::uint64_t bytes = c.input.size() + c.actor.size();
+            if (refuse_if_low(call, disk_hard_) ||
+                refuse_if_full(call, bytes, core_.reserved_bytes()))
+              return;
             change(call, command, Purpose::change);
           },
-          [&](auto&) { change(call, command, Purpose::view); }},
+          // What ends a lease has that lease's room.
+          [&](FailCommand& c) {
+            if (refuse_if_full(call, log_bytes(c.outcome),
+                               promised_but(kReservePerLease)))
+              return;
+            change(call, command, Purpose::view);
+          },
+          [&](BlockCommand& c) {
+            if (refuse_if_full(call, c.reason.size() + c.data.size(),
+                               promised_but(kReservePerLease)))
+              return;
+            change(call, command, Purpose::view);
+          },
+          [&](auto&) {
+            if (refuse_if_full(call, 0, 0)) return;
+            change(call, command, Purpose::view);
+          }},
       command);
 }
 
@@ -204,6 +255,9 @@ void ShardImpl::fetch_facts(
       if (log_->poisoned()) {
         return refuse(call, Response::Status::poisoned, log_->poison_cause());
       }
+      if (log_->stalled()) {
+        return refuse(call, Response::Status::disk_low, full_words());
+      }
       then(*facts);
     };
   });
@@ -222,6 +276,10 @@ void ShardImpl::lease(const CallPtr& call, LeaseCommand command,
                       " calls wait or have leases that are not sent yet, "
                       "which is the most");
   }
+  if (!shorten(&command)) {
+    return refuse(call, Response::Status::disk_low, full_words());
+  }
+  if (log_->lacking()) wait_ms = 0;
   level_seen_mono_[std::min(command.level, kLevelMax)] =
       std::max<Millis>(mono(), 1);
   call->number = next_call_++;
@@ -285,10 +343,20 @@ void ShardImpl::complete(const CallPtr& call, CompleteCommand command,
                          complete(call, std::move(*shared), wait_ms, round + 1);
                        });
   }
+  std::uint64_t bytes = 0, kept = 0;
+  for (const auto& item : command.items) {
+    bytes += log_bytes(item.outcome) + kGrantBytes;
+    kept += kReservePerLease;
+    for (const NewJob& child : item.children)
+      bytes += log_bytes(child) + kReservePerJob;
+  }
+  if (refuse_if_full(call, bytes, promised_but(kept))) return;
   call->number = next_call_++;
   if (draining_ || disk_low(disk_hard_) || calls_full()) {
     command.lease.reset();
   }
+  if (log_->lacking()) wait_ms = 0;
+  if (command.lease && !shorten(&*command.lease)) command.lease.reset();
   if (command.lease) {
     level_seen_mono_[std::min(command.lease->level, kLevelMax)] =
         std::max<Millis>(mono(), 1);
@@ -421,6 +489,10 @@ void ShardImpl::retry_with(const CallPtr& call, RetryCommand command,
                            Lsn fetched, int round) {
   if (log_->poisoned()) {
     return refuse(call, Response::Status::poisoned, log_->poison_cause());
+  }
+  if (refuse_if_full(call, command.body ? log_bytes(command.body->job) : 0,
+                     core_.reserved_bytes() + kReservePerJob)) {
+    return;
   }
   // It may have been retried and have ended again while we read.
   EndedPtr newer = find_ended(command.id);

@@ -49,6 +49,11 @@ class File {
   // Data and size to the disk (fdatasync). S3.
   virtual Result<void> sync() = 0;
 
+  // Makes the file at least `bytes` long, of blocks that are its own from now
+  // on: no write within them is refused for want of room. What was not written
+  // reads as zeros. Code::full: not enough room; the file may have grown.
+  virtual Result<void> allocate(std::uint64_t bytes);
+
   virtual Result<std::uint64_t> size() const = 0;
   virtual Result<void> truncate(std::uint64_t bytes) = 0;
 };
@@ -75,6 +80,11 @@ class Storage {
   virtual Result<std::vector<std::string>> list(std::string_view dir) = 0;
   virtual Result<void> make_dir(std::string_view dir) = 0;  // ok if it exists
   virtual Result<void> rename(std::string_view from, std::string_view to) = 0;
+  // As rename(), but `from` then names what `to` named, where the file system
+  // can do that; else `from` is gone.
+  virtual Result<void> exchange(std::string_view from, std::string_view to) {
+    return rename(from, to);
+  }
   virtual Result<void> remove(std::string_view name) = 0;
   virtual Result<void> sync_dir(std::string_view dir) = 0;
 

@@ -230,6 +230,11 @@ class Verifier {
     if (file.kind == "other") {
       file.verdict = LogFile::Verdict::unused;
       file.note = name == "wal/LOCK"       ? "the servers' lock"
+                  : name == kManifestTmp   ? "the manifest before"
+                  : name.starts_with("wal/held-") ||
+                          name.starts_with("wal/spare-") ||
+                          name.starts_with("wal/checkpoint-room")
+                      ? "room that is held"
                   : name.ends_with(".tmp") ? "unfinished; the next start "
                                              "removes it"
                                            : "not a file of the log";

@@ -302,6 +302,13 @@ std::string Metrics::text(const ShardStats& stats, const WorkerNumbers& workers,
               stats.history_lag_bytes);
   lines.gauge("machina_disk_free_bytes", "Room on the root's file system.",
               stats.disk_free_bytes);
+  lines.gauge("machina_disk_held_bytes",
+              "Log room that is allocated already, for what was accepted.",
+              stats.disk.held_bytes);
+  lines.gauge("machina_disk_level",
+              "0 all is taken, 1 no new jobs and uploads, 2 only ends, 3 "
+              "nothing.",
+              static_cast<std::uint64_t>(stats.disk.level));
   lines.gauge("machina_live_jobs", "Jobs that have not ended.",
               stats.live_jobs);
   lines.gauge("machina_connections", "Open connections.",

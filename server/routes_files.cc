@@ -108,6 +108,7 @@ void Service::post_log(const Exchange& call) {
     }
   }
   if (!problem && !offset) problem = bad_field("offset", "it is missing");
+  if (!problem) problem = no_room_for_files();
   if (problem) return refuse(call.peer, call.sequence, *problem);
   Where where{call.peer.id, call.sequence};
   auto bytes = std::make_shared<std::string>(call.body);
@@ -189,8 +190,24 @@ void Service::get_logs(const Exchange& call) {
 
 // --- Artifacts in ----------------------------------------------------------
 
+// Files are refused first: their room is wanted for what was promised.
+std::optional<Problem> Service::no_room_for_files() const {
+  const DiskState disk = shard_->disk();
+  if (disk.level == DiskLevel::ok) return std::nullopt;
+  Problem p;
+  p.status = 507;
+  p.code = "disk-low";
+  p.detail = disk.says;
+  p.retry_after = 10;
+  return p;
+}
+
 // Called when the head is read; the body follows in pieces.
 void Service::put_artifact(const Exchange& call) {
+  if (auto p = no_room_for_files()) {
+    call.peer.refusal = std::move(*p);
+    return;
+  }
   Fence fence = 0;
   if (auto p = check_token(call.args[0], &fence)) {
     call.peer.refusal = std::move(*p);

@@ -11,6 +11,8 @@ void Service::get_health(const Exchange& call) {
 std::string Service::unready() const {
   if (poisoned_) return "poisoned";
   if (draining_) return "draining";
+  if (DiskState disk = shard_->disk(); disk.level == DiskLevel::full)
+    return disk.says;
   if (options_.prod && target_ > 0 && options_.min_level > 0 &&
       !level_passed_) {
     return "no worker has proven isolation level " +
@@ -19,10 +21,30 @@ std::string Service::unready() const {
   return "";
 }
 
+// A low disk is no reason to send nobody here: ends are still taken.
+void Service::add_disk(const DiskState& disk, JsonWriter* json) {
+  json->begin_object();
+  json->key("level").string(name(disk.level));
+  json->key("free_bytes").number(disk.free_bytes);
+  json->key("soft_bytes").number(disk.soft_bytes);
+  json->key("hard_bytes").number(disk.hard_bytes);
+  json->key("held_bytes").number(disk.held_bytes);
+  json->key("promised_bytes").number(disk.promised_bytes);
+  if (!disk.says.empty()) json->key("says").string(disk.says);
+  json->end_object();
+}
+
 void Service::get_ready(const Exchange& call) {
   std::string why = unready();
   if (why.empty()) {
-    reply(call.peer, call.sequence, 200, R"({"ready":true})");
+    std::string body;
+    JsonWriter json(body);
+    json.begin_object();
+    json.key("ready").boolean(true);
+    json.key("disk");
+    add_disk(shard_->disk(), &json);
+    json.end_object();
+    reply(call.peer, call.sequence, 200, body);
     return;
   }
   Problem p;
@@ -136,6 +158,8 @@ void Service::get_stats(const Exchange& call) {
   }
   json.key("disk_free_bytes").number(stats.disk_free_bytes);
   json.key("reserved_bytes").number(stats.reserved_bytes);
+  json.key("disk");
+  add_disk(stats.disk, &json);
   json.key("connections").number(connections_);
   json.key("descriptors").begin_object();
   json.key("limit").number(descriptors_.limit);

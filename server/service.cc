@@ -290,6 +290,7 @@ void Service::housekeeping() {
   rebuild_patches(now);
   answer_parked(false);
   supervise_pool();
+  store_->set_floor(shard_->disk().soft_bytes);
   pulse();
 }
 
@@ -821,6 +822,7 @@ void Service::refuse_error(const Where& where, const Error& error) {
     case Code::full:
       p.status = 507;
       p.code = "disk-full";
+      p.retry_after = 10;
       break;
     case Code::invalid:
       p.status = 409;

@@ -429,6 +429,8 @@ class Service {
   void get_root(const Exchange& call);
   void not_built(const Exchange& call);
   std::string unready() const;  // why; empty: ready
+  static void add_disk(const DiskState& disk, JsonWriter* json);
+  std::optional<Problem> no_room_for_files() const;
 
   // --- pools (pools.cc) ---
   struct Pool {

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <openssl/evp.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -100,9 +101,30 @@ OwnedFd::~OwnedFd() {
 
 struct Store::Dirs {
   OwnedFd logs, objects, index, tmp;
-  std::atomic<std::uint64_t> next_tmp{0};
+  std::atomic<std::uint64_t> next_tmp{0}, floor{0};
   std::mutex mutex;  // links come and go one at a time
 };
+
+namespace {
+
+// F5. Asked before each piece, not now and then: a second of uploads is much.
+Result<void> room_for(const Store::Dirs& dirs, std::size_t bytes) {
+  const std::uint64_t floor = dirs.floor.load(std::memory_order_relaxed);
+  struct statvfs disk {};
+  if (floor == 0 || fstatvfs(dirs.tmp.get(), &disk) != 0) return {};
+  const auto free = static_cast<std::uint64_t>(disk.f_bavail) * disk.f_frsize;
+  if (free >= floor + bytes) return {};
+  return Error{Code::full,
+               "disk: " + std::to_string(free) + " bytes are free, " +
+                   std::to_string(floor + bytes) +
+                   " are needed for this piece of a file: uploads stop where "
+                   "new jobs do; make room on the file system of the root, and "
+                   "send it again"};
+}
+
+}  // namespace
+
+void Store::set_floor(std::uint64_t free_bytes) { dirs_->floor = free_bytes; }
 
 Store::Store() : dirs_(std::make_unique<Dirs>()) {}
 Store::~Store() = default;
@@ -146,6 +168,7 @@ Result<std::unique_ptr<Store>> Store::open(const std::string& root) {
 Result<std::uint64_t> Store::write_log(const JobId& job, int attempt,
                                        Fence fence, std::uint64_t offset,
                                        std::string_view bytes) {
+  if (auto room = room_for(*dirs_, bytes.size()); !room) return room.error();
   std::string bucket, id = log_dir_of(job, &bucket);
   std::string name = std::to_string(attempt) + "-" + fence_hex(fence) + ".log";
   OwnedFd outer = open_dir(dirs_->logs.get(), bucket);
@@ -243,6 +266,7 @@ class UploadImpl final : public Store::Upload {
   }
 
   Result<void> append(std::string_view bytes) override {
+    if (auto room = room_for(dirs_, bytes.size()); !room) return room;
     if (auto ok = write_all(file_.get(), bytes, artifact_.size); !ok) {
       return ok.error();
     }

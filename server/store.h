@@ -23,6 +23,8 @@
 //   F4  Logs and artifacts of jobs that are no longer known are removed: the
 //       sweep looks at one of 256 buckets at a time, and only at what nobody
 //       has written to for kSweepAgeS.
+//   F5  Nothing is written that would leave less free than the floor: the room
+//       of the queue's log is not for files (Code::full).
 
 #pragma once
 
@@ -82,6 +84,10 @@ struct OpenedFile {
 class Store {
  public:
   static Result<std::unique_ptr<Store>> open(const std::string& root);
+
+  // How much must be free after each write; any thread. 0, as at first: no
+  // bound but the disk's end.
+  void set_floor(std::uint64_t free_bytes);
 
   // The log's size after it. Code::invalid for a gap, Code::too_large.
   Result<std::uint64_t> write_log(const JobId& job, int attempt, Fence fence,

@@ -490,6 +490,18 @@ class List {
     std::string free = std::to_string(facts_.disk_free_bytes >> 20) +
                        " MiB of " + std::to_string(facts_.disk_bytes >> 20) +
                        " are free";
+    if (facts_.disk_soft_bytes > 0) {
+      free += "; the server takes no new jobs below " +
+              std::to_string(facts_.disk_soft_bytes >> 20) +
+              " MiB, and only ends below " +
+              std::to_string(facts_.disk_hard_bytes >> 20);
+    }
+    if (!facts_.disk_level.empty() && facts_.disk_level != "ok") {
+      return fail("disk",
+                  "level " + facts_.disk_level + ": " + facts_.disk_says + "; " +
+                      free,
+                  "make room, or a larger disk; it heals by itself");
+    }
     if (facts_.disk_free_bytes < kDiskFailBytes ||
         facts_.disk_free_bytes < facts_.disk_bytes / 20) {
       return fail("disk", free, "make room, or a larger disk");

@@ -57,6 +57,10 @@ struct ProductionFacts {
   std::string file_system;
   bool file_system_trusted = true;
   std::uint64_t disk_free_bytes = 0, disk_bytes = 0;
+  // Of the server that runs: its disk level ("ok", "soft", ..), what it says of
+  // that, and the bounds that it goes by; empty and 0: not known.
+  std::string disk_level, disk_says;
+  std::uint64_t disk_soft_bytes = 0, disk_hard_bytes = 0;
   int level = -1;  // what a sandbox reached here; -1: none could be made
   std::string level_why;
   bool server_runs = false;

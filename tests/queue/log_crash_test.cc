@@ -22,6 +22,7 @@ LogOptions swarm(SeededRandom& random) {
   options.fsync = !random.one_in(4);
   options.direct = random.one_in(2);
   options.spares = random.one_in(2);
+  options.hold = random.one_in(2);
   options.segment_bytes = (8 + random.below(40)) * 4096;
   options.first_segment_bytes = (6 + random.below(8)) * 4096;
   options.batch_bytes_max = (2 + random.below(15)) * 4096;
@@ -30,7 +31,10 @@ LogOptions swarm(SeededRandom& random) {
 
 // One step of a life. What a step does to a poisoned log is nothing.
 void act(Journal& j, SeededRandom& random) {
-  switch (random.below(8)) {
+  switch (random.below(9)) {
+    case 8:
+      j.log->hold(random.below(300 << 10), random.below(32 << 10));
+      break;
     case 0:
       j.append(1 + random.below(5), random.below(3000));
       break;
@@ -55,7 +59,7 @@ class FixedClock : public Clock {
 };
 
 struct Tally {
-  int crashes = 0, torn = 0, poisoned = 0, clean = 0;
+  int crashes = 0, torn = 0, poisoned = 0, clean = 0, stalled = 0;
 };
 
 void live(std::uint64_t seed, Tally* tally) {
@@ -67,11 +71,16 @@ void live(std::uint64_t seed, Tally* tally) {
     // this may well be while the log opens.
     bool kill = random.one_in(2);
     if (kill) j.disk.kill_at(j.disk.operations() + 1 + random.below(60));
-    if (random.one_in(6))
+    bool broken = kill;
+    if (random.one_in(6)) {
+      broken = true;
       j.disk.fail_sync_at(j.disk.syncs() + 1 + random.below(30));
-    if (random.one_in(6))
+    }
+    if (random.one_in(6)) {
+      broken = true;
       j.disk.fail_write_at(j.disk.writes() + 1 + random.below(30));
-    if (random.one_in(8))
+    }
+    if (random.one_in(3))
       j.disk.set_quota(j.disk.bytes_used() + random.below(300 << 10));
     if (!j.open(j.promised)) {
       ASSERT_NE(j.error.code, Code::corrupt) << j.error.what;
@@ -82,6 +91,16 @@ void live(std::uint64_t seed, Tally* tally) {
       tally->clean += j.report.clean;
       for (std::uint64_t n = random.below(30); n > 0; --n) act(j, random);
       tally->poisoned += j.log->poisoned();
+      tally->stalled += j.log->stalled();
+      if (!broken) {
+        ASSERT_FALSE(j.log->poisoned()) << j.log->poison_cause();
+        if (random.one_in(2)) {  // room heals it
+          j.disk.set_quota(0);
+          j.settle();
+          ASSERT_FALSE(j.log->stalled());
+          ASSERT_EQ(j.log->durable(), j.log->appended());
+        }
+      }
       if (random.one_in(5) && j.log->close())
         j.safe = j.promised = j.log->appended();
     }
@@ -112,8 +131,10 @@ TEST(LogUnderChance, SurvivesKillsPowerCutsErrorsAndFullDisks) {
   EXPECT_GT(tally.torn, 0);
   EXPECT_GT(tally.poisoned, 0);
   EXPECT_GT(tally.clean, 0);
-  std::printf("%d lives: %d poisoned, %d torn tails, %d clean ends\n",
-              tally.crashes, tally.poisoned, tally.torn, tally.clean);
+  EXPECT_GT(tally.stalled, 0);
+  std::printf(
+      "%d lives: %d poisoned, %d torn tails, %d clean ends, %d stalled\n",
+      tally.crashes, tally.poisoned, tally.torn, tally.clean, tally.stalled);
 }
 
 // Detect: one flipped bit anywhere either changes nothing or is refused.

@@ -104,7 +104,8 @@ class Journal {
   // One batch at a time, no vouching.
   void write() {
     log->flush();
-    while (log->durable() < log->appended() && !log->poisoned()) {
+    while (log->durable() < log->appended() && !log->poisoned() &&
+           !log->stalled()) {
       log->write_one();
       log->poll();
       log->flush();
@@ -117,7 +118,8 @@ class Journal {
       log->flush();
       while (log->write_one()) log->poll();
       log->poll();
-    } while (log->durable() < log->appended() && !log->poisoned());
+    } while (log->durable() < log->appended() && !log->poisoned() &&
+             !log->stalled());
     promised = std::max(promised, log->durable());
   }
   bool put(int count, std::size_t extra = 0) {

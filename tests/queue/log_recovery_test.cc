@@ -595,6 +595,114 @@ TEST(Segments, ReadFindsARottenBody) {
   EXPECT_FALSE(j.log->read(1ull << 60, bytes));
 }
 
+LogOptions holding_log(bool fsync = true) {
+  LogOptions options = small_log();
+  options.hold = true;
+  options.fsync = fsync;
+  options.spares = fsync;
+  return options;
+}
+
+// What is held is enough for what it was held for, to the last byte of the
+// disk; beyond that the log waits for room and goes on where it stood.
+TEST(FullDisk, F05_HeldRoomTakesWhatItWasHeldForAndThenTheLogWaits) {
+  for (bool fsync : {true, false}) {
+    for (bool direct : {true, false}) {
+      LogOptions options = holding_log(fsync);
+      options.direct = direct;
+      Journal j(7, options);
+      ASSERT_TRUE(j.open());
+      j.log->hold(200 << 10, 16 << 10);
+      j.settle();
+      ASSERT_FALSE(j.log->lacking());
+      ASSERT_GE(j.log->room().held, 200u << 10);
+      ASSERT_TRUE(j.put(3));
+      j.disk.set_quota(j.disk.bytes_used());
+      std::uint64_t written = 0;
+      while (j.log->fits(3000, 0)) {
+        ASSERT_TRUE(j.put(1, 2500));
+        ASSERT_FALSE(j.log->stalled()) << "room that was said to be there";
+        written += 2500;
+      }
+      EXPECT_GE(written, 100u << 10);
+      EXPECT_FALSE(j.log->poisoned()) << j.log->poison_cause();
+      for (int i = 0; i < 200 && !j.log->stalled(); ++i) j.put(1, 2500);
+      ASSERT_TRUE(j.log->stalled());
+      EXPECT_FALSE(j.log->poisoned());
+      EXPECT_FALSE(j.log->room().why.empty());
+      ASSERT_TRUE(j.append(2));
+      Lsn told = j.log->durable();
+      ASSERT_LT(told, j.log->appended());
+      EXPECT_FALSE(j.log->fits(1, 0));
+      j.disk.set_quota(0);
+      j.settle();
+      EXPECT_FALSE(j.log->stalled());
+      EXPECT_EQ(j.log->durable(), j.log->appended());
+      j.log->hold(200 << 10, 16 << 10);
+      j.settle();
+      EXPECT_FALSE(j.log->lacking()) << j.log->room().why;
+      j.kill();
+      ASSERT_TRUE(j.open()) << j.error.what;
+      EXPECT_TRUE(j.sound());
+    }
+  }
+}
+
+TEST(FullDisk, F05_OneCheckpointFindsRoomTheNextWaitsAndNothingIsPoisoned) {
+  Journal j(8, holding_log());
+  ASSERT_TRUE(j.open());
+  j.log->hold(64 << 10, 16 << 10);
+  j.settle();
+  ASSERT_TRUE(j.put(5));
+  j.disk.set_quota(j.disk.bytes_used());
+  j.checkpoint();
+  EXPECT_EQ(j.log->checkpointed(), 5u);
+  j.log->hold(64 << 10, 1 << 20);  // more than there is
+  j.settle();
+  EXPECT_TRUE(j.log->lacking());
+  ASSERT_TRUE(j.put(5));
+  j.checkpoint();
+  EXPECT_FALSE(j.log->checkpointing());
+  EXPECT_FALSE(j.log->poisoned()) << j.log->poison_cause();
+  Lsn made = j.log->checkpointed();
+  j.disk.set_quota(0);
+  ASSERT_TRUE(j.put(1));
+  j.log->hold(64 << 10, 1 << 20);
+  j.settle();
+  EXPECT_FALSE(j.log->lacking());
+  j.checkpoint();
+  EXPECT_EQ(j.log->checkpointed(), 11u);
+  EXPECT_GE(j.log->checkpointed(), made);
+  j.crash();
+  ASSERT_TRUE(j.open()) << j.error.what;
+  EXPECT_TRUE(j.sound());
+}
+
+// Not even a clean end gives the room away: somebody else might take it.
+TEST(FullDisk, F05_AStartOnAFullDiskHasTheRoomThatWasHeld) {
+  for (int how = 0; how < 3; ++how) {
+    Journal j(9, holding_log(how != 1));
+    ASSERT_TRUE(j.open());
+    j.log->hold(300 << 10, 16 << 10);
+    j.settle();
+    ASSERT_TRUE(j.put(5));
+    j.checkpoint();
+    if (how == 2) {
+      ASSERT_TRUE(j.log->close());
+    }
+    j.disk.set_quota(j.disk.bytes_used());
+    j.kill();
+    for (int start = 0; start < 3; ++start) {
+      ASSERT_TRUE(j.open()) << j.error.what;
+      EXPECT_TRUE(j.sound());
+      EXPECT_TRUE(j.log->fits(20 << 10, 0)) << "start " << start;
+      ASSERT_TRUE(j.put(1, 2500));
+      EXPECT_FALSE(j.log->stalled());
+      j.kill();
+    }
+  }
+}
+
 Record with_key(std::uint64_t n) {
   Record record = numbered(n);
   auto& job = std::get<EnqueueRecord>(record.body).job;

@@ -90,6 +90,9 @@ class GatedStorage final : public Storage {
   Result<void> rename(std::string_view from, std::string_view to) override {
     return base_.rename(from, to);
   }
+  Result<void> exchange(std::string_view from, std::string_view to) override {
+    return base_.exchange(from, to);
+  }
   Result<void> remove(std::string_view name) override {
     return base_.remove(name);
   }
@@ -125,6 +128,9 @@ class GatedStorage final : public Storage {
     Result<void> sync() override {
       if (auto r = owner_.pass(); !r) return r;
       return file_->sync();
+    }
+    Result<void> allocate(std::uint64_t bytes) override {
+      return file_->allocate(bytes);
     }
     Result<std::uint64_t> size() const override { return file_->size(); }
     Result<void> truncate(std::uint64_t bytes) override {

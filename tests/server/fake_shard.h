@@ -24,6 +24,8 @@ struct FakeControl {
   std::atomic<bool> hold{false};
   std::atomic<bool> poison{false};
   std::atomic<int> status{0};  // Response::Status of all that is not a read
+  std::atomic<int> disk_level{0};
+  std::atomic<std::uint64_t> disk_soft{0};
   std::atomic<int> closed{0}, abandoned{0}, released{0}, gone{0};
   std::atomic<Level> seen_min_level{0};
   std::mutex mutex;
@@ -138,6 +140,13 @@ class FakeShard final : public Shard {
     return stats;
   }
   bool poisoned() const override { return control_.poison; }
+  DiskState disk() const override {
+    DiskState state;
+    state.level = static_cast<DiskLevel>(control_.disk_level.load());
+    state.soft_bytes = control_.disk_soft;
+    if (state.level != DiskLevel::ok) state.says = "it is full; make room";
+    return state;
+  }
 
  private:
   struct Job {

@@ -1,5 +1,7 @@
 // Each route's ways, over real sockets, on a real loop.
 
+#include <unistd.h>
+
 #include "server/connection.h"
 #include "server/store.h"
 #include "tests/server/server_fixture.h"
@@ -824,6 +826,45 @@ TEST_F(WorkerRoutes, LogIsIdempotentByOffset) {
   c.post("/v1/leases/" + token + "/complete", "");
   EXPECT_EQ(c.post(log + "0", "late").status, 409);
   EXPECT_EQ(c.get(job).body.substr(0, 5), "hello");
+}
+
+// Files are refused first, and by what is free at that moment, not by what was
+// free when somebody last looked.
+TEST_F(WorkerRoutes, F05_UploadsStopAtTheBoundOfNewJobs) {
+  Client c = local();
+  const std::string token = leased_token(c), lease = "/v1/leases/" + token;
+  EXPECT_EQ(c.get("/ready").json()["disk"]["level"], "ok");
+  control_.disk_level = static_cast<int>(DiskLevel::soft);
+  Reply r = c.call("PUT", lease + "/artifacts/a", "x");
+  EXPECT_EQ(r.status, 507);
+  EXPECT_EQ(r.json()["code"], "disk-low");
+  EXPECT_EQ(r.json()["detail"], "it is full; make room");
+  EXPECT_FALSE(r.headers["retry-after"].empty());
+  EXPECT_EQ(c.post(lease + "/log?offset=0", "x").status, 507);
+  r = c.get("/ready");
+  EXPECT_EQ(r.status, 200) << "ends are taken still";
+  EXPECT_EQ(r.json()["disk"]["level"], "soft");
+  EXPECT_EQ(r.json()["disk"]["says"], "it is full; make room");
+  control_.disk_level = static_cast<int>(DiskLevel::full);
+  EXPECT_EQ(c.get("/ready").status, 503);
+  control_.disk_level = static_cast<int>(DiskLevel::ok);
+  control_.disk_soft = std::uint64_t{1} << 60;  // more than any disk has free
+  Reply low;
+  for (int i = 0; i < 500 && low.status != 507; ++i) {
+    low = c.call("PUT", lease + "/artifacts/a", "x");
+    usleep(10'000);
+  }
+  EXPECT_EQ(low.status, 507);
+  EXPECT_EQ(low.json()["code"], "disk-full");
+  EXPECT_NE(low.json()["detail"].get<std::string>().find("make room"),
+            std::string::npos);
+  EXPECT_EQ(c.post(lease + "/log?offset=0", "x").status, 507);
+  control_.disk_soft = 0;
+  for (int i = 0; i < 500 && low.status != 200; ++i) {
+    low = c.call("PUT", lease + "/artifacts/a", "x");
+    usleep(10'000);
+  }
+  EXPECT_EQ(low.status, 200) << "room heals it";
 }
 
 TEST_F(WorkerRoutes, ArtifactsComeBackAsTheyWent) {

@@ -30,6 +30,9 @@ class ForgetfulFile : public File {
     return file_->read_at(offset, bytes);
   }
   Result<void> sync() override { return {}; }
+  Result<void> allocate(std::uint64_t bytes) override {
+    return file_->allocate(bytes);
+  }
   Result<std::uint64_t> size() const override { return file_->size(); }
   Result<void> truncate(std::uint64_t bytes) override {
     return file_->truncate(bytes);
@@ -61,6 +64,9 @@ class Forgetful : public Storage {
   }
   Result<void> rename(std::string_view from, std::string_view to) override {
     return disk_.rename(from, to);
+  }
+  Result<void> exchange(std::string_view from, std::string_view to) override {
+    return disk_.exchange(from, to);
   }
   Result<void> remove(std::string_view name) override {
     return disk_.remove(name);
@@ -100,6 +106,7 @@ void Tally::add(const Tally& t) {
   stale += t.stale;
   bodies += t.bodies;
   clock_steps += t.clock_steps;
+  stalls += t.stalls;
 }
 
 std::string Tally::text() const {
@@ -113,7 +120,8 @@ std::string Tally::text() const {
          n(checkpoints, "checkpoints, ") + n(syncs, "sync points crossed, ") +
          n(duplicates, "duplicates, ") + n(stale, "stale tokens, ") +
          n(bodies, "bodies read, ") + n(clock_steps, "clock steps, ") +
-         n(drained, "drained, ") + n(flips, "flips, ") + n(refused, "refused");
+         n(stalls, "waits for room, ") + n(drained, "drained, ") +
+         n(flips, "flips, ") + n(refused, "refused");
 }
 
 World::World(std::uint64_t seed, Planted planted)
@@ -135,6 +143,7 @@ World::World(std::uint64_t seed, Planted planted)
   log_options_.random = &log_random_;
   log_options_.spares = one_in(2);
   log_options_.direct = one_in(2);
+  log_options_.hold = one_in(2);
   log_options_.segment_bytes = (8 + below(40)) * 4096;
   log_options_.first_segment_bytes = (6 + below(8)) * 4096;
   log_options_.batch_bytes_max = (4 + below(13)) * 4096;
@@ -442,11 +451,11 @@ void World::release_answers() {
 
 void World::checkpoint() {
   if (log_->checkpointing()) return;
-  while (!dead() && log_->durable() < core_->applied()) {
+  while (!dead() && !log_->stalled() && log_->durable() < core_->applied()) {
     log_->flush();
     work(1);
   }
-  if (dead() || core_->applied() == 0) return;
+  if (dead() || log_->stalled() || core_->applied() == 0) return;
   std::vector<std::byte> image;
   core_->save(&image);
   Core again(core_options_);
@@ -483,6 +492,8 @@ void World::survive() {
     }
     std::uint64_t steps = 20 + below(300);
     for (; steps > 0 && !dead(); --steps) step();
+    must(!only_full_ || !log_->poisoned(),
+         "a full disk poisoned the log: " + log_->poison_cause());
     if (!dead() && one_in(4)) {
       Result<void> closed = log_->close();
       if (closed) answered_ = core_->applied();
@@ -499,6 +510,7 @@ void World::survive() {
 }
 
 void World::plan_death() {
+  only_full_ = false;
   auto soon = [this](std::uint64_t now) {
     return now + 1 + below(one_in(2) ? 30 : 300);
   };
@@ -516,6 +528,8 @@ void World::plan_death() {
       break;
     case 5:
       disk_.set_quota(disk_.bytes_used() + 50'000 + below(2'000'000));
+      only_full_ = true;
+      break;
     default:
       break;
   }
@@ -534,6 +548,8 @@ void World::step() {
   if (one_in(10) && !held_.empty()) {
     core_->heartbeat(some_fence(), mono() + core_options_.lease_ms, 10, "ten");
   }
+  if (one_in(20)) log_->hold(below(200'000), below(60'000));
+  if (log_->stalled() && !wait_for_room()) return;
   if (!serve(next_command())) return;
   turn();
   if (dead()) return;
@@ -542,6 +558,17 @@ void World::step() {
     must(difference.empty(), difference);
   }
   if (one_in(4)) read_a_body();
+}
+
+// Whoever is in charge lets nothing be decided meanwhile. Sooner or later
+// somebody makes room.
+bool World::wait_for_room() {
+  ++tally_.stalls;
+  if (one_in(8)) disk_.set_quota(0);
+  log_->flush();
+  work(4);
+  release_answers();
+  return !dead() && !log_->stalled();
 }
 
 // A body that is durable can be read at the place that the core remembers.

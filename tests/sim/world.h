@@ -14,6 +14,8 @@
 //   - a second recovery gives the same
 //   - whoever waits for a while waits just that long, however the wall clock is
 //     set and whether a server runs or not; run_at is never early by the wall
+//   - a disk that was full, and no more, neither poisoned the log nor kept it
+//     from going on when there was room again
 // and after every step the core's own invariants and every answer: duplicates,
 // stale leases, repeats.
 //
@@ -47,7 +49,7 @@ struct Tally {
   std::uint64_t steps = 0, records = 0, answers = 0, lives = 0, crashes = 0,
                 cuts = 0, torn = 0, poisoned = 0, refused = 0, checkpoints = 0,
                 syncs = 0, drained = 0, flips = 0, duplicates = 0, stale = 0,
-                bodies = 0, clock_steps = 0;
+                bodies = 0, clock_steps = 0, stalls = 0;
   void add(const Tally&);
   std::string text() const;
 };
@@ -77,6 +79,7 @@ class World {
   void checkpoint();
   bool dead() const { return !log_ || log_->poisoned(); }
   void plan_death();
+  bool wait_for_room();  // while the log is stalled
   void judge_recovery();
 
   // --- the others ---
@@ -107,6 +110,7 @@ class World {
 
   SeededRandom chance_, decisions_, log_random_;
   Planted planted_;
+  bool only_full_ = false;  // nothing else is wrong with this life's disk
   SimStorage disk_;
   std::unique_ptr<Storage> faulty_;  // a planted fault over disk_
   Storage* storage_;

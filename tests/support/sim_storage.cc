@@ -92,6 +92,12 @@ class SimStorage::SimFile : public File {
     return storage_.sync(*node_, name_);
   }
 
+  Result<void> allocate(std::uint64_t bytes) override {
+    std::lock_guard hold(storage_.mutex_);
+    if (auto ok = alive(); !ok) return ok;
+    return storage_.allocate(*node_, name_, bytes);
+  }
+
   Result<std::uint64_t> size() const override {
     std::lock_guard hold(storage_.mutex_);
     if (auto ok = alive(); !ok) return ok.error();
@@ -203,6 +209,20 @@ Result<void> SimStorage::write(Node& node, const std::string& name,
   return result;
 }
 
+// All of it or nothing; its zeros are as good as written.
+Result<void> SimStorage::allocate(Node& node, const std::string& name,
+                                  std::uint64_t bytes) {
+  if (auto ok = step("allocate", name); !ok) return ok;
+  const std::uint64_t now = node.cache.size();
+  if (bytes <= now) return {};
+  if (quota_ != 0 && used() + bytes - now > quota_)
+    return Error{Code::full, "cannot allocate " + name + ": injected ENOSPC"};
+  node.cache.resize(bytes);
+  for (std::uint64_t at = now / kSector; at * kSector < bytes; ++at)
+    node.dirty.insert(at);
+  return {};
+}
+
 // These sectors reach the disk.
 void SimStorage::land(Node& node, std::set<std::uint64_t> sectors) {
   if (sectors.empty()) return;
@@ -298,6 +318,22 @@ Result<void> SimStorage::rename(std::string_view from, std::string_view to) {
   changes_.push_back(
       {dir_of(new_name), {{old_name, nullptr}, {new_name, node}}});
   return {};
+}
+
+Result<void> SimStorage::exchange(std::string_view one,
+                                  std::string_view other) {
+  {
+    std::lock_guard hold(mutex_);
+    auto a = names_.find(std::string(one)), b = names_.find(std::string(other));
+    if (a != names_.end() && b != names_.end()) {
+      if (auto ok = step("exchange", a->first); !ok) return ok;
+      std::swap(a->second, b->second);
+      changes_.push_back(
+          {dir_of(b->first), {{a->first, a->second}, {b->first, b->second}}});
+      return {};
+    }
+  }
+  return rename(one, other);
 }
 
 Result<void> SimStorage::remove(std::string_view view) {

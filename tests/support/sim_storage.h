@@ -80,6 +80,7 @@ class SimStorage : public Storage {
   Result<std::vector<std::string>> list(std::string_view dir) override;
   Result<void> make_dir(std::string_view dir) override;
   Result<void> rename(std::string_view from, std::string_view to) override;
+  Result<void> exchange(std::string_view one, std::string_view other) override;
   Result<void> remove(std::string_view name) override;
   Result<void> sync_dir(std::string_view dir) override;
   Result<std::unique_ptr<Lock>> lock(std::string_view name) override;
@@ -97,6 +98,8 @@ class SimStorage : public Storage {
   Result<void> write(Node& node, const std::string& name, bool durable,
                      std::uint64_t offset, std::span<const std::byte> bytes);
   Result<void> sync(Node& node, const std::string& name);
+  Result<void> allocate(Node& node, const std::string& name,
+                        std::uint64_t bytes);
   void land(Node& node, std::set<std::uint64_t> sectors);
   void lose_names();
   void end_life();

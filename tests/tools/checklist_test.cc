@@ -226,6 +226,7 @@ TEST_F(ChecklistTest, EachItemCanBeMadeToComplain) {  // K2
       {"durability", kFail, set("MACHINA_WAL_FSYNC", "0")},
       {"disk", kWarn, [](S, F f) { f.disk_free_bytes = 8ull << 30; }},
       {"disk", kFail, [](S, F f) { f.disk_free_bytes = 1ull << 29; }},
+      {"disk", kFail, [](S, F f) { f.disk_level = "soft"; }},
       {"log_verified", kWarn, [](S, F f) { f.verified.ago_s = 30 * 86400; }},
       {"log_verified", kFail, [](S, F f) { f.verified.ago_s = 60 * 86400; }},
       {"backup", kFail, [](S, F f) { f.backup.ago_s = 9 * 86400; }},

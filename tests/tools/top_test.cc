@@ -103,6 +103,29 @@ TEST(Top, ShowsRatesQueuesWorkersAndJobsAt80x24) {
   EXPECT_EQ(all.find('\x1b'), all.npos) << "no colour was asked for";
 }
 
+TEST(Top, F05_ALowDiskHasALineOfItsOwn) {
+  TopSample now = sample(2000, 300, "");
+  auto shown = [&](const Json& disk) {
+    Json stats = Json::parse(now.stats);
+    stats["disk"] = disk;
+    now.stats = stats.dump();
+    std::string all;
+    for (const auto& line : top_frame(now, nullptr, {24, 80, false})) {
+      all += line + "\n";
+    }
+    return all;
+  };
+  EXPECT_EQ(shown({{"level", "ok"}}).find("make room"), std::string::npos);
+  const std::string low = shown({{"level", "hard"},
+                                 {"soft_bytes", 268435456},
+                                 {"hard_bytes", 67108864},
+                                 {"says", "only ends"}});
+  EXPECT_NE(low.find("disk hard: make room; new jobs need 256.0 MiB free, "
+                     "leases 64.0 MiB"),
+            std::string::npos)
+      << low;
+}
+
 // T2
 TEST(Top, HostileTextMovesNoCursor) {
   ASSERT_NE(std::setlocale(LC_CTYPE, "C.UTF-8"), nullptr);

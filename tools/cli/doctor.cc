@@ -520,6 +520,14 @@ void look_at_server(const Settings& settings, const Config& config,
     std::int64_t at = parse_time_ms(numbers["scraped_at"]);
     if (at >= 0) facts->scraped_ago_s = ::time(nullptr) - at / 1000;
   }
+  if (numbers.is_object() && numbers.contains("disk") &&
+      numbers["disk"].is_object()) {
+    const auto& disk = numbers["disk"];
+    facts->disk_level = disk.value("level", "");
+    facts->disk_says = disk.value("says", "");
+    facts->disk_soft_bytes = disk.value("soft_bytes", std::uint64_t{0});
+    facts->disk_hard_bytes = disk.value("hard_bytes", std::uint64_t{0});
+  }
   follow_request_id(settings, config, socket, facts);
 }
 

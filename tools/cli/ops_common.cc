@@ -388,6 +388,7 @@ class HealthCheck {
       stats = OpsJson::parse(numbers.body, nullptr, false);
       check("stats", stats.is_object(), numbers.body);
       check_pool(stats);
+      check_level(stats);
     }
     check_disk();
 
@@ -445,6 +446,11 @@ class HealthCheck {
     check("pool", found_.pool.has_value(),
           std::to_string(wanted) + " workers are configured and no pool runs");
     check("workers", reported > 0, "no worker has reported yet");
+  }
+  void check_level(const OpsJson& stats) {
+    if (!stats.is_object() || !stats.contains("disk")) return;
+    check("disk_level", stats["disk"].value("level", "ok") == "ok",
+          stats["disk"].value("says", ""));
   }
   void check_disk() {
     struct statvfs disk {};

@@ -329,6 +329,14 @@ void add_head(Frame& frame, const View& now, const View* before) {
              "  disk " + bytes_words(number(at(s, "disk_free_bytes"))) +
              "  workers " + count_words(busy) + "/" + count_words(configured) +
              "  isolation " + (level.empty() ? "-" : level));
+  const Json& disk = at(s, "disk");
+  const std::string fullness = text(at(disk, "level"));
+  if (fullness.empty() || fullness == "ok") return;
+  frame.line("disk " + fullness + ": make room; new jobs need " +
+                 bytes_words(number(at(disk, "soft_bytes"))) +
+                 " free, leases " +
+                 bytes_words(number(at(disk, "hard_bytes"))),
+             kRed);
 }
 
 void more(Frame& frame, std::size_t shown, std::size_t all) {
