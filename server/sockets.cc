@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -54,6 +55,8 @@ Error failure(const std::string& what, int code) {
   return Error{code == EADDRINUSE ? Code::conflict : Code::io,
                what + ": " + std::strerror(code)};
 }
+
+constexpr int kPolledMs = 10;  // how often those without a watch are looked at
 
 int spare_descriptor() { return ::open("/dev/null", O_RDONLY | O_CLOEXEC); }
 
@@ -172,6 +175,7 @@ class SocketImpl final : public Socket, public Sockets::Watched {
   bool queued_ = false;    // is in again_
   bool listed_ = false;    // is in reads_
   bool for_room_ = false;  // the epoll set tells when there is room to write
+  bool polled_ = false;    // is in owner_.polled_, not in the epoll set
 };
 
 // There may be bytes, and the end behind them: read when all are known of whom
@@ -293,6 +297,7 @@ void SocketImpl::sent_out(ssize_t n, bool had) {
 void SocketImpl::watch(bool for_room) {
   // Also where nothing changes: it asks anew, so no edge is lost.
   for_room_ = for_room;
+  if (polled_) return;
   epoll_event event{};
   event.events = kToRead | (for_room ? EPOLLOUT : 0u);
   event.data.ptr = static_cast<Sockets::Watched*>(this);
@@ -304,7 +309,11 @@ void SocketImpl::close() {
   closing_ = true;
   owner_.unsent_bytes_ -= std::exchange(counted_, 0);
   // By name: a child that was just forked may hold it open for a moment.
-  epoll_ctl(owner_.epoll_, EPOLL_CTL_DEL, fd_, nullptr);
+  if (polled_) {
+    std::erase(owner_.polled_, this);
+  } else {
+    epoll_ctl(owner_.epoll_, EPOLL_CTL_DEL, fd_, nullptr);
+  }
   ::close(fd_);
   owner_.closed_.push_back(this);
 }
@@ -361,6 +370,7 @@ Result<void> Sockets::watch(int fd) {
 
 void Sockets::wait(int ms) {
   if (!again_.empty()) ms = 0;
+  if (!polled_.empty()) ms = ms < 0 ? kPolledMs : std::min(ms, kPolledMs);
   events_ready_ = epoll_wait(epoll_, events_.data(), kEventsMax, ms);
   if (events_ready_ > 0) return;
   for (auto& listener : listeners_) {
@@ -377,6 +387,7 @@ bool Sockets::serve() {
     socket->wants_read(false);
   }
   // A socket that is closed here lives until reap().
+  look_at_polled();
   bool other = false;
   for (int i = 0; i < events_ready_; ++i) {
     const epoll_event& event = events_[static_cast<std::size_t>(i)];
@@ -389,6 +400,34 @@ bool Sockets::serve() {
   events_ready_ = 0;
   read();
   return other;
+}
+
+// Those that the epoll set has no place for, until it has one.
+void Sockets::look_at_polled() {
+  if (polled_.empty()) return;
+  std::vector<SocketImpl*> still;
+  std::vector<pollfd> items;
+  for (SocketImpl* socket : polled_) {
+    epoll_event event{};
+    event.events = kToRead | (socket->for_room_ ? EPOLLOUT : 0u);
+    event.data.ptr = static_cast<Watched*>(socket);
+    if (epoll_ctl(epoll_, EPOLL_CTL_ADD, socket->fd_, &event) == 0) {
+      socket->polled_ = false;
+      continue;
+    }
+    still.push_back(socket);
+    const int room = socket->for_room_ ? POLLOUT : 0;
+    items.push_back(
+        {socket->fd_, static_cast<short>(POLLIN | POLLRDHUP | room), 0});
+  }
+  polled_ = still;
+  if (items.empty() || ::poll(items.data(), items.size(), 0) <= 0) return;
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    if (items[i].revents == 0 || still[i]->closing_) continue;
+    // poll()'s bits are epoll's.
+    static_cast<Watched*>(still[i])->ready(
+        static_cast<std::uint32_t>(items[i].revents));
+  }
 }
 
 // What is read of one may have another paused or closed, but adds none.
@@ -560,7 +599,9 @@ void Sockets::admit(int fd, const Listener& listener) {
     socket->close();
   } else if (!socket->closing_ &&
              epoll_ctl(epoll_, EPOLL_CTL_ADD, fd, &event) != 0) {
-    socket->close();
+    if (errno != ENOSPC && errno != ENOMEM) return socket->close();
+    socket->polled_ = true;
+    polled_.push_back(socket);
   }
 }
 

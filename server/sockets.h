@@ -83,6 +83,7 @@ class Sockets {
   void accept(Listener& listener);
   void watch(Listener& listener, bool on);
   void admit(int fd, const Listener& listener);
+  void look_at_polled();
 
   const int epoll_;
   int spare_;  // X4
@@ -90,6 +91,9 @@ class Sockets {
   std::vector<std::unique_ptr<Listener>> listeners_, stopped_;
   std::unordered_set<SocketImpl*> sockets_;
   std::vector<SocketImpl*> dirty_, again_, closed_;
+  // For which the kernel had no watch left: they are counted over all processes
+  // of a user, of which another may have taken them all.
+  std::vector<SocketImpl*> polled_;
   std::vector<SocketImpl*> reads_;  // of this serve()
   std::vector<epoll_event> events_;
   int events_ready_ = 0;

@@ -3,15 +3,24 @@
 #include "server/sockets.h"
 
 #include <gtest/gtest.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <sys/epoll.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstddef>
 #include <deque>
 #include <functional>
+#include <iterator>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "queue/clock.h"
@@ -130,6 +139,47 @@ class SocketsTest : public testing::TestWithParam<bool> {
   std::deque<Recorder> recorders_;
   std::vector<int> fds_;
 };
+
+// Watches are counted over all processes of a user: another may have them all.
+// In a thread of its own, with which the filter that says so goes away.
+TEST_P(SocketsTest, F13_WithoutAWatchAConnectionIsServedAllTheSame) {
+  std::thread([&] {
+    sock_filter program[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_epoll_ctl, 0, 3),
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, args[1])),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, EPOLL_CTL_ADD, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSPC),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};
+    const sock_fprog filter{std::size(program), program};
+    ASSERT_EQ(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+    ASSERT_EQ(syscall(SYS_seccomp, 1, 0, &filter), 0);
+    const int first = connect(), second = connect();
+    Recorder& one = accepted(1);
+    Recorder& two = accepted(2);
+    send(first, "a question");
+    ASSERT_TRUE(until([&] { return one.bytes == "a question"; }));
+    // More than the kernel takes at once: room is told of, too.
+    const std::string answer(8 << 20, 'x');
+    one.socket->out() = answer;
+    one.socket->touch();
+    std::string got;
+    ASSERT_TRUE(until([&] {
+      got += receive(first);
+      return got.size() >= answer.size();
+    }));
+    EXPECT_EQ(got.size(), answer.size());
+    shutdown(second, SHUT_WR);
+    EXPECT_TRUE(until([&] { return two.ends > 0; }));
+    two.socket->close();
+    turn();
+    EXPECT_TRUE(two.gone);
+  }).join();
+  // Watches are there again: it is taken into the set, and still served.
+  Recorder& one = recorders_.front();
+  send(fds_.front(), " and another");
+  EXPECT_TRUE(until([&] { return one.bytes == "a question and another"; }));
+}
 
 TEST_P(SocketsTest, BytesAndTheEndInOneEdge) {
   int fd = connect();
