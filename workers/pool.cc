@@ -27,6 +27,7 @@
 #include "queue/say.h"
 #include "queue/utf8.h"
 #include "tools/ops.h"
+#include "tools/process.h"
 #include "workers/http_client.h"
 #include "workers/json_view.h"
 #include "workers/kinds/kinds.h"
@@ -44,8 +45,13 @@ using std::chrono::milliseconds;
 using Steady = std::chrono::steady_clock;
 
 constexpr int kExitLocked = 75;
+constexpr int kExitUnusable = 69;           // P7
+constexpr int kUnusableTries = 3;           // in a row, before it is believed
+constexpr Millis kUnusableLookMs = 60'000;  // then
 constexpr int kLockTries = 20;
 constexpr int kSessionDigits = 32;
+constexpr char kRemedyDoctor[] =
+    "`machina doctor`, run as the server's user, shows what this host lacks";
 constexpr Millis kSyncWaitMs = 10'000;
 constexpr Millis kRefusedMs = 200;    // after an answer that was none of ours
 constexpr Millis kSyncEveryMs = 200;  // for news that can wait
@@ -113,14 +119,14 @@ int take_root(const PoolOptions& options, Root& root) {
 }
 
 // What pool.lock holds beside the lock: a line with the pool's pid, one with
-// its spawner's, one with "=" and the secret of the workers' sessions, one for
-// each worker that the server may believe in: its name, and what became of it. A
-// line more says that the pool was asked to leave (tools/ops.h: whoever kills it
-// writes that, too): who lived then was ended by whoever operates it. A pool that
-// was killed leaves it to its successor, which must know the secret to say what
-// became of the workers.
+// its spawner's pid, start and boot, one with "=" and the secret of the workers'
+// sessions, one for each worker that the server may believe in: its name, and
+// what became of it. A line more says that the pool was asked to leave
+// (tools/ops.h: whoever kills it writes that, too): who lived then was ended by
+// whoever operates it. A pool that was killed leaves it to its successor, which
+// must know the secret to say what became of the workers.
 struct Predecessor {
-  int spawner = -1;
+  ProcessId spawner;
   std::string session;
   std::vector<std::string> gone, ended;
 };
@@ -132,7 +138,8 @@ Predecessor read_predecessor(const Root& root) {
   std::istringstream lines(std::string(text, n > 0 ? std::size_t(n) : 0));
   std::string line;
   if (!std::getline(lines, line) || !std::getline(lines, line)) return out;
-  out.spawner = std::atoi(line.c_str());
+  std::istringstream spawner(line);
+  spawner >> out.spawner.pid >> out.spawner.start_ticks >> out.spawner.boot_id;
   bool asked = false;
   std::vector<std::string> lived;
   const auto take = [&line](std::string_view fate,
@@ -156,32 +163,30 @@ Predecessor read_predecessor(const Root& root) {
   return out;
 }
 
-void write_successor(const Root& root, int spawner, const std::string& session,
-                     const PoolSlots& slots, bool asked) {
-  std::string text = std::to_string(getpid()) + "\n" + std::to_string(spawner) +
-                     "\n=" + session + "\n";
+void write_successor(const Root& root, const ProcessId& spawner,
+                     const std::string& session, const PoolSlots& slots,
+                     bool asked) {
+  std::string text =
+      std::to_string(getpid()) + "\n" + std::to_string(spawner.pid) + " " +
+      std::to_string(spawner.start_ticks) + " " + spawner.boot_id + "\n=" +
+      session + "\n";
   if (asked) text.append(kAskedToLeave) += '\n';
   for (const std::string& line : slots.unreported()) text += line + "\n";
   (void)!pwrite(root.lock, text.data(), text.size(), 0);
   (void)!ftruncate(root.lock, static_cast<off_t>(text.size()));
 }
 
-// Its spawner ends by itself, after its sandboxes; what does not is killed.
-// The number may be another process's by now: its name tells. One that has
-// ended and that nobody has buried yet is gone, too.
-void outlast_spawner(int pid) {
-  const auto there = [&] {
-    std::ifstream file("/proc/" + std::to_string(pid) + "/stat");
-    std::string line;
-    if (pid <= 1 || !std::getline(file, line)) return false;
-    const std::string name = "(machina-spawner) ";  // then its state
-    const std::size_t at = line.find(name);
-    return at != line.npos && line[at + name.size()] != 'Z';
-  };
-  for (int round = 0; round < 1000 && there(); ++round) {
-    if (round == 500) kill(pid, SIGKILL);
-    usleep(10'000);
-  }
+// Its spawner ends by itself, after its sandboxes; what does not is killed,
+// through a descriptor of the very process that was written down: the same
+// number, start and boot, and our user's (a job may not name a process of
+// root's to be killed, whatever it can do to the file).
+void outlast_spawner(const ProcessId& spawner) {
+  if (spawner.pid <= 1) return;
+  const auto held = Held::hold(spawner);
+  if (!held || held->process().id.uid != geteuid()) return;
+  if (held->ended(5000)) return;
+  (void)held->signal(SIGKILL);
+  (void)held->ended(5000);
 }
 
 // <root>/logs/pool, which the pool may write to when it has dropped its
@@ -314,7 +319,7 @@ class Pool {
 
   // With mutex_ held.
   void remember() const {
-    write_successor(root_, spawner_.pid(), session_, slots_, asked_);
+    write_successor(root_, spawner_id_, session_, slots_, asked_);
   }
 
   // --- the sync thread ---
@@ -324,6 +329,14 @@ class Pool {
     const std::uint64_t one = 1;
     (void)!write(news_fd_, &one, sizeof one);
   }
+  // P7, with mutex_ held: raw JSON, or empty.
+  bool unusable() const { return unusable_tries_ >= kUnusableTries; }
+  std::string trouble_json() const {
+    if (!unusable()) return "";
+    return "{\"reason\":" + json::quoted(trouble_.reason) +
+           ",\"remedy\":" + json::quoted(trouble_.remedy) + "}";
+  }
+  void take_trouble(const PoolSlots::Slot& slot, sandbox::Trouble trouble);
   // Called with mutex_ held. `urgent`: end the poll that is parked.
   void changed(bool urgent) {
     dirty_ = true;
@@ -357,6 +370,8 @@ class Pool {
   const PoolOptions& options_;
   const Root& root_;
   sandbox::Spawner& spawner_;
+  const ProcessId spawner_id_ =
+      look_at(spawner_.pid()).value_or(Process()).id;  // in pool.lock
   const Program program_;
   const std::string id_;
   const std::string session_;  // a secret: whose leases the workers' are
@@ -366,7 +381,8 @@ class Pool {
   int terms_ = 0;  // how often a signal asked it to leave
   std::map<int, Facts> facts_;  // by slot
   int starts_ = 0;
-  Millis fed_ms_ = 0;  // when the service manager last heard of us
+  int slots_told_ = 0;  // what the spawner knows of target_
+  Millis fed_ms_ = 0;   // when the service manager last heard of us
 
   std::mutex spawner_mutex_;
   std::mutex mutex_;  // all that follows
@@ -378,8 +394,11 @@ class Pool {
   const Millis begun_ms_ = now_ms();
   Retry retry_;  // of the sync thread
   bool drain_asked_ = false, dirty_ = false, in_call_ = false, quit_ = false;
-  Millis synced_ms_ = 0;      // when a sync was last begun
-  Millis away_since_ms_ = 0;  // since when none was answered; 0: not away
+  Millis synced_ms_ = 0;         // when a sync was last begun
+  Millis away_since_ms_ = 0;     // since when none was answered; 0: not away
+  int unusable_tries_ = 0;       // workers in a row that made no sandbox
+  sandbox::Trouble trouble_;     // as the last of them said
+  Millis unusable_look_ms_ = 0;  // when the next one is tried
   Mode mode_ = Mode::serving;
   Millis release_at_ms_ = 0, kill_at_ms_ = 0, empty_since_ms_ = 0;
   bool released_ = false;
@@ -444,7 +463,8 @@ void Pool::sync_loop() {
     SandboxCounts counts = counts_;
     counts.log_dropped += said_dropped();
     const std::string body =
-        slots_.sync_body(host_, session_, counts.json(), wait_ms);
+        slots_.sync_body(host_, session_, counts.json(), trouble_json(),
+                         wait_ms);
     dirty_ = false;
     in_call_ = true;
     synced_ms_ = now_ms();
@@ -498,6 +518,7 @@ void Pool::take_answer(const std::string& body) {
         Saying(Severity::info, "scaled", "another number of workers")
             .with("from", target_)
             .with("to", *target);
+        unusable_tries_ = 0;  // whoever scales asks for another try
       }
       target_ = static_cast<int>(*target);
       told_ = true;
@@ -590,7 +611,9 @@ void Pool::say_ended(const PoolSlots::Slot& slot, int status) const {
   const bool asked =
       slot.phase == PoolSlots::Phase::leaving || mode_ == Mode::killing;
   const int signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
-  const bool clean = signal == 0 && WEXITSTATUS(status) == 0;
+  const int code = signal == 0 ? WEXITSTATUS(status) : 0;
+  // One that could make no sandbox has said so.
+  const bool clean = signal == 0 && (code == 0 || code == kExitNoSandbox);
   if (clean ||
       (asked && (signal == 0 || signal == SIGTERM || signal == SIGKILL))) {
     if (asked) {
@@ -668,10 +691,13 @@ void Pool::take_fact(int slot, const std::string& line) {
   std::lock_guard lock(mutex_);
   auto& s = slots_.at(slot);
   std::string state, job;
+  sandbox::Trouble trouble;
   bool first = false, counted = false;
   json::members(line, [&](auto key, auto value) {
     if (key == "state") state = json::string(value).value_or("");
     if (key == "job") job = json::string(value).value_or("");
+    if (key == "reason") trouble.reason = json::string(value).value_or("");
+    if (key == "remedy") trouble.remedy = json::string(value).value_or("");
     if (key == "counts") {
       const auto counts = SandboxCounts::parse(value);
       if (counts) counts_.add(*counts);
@@ -684,6 +710,8 @@ void Pool::take_fact(int slot, const std::string& line) {
     return true;
   });
   if (counted) return changed(false);
+  if (state == "unusable") return take_trouble(s, std::move(trouble));
+  if (first) unusable_tries_ = 0;
   s.job = state == "busy" ? job : "";
   if (first) {
     std::string level;
@@ -698,8 +726,34 @@ void Pool::take_fact(int slot, const std::string& line) {
   changed(first);
 }
 
+void Pool::take_trouble(const PoolSlots::Slot& slot, sandbox::Trouble trouble) {
+  const bool news = trouble_.reason != trouble.reason;
+  trouble_ = std::move(trouble);
+  ++unusable_tries_;
+  if (!unusable()) return;
+  unusable_look_ms_ = now_ms() + kUnusableLookMs;
+  if (unusable_tries_ == kUnusableTries || news) {
+    Saying(Severity::error, "no_sandbox",
+           "no job can run here, and no more workers are started but one a "
+           "minute: " +
+               trouble_.reason)
+        .with("worker", slot.name)
+        .with("remedy", trouble_.remedy);
+  }
+  changed(true);
+}
+
 void Pool::adjust() {
   std::vector<int> starts;
+  int wanted = 0;
+  {
+    std::lock_guard lock(mutex_);
+    wanted = std::max(target_, 1);
+  }
+  if (wanted != slots_told_) {
+    std::lock_guard lock(spawner_mutex_);
+    if (spawner_.set_slots(wanted)) slots_told_ = wanted;
+  }
   {
     std::lock_guard lock(mutex_);
     if (drain_asked_ && mode_ == Mode::serving) {
@@ -713,7 +767,13 @@ void Pool::adjust() {
       slots_.leaving(slot);
       changed(false);
     }
-    starts = slots_.to_start(target_, now_ms());
+    int target = target_;
+    if (unusable()) {
+      const bool look = now_ms() >= unusable_look_ms_;
+      if (look) unusable_look_ms_ = now_ms() + kUnusableLookMs;
+      target = std::min(target, slots_.staying() + (look ? 1 : 0));
+    }
+    starts = slots_.to_start(target, now_ms());
   }
   for (const int slot : starts) start_worker(slot);
 }
@@ -860,6 +920,25 @@ bool Pool::finished() {
 
 }  // namespace
 
+namespace {
+
+// P7. For the server, which has nobody else to ask.
+int cannot_serve(const Root& root, const sandbox::Trouble& trouble) {
+  Saying(Severity::error, "start_failed", trouble.reason)
+      .with("remedy", trouble.remedy);
+  const int fd =
+      openat(root.dir, "pool.trouble",
+             O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
+  if (fd >= 0) {
+    const std::string text = trouble.reason + "\n" + trouble.remedy + "\n";
+    (void)!write(fd, text.data(), text.size());
+    close(fd);
+  }
+  return kExitUnusable;
+}
+
+}  // namespace
+
 int run_pool(const PoolOptions& options) {
   Root root;
   if (const int code = take_root(options, root); code != 0) return code;
@@ -881,15 +960,19 @@ int run_pool(const PoolOptions& options) {
   spawning.slot_uid_base = options.slot_uid_base;
   spawning.seccomp_enable = options.seccomp_enable;
   spawning.self_exe = options.self_exe;
+  spawning.pids_max = options.pids_max;
+  spawning.slots = std::max(options.count, 1);
+  if (auto trouble = sandbox::host_trouble(spawning); trouble.any()) {
+    return cannot_serve(root, trouble);
+  }
   auto spawner = sandbox::Spawner::start(spawning);
   if (!spawner) {
-    Saying(Severity::error, "start_failed", "spawner: " + spawner.error().what);
-    return 1;
+    return cannot_serve(root, {spawner.error().what, kRemedyDoctor});
   }
   if (auto dropped = drop_privilege(options.slot_uid_base - 1); !dropped) {
-    Saying(Severity::error, "start_failed", dropped.error().what);
-    return 1;
+    return cannot_serve(root, {dropped.error().what, kRemedyDoctor});
   }
+  unlinkat(root.dir, "pool.trouble", 0);
   lines.begin();
   const int code =
       Pool(options, root, predecessor, **spawner, std::move(*program)).run();

@@ -20,8 +20,13 @@
 //   P5  Nothing of the pool outlives it: workers die with it, sandboxes with
 //       the spawner. The pool that comes next waits for that, and reports the
 //       workers of one that was killed, whose names it finds in pool.lock.
-//   P7  A worker that the pool killed because it was asked to leave, by TERM,
-//   by
+//   P7  Where no job can run here it says so and stops trying: after three
+//       workers in a row that could make no sandbox it starts one a minute, to
+//       see whether that still is so, and tells the server why (`trouble` in
+//       its sync). Where it cannot serve at all it writes that to
+//       <root>/pool.trouble, a line of reason and one of remedy, and ends
+//       with 69; its server starts it a few times, then one a minute.
+//   P8  A worker that the pool killed because it was asked to leave, by TERM, by
 //       the server's drain or by being told twice, is reported `ended`: its job
 //       loses no attempt, even where the pool is killed before it can say so
 //       (pool.lock has it). One that died by itself is `gone` even then.
@@ -51,6 +56,7 @@ struct PoolOptions {
   std::uint32_t slot_uid_base = 200'000;
   bool seccomp_enable = true;
   Level min_level = 0;
+  std::uint64_t pids_max = 4096;  // the most that a job may ask for
   std::vector<std::string> repo_roots;
   std::uint64_t log_max_bytes = 128u << 20;  // of <root>/pool.log, and of it
   std::uint64_t log_total_bytes = 1u << 30;  // with its predecessors
@@ -59,7 +65,8 @@ struct PoolOptions {
   ServiceEnvironment manager;           // told when it is ready, and leaves
 };
 
-// Until told to leave. Exit code: 0, 75 where another pool has pool.lock.
+// Until told to leave. Exit code: 0, 75 where another pool has pool.lock, 69
+// where it cannot serve here (P7).
 int run_pool(const PoolOptions& options);
 
 }  // namespace machina

@@ -14,6 +14,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "workers/sandbox/wire.h"
+
 namespace machina {
 namespace {
 
@@ -73,7 +75,12 @@ Result<int> private_copy(int fd, const std::string& path, off_t size) {
   const int p = fcntl(program, F_DUPFD_CLOEXEC, 16);
   if (c < 0 || f < 0 || p < 0) _exit(126);
   if (dup2(c, kWorkerChannelFd) < 0 || dup2(f, kWorkerFactsFd) < 0) _exit(126);
-  syscall(SYS_close_range, kWorkerFactsFd + 1, ~0U, CLOSE_RANGE_CLOEXEC);
+  // The pool opens everything close-on-exec; this is for what it inherited.
+  if (syscall(SYS_close_range, kWorkerFactsFd + 1, ~0U, CLOSE_RANGE_CLOEXEC) !=
+          0 &&
+      sandbox::close_all_but({kWorkerChannelFd, kWorkerFactsFd, p}) != 0) {
+    _exit(126);
+  }
   syscall(SYS_execveat, p, "", argv, env, AT_EMPTY_PATH);
   execve(path, argv, env);  // a script has no descriptor to read itself from
   _exit(127);

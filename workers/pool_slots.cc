@@ -187,6 +187,7 @@ void PoolSlots::reported(const std::vector<std::string>& names) {
 std::string PoolSlots::sync_body(const std::string& host,
                                  const std::string& session,
                                  const std::string& counts,
+                                 const std::string& trouble,
                                  Millis wait_ms) const {
   std::string out = "{\"host\":" + json::quoted(host) +
                     ",\"session\":" + json::quoted(session) + ",\"workers\":[";
@@ -229,7 +230,9 @@ std::string PoolSlots::sync_body(const std::string& host,
     out += "],\"ended\":[";
     names(ended_);
   }
-  return out + "],\"counts\":" + counts +
+  out += ']';
+  if (!trouble.empty()) out += ",\"trouble\":" + trouble;
+  return out + ",\"counts\":" + counts +
          ",\"wait_ms\":" + std::to_string(wait_ms) + "}";
 }
 

@@ -86,12 +86,13 @@ class PoolSlots {
   std::vector<std::string> unreported() const;
   void reported(const std::vector<std::string>& names);
 
-  // The body of a sync; `counts` is raw JSON.
+  // The body of a sync; `counts` is raw JSON, `trouble` too, or empty.
   std::string sync_body(const std::string& host, const std::string& session,
-                        const std::string& counts, Millis wait_ms) const;
+                        const std::string& counts, const std::string& trouble,
+                        Millis wait_ms) const;
+  int staying() const;  // running, and not asked to leave
 
  private:
-  int staying() const;
   void pause(Slot& slot, Millis now_ms);
 
   std::array<Slot, kSlotsMax> slots_;

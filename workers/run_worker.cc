@@ -3,10 +3,13 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
+#include <unistd.h>
 
+#include <string>
 #include <thread>
 
 #include "queue/say.h"
+#include "workers/json_view.h"
 #include "workers/worker.h"
 
 namespace machina {
@@ -36,6 +39,17 @@ int run_worker(const WorkerOptions& options) {
     Saying(Severity::error, "start_failed",
            "the canary could not run: " + report.error().what);
     return 1;
+  }
+  if (report->level == 0) {
+    // No kind of ours can run: nothing is leased, and the pool is told why.
+    const sandbox::Trouble& trouble = report->trouble;
+    Saying(Severity::error, "no_sandbox", trouble.reason)
+        .with("remedy", trouble.remedy);
+    const std::string fact =
+        "{\"state\":\"unusable\",\"reason\":" + json::quoted(trouble.reason) +
+        ",\"remedy\":" + json::quoted(trouble.remedy) + "}\n";
+    (void)!write(options.facts_fd, fact.data(), fact.size());
+    return kExitNoSandbox;
   }
   Worker worker(options, **slot, std::move(*report));
   std::thread signals([&] {

@@ -51,6 +51,8 @@ struct WorkerOptions {
 
 // Attaches to the slot, runs the canary, serves until it is told to leave.
 // SIGTERM: takes nothing new, finishes what it has; again: gives it back.
+// Exit code: 0, 1, or kExitNoSandbox (P7 of workers/pool.h).
+constexpr int kExitNoSandbox = 69;
 int run_worker(const WorkerOptions& options);
 
 // The same without process-wide effects, for run_worker and tests.

@@ -225,6 +225,31 @@ TEST_P(CanaryTest, TheAlwaysDenyListAloneIsLevelTwo) {
   });
 }
 
+// What the allow-list refuses by not naming it the deny-list must refuse, too.
+TEST_P(CanaryTest, F18_TheAlwaysDenyListClosesTheOtherProtocols) {
+  with([&] {
+    SpawnerOptions options;
+    options.seccomp_enable = false;
+    const std::string& binary = own_binary();
+    Stand stand(options);
+    SessionSpec spec;
+    spec.limits.memory_mb = 256;
+    spec.limits.disk_mb = 512;
+    auto session = stand.open(spec);
+    ASSERT_TRUE(session);
+    ASSERT_TRUE(session->put("hostile", binary));
+    sh(*session, "chmod 755 hostile");
+    for (const char* act :
+         {"F18_OtherProtocols", "F13_ChangeInit", "UnknownCalls"}) {
+      Step step = command({"/work/hostile", "--act", act}, 60'000);
+      step.env = {"ASAN_OPTIONS=detect_leaks=0"};
+      for (const auto& word : escape::to_words({})) step.argv.push_back(word);
+      const auto r = session->run(step, Watch{});
+      EXPECT_EQ(r.out, "contained\n") << act << shown(r);
+    }
+  });
+}
+
 // --- nothing is left ---
 
 std::size_t lines_of(const char* path) {

@@ -640,6 +640,123 @@ void lock_memory(const Bait&) {
   refused(setrlimit(RLIMIT_NPROC, &limit), "raise RLIMIT_NPROC");
 }
 
+// --- numbered by the fault they were written for ---
+
+void other_protocols(const Bait&) {
+  constexpr struct {
+    int type, protocol;
+    const char* name;
+  } kOthers[] = {{SOCK_STREAM, 262, "MPTCP"},
+                 {SOCK_DGRAM, 136, "UDP-Lite"},
+                 {SOCK_STREAM, 132, "SCTP"},
+                 {SOCK_SEQPACKET, 132, "SCTP"},
+                 {SOCK_DCCP, 33, "DCCP"},
+                 {SOCK_DCCP, 0, "DCCP"},
+                 {SOCK_DGRAM, 115, "L2TP"},
+                 {SOCK_STREAM, 256, "SMC"},
+                 {SOCK_STREAM, 257, "SMC6"},
+                 {SOCK_DGRAM, 1, "ICMP"},
+                 {SOCK_DGRAM, 58, "ICMPv6"},
+                 {SOCK_SEQPACKET, 0, "SCTP"},
+                 {SOCK_STREAM, 17, "UDP as a stream"}};
+  for (const long family : {AF_INET, AF_INET6}) {
+    for (const auto& other : kOthers) {
+      for (const long high : {0L, 1L << 32}) {
+        for (const long flags : {0L, long{SOCK_CLOEXEC | SOCK_NONBLOCK}}) {
+          refused_as(syscall(SYS_socket, family | high,
+                             other.type | flags | high, other.protocol | high),
+                     EPROTONOSUPPORT, other.name);
+        }
+      }
+    }
+    for (const int protocol : {0, int{IPPROTO_TCP}}) {
+      const int fd =
+          socket(static_cast<int>(family),
+                 SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, protocol);
+      check(fd >= 0, "TCP");
+      refused_as(setsockopt(fd, IPPROTO_TCP, 31, "smc", 3), ENOPROTOOPT,
+                 "TCP_ULP");
+    }
+    for (const int protocol : {0, int{IPPROTO_UDP}}) {
+      check(socket(static_cast<int>(family), SOCK_DGRAM, protocol) >= 0, "UDP");
+    }
+  }
+  refused_as(socket(43 /* AF_SMC */, SOCK_STREAM, 0), EAFNOSUPPORT, "AF_SMC");
+  int pair[2];
+  for (const long family : {30 /* AF_TIPC */, AF_INET, AF_NETLINK}) {
+    for (const long high : {0L, 1L << 32}) {
+      refused_as(syscall(SYS_socketpair, family | high, SOCK_STREAM, 0, pair),
+                 EAFNOSUPPORT,
+                 "socketpair of family " + std::to_string(family));
+    }
+  }
+  check(socketpair(AF_UNIX, SOCK_DGRAM, 0, pair) == 0, "a pair of our own");
+  long context = 0;
+  refused_as(syscall(SYS_io_setup, 1, &context), ENOSYS, "io_setup");
+}
+
+void change_init(const Bait&) {
+  for (const long high : {0L, 1L << 32}) {
+    const long one = 1 | high;
+    rlimit limit{};
+    refused_as(syscall(SYS_prlimit64, one, RLIMIT_NOFILE, nullptr, &limit),
+               EPERM, "read PID 1's limits");
+    refused_as(syscall(SYS_prlimit64, one, RLIMIT_FSIZE, &limit, nullptr),
+               EPERM, "set PID 1's limits");
+    unsigned long cpus = 1;
+    refused_as(syscall(SYS_sched_setaffinity, one, sizeof(cpus), &cpus), EPERM,
+               "PID 1's affinity");
+    const int param = 0;
+    refused_as(syscall(SYS_sched_setscheduler, one, 5 /* IDLE */, &param),
+               EPERM, "PID 1's scheduler");
+    refused_as(syscall(SYS_sched_setparam, one, &param), EPERM,
+               "PID 1's scheduling");
+    struct {
+      std::uint32_t size = 48, policy = 5;
+      std::uint64_t rest[5] = {};
+    } attr;
+    refused_as(syscall(SYS_sched_setattr, one, &attr, 0), EPERM,
+               "PID 1's attributes");
+    refused_as(syscall(SYS_setpriority, 0 | high, one, 19), EPERM,
+               "PID 1's nice value");
+    refused_as(syscall(SYS_setpriority, 2 | high, 0, 19), EPERM,
+               "the user's nice value");
+    refused_as(syscall(SYS_ioprio_set, 1 | high, one, 3 << 13), EPERM,
+               "PID 1's I/O class");
+    refused_as(syscall(SYS_ioprio_set, 3 | high, 0, 3 << 13), EPERM,
+               "the user's I/O class");
+  }
+  // What is the job's own stays its own.
+  rlimit limit{};
+  const long self = getpid();
+  check(syscall(SYS_prlimit64, 0, RLIMIT_NOFILE, nullptr, &limit) == 0 &&
+            syscall(SYS_prlimit64, self, RLIMIT_NOFILE, &limit, nullptr) == 0,
+        "limits of one's own");
+  unsigned long cpus[16] = {};
+  check(syscall(SYS_sched_getaffinity, 0, sizeof(cpus), cpus) > 0 &&
+            syscall(SYS_sched_setaffinity, self, sizeof(cpus), cpus) == 0,
+        "an affinity of one's own");
+  check(syscall(SYS_setpriority, 0, self, 5) == 0, "a nice value of one's own");
+}
+
+// What the host's kernel was started with, and where the server lies.
+void host_names(const Bait&) {
+  for (const char* path :
+       {"/proc/cmdline", "/proc/bootconfig", "/proc/modules", "/proc/swaps"}) {
+    check(slurp(path).empty(), std::string(path) + " says something");
+  }
+  // Where a repository is read only programs of ours run, and it has a path.
+  const bool ours = access("/repo", F_OK) == 0;
+  for (const char* path :
+       {"/proc/self/mountinfo", "/proc/self/mounts", "/proc/self/mountstats",
+        "/proc/self/cgroup", "/proc/self/environ", "/proc/self/maps"}) {
+    check(ours || slurp(path).find("machina-sandbox-") == std::string::npos,
+          std::string(path) + " names the server's root");
+  }
+  check(slurp("/proc/self/cgroup").find("machina") == std::string::npos,
+        "the control group's path");
+}
+
 using Act = void (*)(const Bait&);
 const std::map<std::string, Act>& acts() {
   static const std::map<std::string, Act> all = {
@@ -676,6 +793,9 @@ const std::map<std::string, Act>& acts() {
       {"UnixSockets", unix_sockets},
       {"ExhaustDescriptors", exhaust_descriptors},
       {"LockMemory", lock_memory},
+      {"F13_ChangeInit", change_init},
+      {"F18_OtherProtocols", other_protocols},
+      {"F18_HostNames", host_names},
   };
   return all;
 }

@@ -7,6 +7,7 @@
 #include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -409,6 +410,22 @@ TEST_F(PoolTest, SuccessorReportsTheWorkersOfAPoolThatWasKilled) {
     EXPECT_NE(std::find(gone.begin(), gone.end(), w["name"]), gone.end());
   }
   ASSERT_TRUE(idle(2)) << log();
+}
+
+// pool.lock is the unprivileged pool's to write.
+TEST_F(PoolTest, F16_ANumberInPoolLockKillsNobodyElse) {
+  const pid_t victim = fork();
+  if (victim == 0) {
+    prctl(PR_SET_NAME, "machina-spawner");
+    for (;;) pause();
+  }
+  std::ofstream(root_ + "/pool.lock") << "1\n" << victim << " 1 none\n";
+  start(1);
+  ASSERT_TRUE(idle(1)) << log();
+  int status = 0;
+  EXPECT_EQ(waitpid(victim, &status, WNOHANG), 0);
+  kill(victim, SIGKILL);
+  waitpid(victim, &status, 0);
 }
 
 // --- the table alone ---

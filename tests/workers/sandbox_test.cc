@@ -3,11 +3,19 @@
 
 #include "workers/sandbox/sandbox.h"
 
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <poll.h>
+#include <sched.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 
+#include <algorithm>
 #include <chrono>
+#include <iterator>
 #include <thread>
 
 #include "tests/workers/sandbox_fixture.h"
@@ -554,6 +562,383 @@ TEST_P(SandboxTest, AWorkersDeathEmptiesItsSlotAndIsTold) {  // B4
     EXPECT_EQ(running("525252"), 0);
     stand.slot = stand.attach(0);
     EXPECT_EQ(sh(*stand.open(), "echo again").out, "again\n");
+  });
+}
+
+// Every mapping of a handler that runs without exec which it could write to and
+// somebody outside could read.
+int shared_memory(int, int out) {
+  std::ifstream maps("/proc/self/maps");
+  std::string found = "maps\n";
+  for (std::string line; std::getline(maps, line);) {
+    const std::size_t at = line.find(' ') + 1;
+    if (line[at + 1] == 'w' && line[at + 3] == 's') found += line + "\n";
+  }
+  return write(out, found.data(), found.size()) < 0;
+}
+
+TEST_P(SandboxTest, F16_AHandlerSharesNoMemoryThatItCanWrite) {
+  with([&] {
+    constexpr auto kId = static_cast<BuiltinId>(6);
+    register_builtin(kId, shared_memory);
+    Stand stand;
+    auto session = stand.open(small());
+    Step step;
+    step.builtin = kId;
+    const auto r = session->run(step, Watch{});
+    EXPECT_EQ(r.out, "maps\n") << shown(r);
+  });
+}
+
+std::vector<pid_t> children_of(pid_t pid) {
+  std::ifstream in("/proc/" + std::to_string(pid) + "/task/" +
+                   std::to_string(pid) + "/children");
+  return {std::istream_iterator<pid_t>(in), {}};
+}
+
+// Until as many slots were told as are wanted; the slots.
+std::vector<int> told(Spawner& spawner, std::size_t wanted) {
+  std::vector<int> slots;
+  for (int i = 0; i < 500 && slots.size() < wanted; ++i) {
+    pollfd item{spawner.events_fd(), POLLIN, 0};
+    poll(&item, 1, 20);
+    for (const int slot : spawner.take_empty()) slots.push_back(slot);
+  }
+  std::sort(slots.begin(), slots.end());
+  return slots;
+}
+
+TEST_P(SandboxTest, F16_AKilledKeepersSandboxIsKilledByTheSpawner) {
+  with([&] {
+    Stand stand;
+    auto session = stand.open(small());
+    const auto keepers = children_of(stand.spawner->pid());
+    ASSERT_EQ(keepers.size(), 1u);
+    std::thread killer([&] {
+      for (int i = 0; i < 500 && running("535353") == 0; ++i) usleep(20'000);
+      kill(keepers[0], SIGKILL);
+    });
+    const auto r = session->run(command({"/bin/sleep", "535353"}), Watch{});
+    killer.join();
+    EXPECT_EQ(r.ended, Ended::failed) << shown(r);
+    EXPECT_EQ(told(*stand.spawner, 1), std::vector<int>{0});
+    EXPECT_EQ(running("535353"), 0);
+    EXPECT_TRUE(children_of(stand.spawner->pid()).empty());
+    session.reset();
+    stand.slot = stand.attach(0);
+    EXPECT_EQ(sh(*stand.open(small()), "echo again").out, "again\n");
+  });
+}
+
+TEST_P(SandboxTest, F16_SlotsThatEndTogetherAreAllEmptied) {
+  with([&] {
+    Stand stand;
+    constexpr int kSlots = 6;
+    for (int round = 0; round < 3; ++round) {
+      std::vector<std::unique_ptr<Slot>> slots;
+      for (int n = 1; n <= kSlots; ++n) {
+        slots.push_back(stand.attach(n));
+        ASSERT_TRUE(slots.back());
+        auto session = slots.back()->open(small());
+        ASSERT_TRUE(session) << session.error().what;
+        ASSERT_EQ(sh(**session, "echo in").out, "in\n");
+      }
+      // With their sandboxes, in one moment.
+      for (const pid_t keeper : children_of(stand.spawner->pid())) {
+        kill(keeper, SIGKILL);
+      }
+      slots.clear();
+      const auto empty = told(*stand.spawner, kSlots + 1);
+      ASSERT_EQ(empty, (std::vector<int>{0, 1, 2, 3, 4, 5, 6}));
+      stand.slot = stand.attach(0);
+    }
+  });
+}
+
+// --- hosts that refuse close_range() ---
+
+bool refuse_close_range(int error) {
+  sock_filter program[] = {
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_close_range, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K,
+               SECCOMP_RET_ERRNO | static_cast<unsigned>(error)),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};
+  const sock_fprog filter{std::size(program), program};
+  return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 &&
+         syscall(SYS_seccomp, 1, 0, &filter) == 0;
+}
+
+// In a child: a filter stays.
+void in_child(const std::function<void()>& body) {
+  const pid_t pid = fork();
+  ASSERT_GE(pid, 0);
+  if (pid == 0) {
+    body();
+    fflush(stdout);
+    _exit(testing::Test::HasFailure() ? 1 : 0);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(pid, &status, 0), pid);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+}
+
+TEST_P(SandboxTest, F18_WithoutCloseRangeTheSpawnerStillLeaves) {
+  with([&] {
+    for (const int error : {EPERM, ENOSYS}) {
+      in_child([&] {
+        ASSERT_TRUE(refuse_close_range(error));
+        for (int i = 0; i < 40; ++i) (void)open("/dev/null", O_RDONLY);
+        {
+          Stand stand;
+          const pid_t spawner = stand.spawner->pid();
+          auto session = stand.open(small());
+          ASSERT_TRUE(session);
+          const auto r = python(*session,
+                                "import os\nfor i in range(3, 4096):\n try: "
+                                "os.fstat(i); print(i)\n except OSError: pass");
+          EXPECT_EQ(r.out, "") << shown(r);
+          EXPECT_EQ(r.ended, Ended::exited) << shown(r);
+          session.reset();
+          stand.slot.reset();
+          // An orderly end: by the end-of-file of the pool's socket.
+          const int pidfd =
+              static_cast<int>(syscall(SYS_pidfd_open, spawner, 0));
+          std::thread ending([&] { stand.spawner.reset(); });
+          pollfd item{pidfd, POLLIN, 0};
+          EXPECT_EQ(poll(&item, 1, 4000), 1) << "it had to be killed";
+          ending.join();
+          close(pidfd);
+        }
+      });
+    }
+  });
+}
+
+TEST(SandboxHostTest, F18_WhatCannotBeClosedStartsNothing) {
+  if (geteuid() != 0) GTEST_SKIP() << "needs root";
+  in_child([&] {
+    ASSERT_EQ(unshare(CLONE_NEWNS), 0);
+    ASSERT_EQ(mount("", "/", nullptr, MS_REC | MS_PRIVATE, nullptr), 0);
+    ASSERT_EQ(mount("none", "/proc", "tmpfs", 0, nullptr), 0);
+    ASSERT_TRUE(refuse_close_range(EPERM));
+    const auto spawner = Spawner::start({});
+    ASSERT_FALSE(spawner);
+    EXPECT_NE(spawner.error().what.find("close_range"), std::string::npos)
+        << spawner.error().what;
+  });
+}
+
+// --- jobs of our own uid ---
+
+// The kernel counts descriptors in flight over all processes of a user.
+TEST_P(SandboxTest, F13_DescriptorsInFlightStopNobodyElse) {
+  with([&] {
+    Stand stand;
+    auto session = stand.open(small());
+    auto other = stand.attach(1);
+    std::atomic<bool> done = false;
+    std::string printed;
+    std::thread attacker([&] {
+      Watch watch;
+      watch.cancel = &done;
+      watch.on_output = [&](int, std::span<const std::byte> bytes) {
+        printed.append(reinterpret_cast<const char*>(bytes.data()),
+                       bytes.size());
+      };
+      const std::string code = R"py(
+import array, os, resource, socket, time
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+fd = os.open("/dev/null", 0); keep = []; n = 0
+try:
+  while n < 50000:
+    a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM); a.setblocking(False); keep += [a, b]
+    try:
+      for i in range(60): a.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd] * 250))]); n += 250
+    except BlockingIOError: pass
+except OSError as e: pass
+print("in flight", n, flush=True)
+time.sleep(60)
+)py";
+      session->run(command({"/usr/bin/python3", "-c", code}, 60'000), watch);
+    });
+    for (int round = 0; round < 5; ++round) {
+      auto mine = other->open(small());
+      EXPECT_TRUE(mine) << mine.error().what;
+      if (mine) {
+        for (int i = 0; i < 3; ++i) {
+          const auto r = sh(**mine, "echo fine; sleep 0.1");
+          EXPECT_EQ(r.out, "fine\n") << shown(r);
+        }
+      }
+    }
+    auto third = stand.attach(2);
+    EXPECT_TRUE(third);
+    done = true;
+    attacker.join();
+    EXPECT_NE(printed.find("in flight"), std::string::npos) << printed;
+  });
+}
+
+// As a user with a name and subordinate ids, told by files of this test's own.
+void with_subids(const std::function<void()>& body) {
+  if (geteuid() != 0) GTEST_SKIP() << "needs root";
+  if (access("/usr/bin/newuidmap", X_OK) != 0) GTEST_SKIP() << "needs uidmap";
+  in_child([&] {
+    ASSERT_EQ(unshare(CLONE_NEWNS), 0);
+    ASSERT_EQ(mount("", "/", nullptr, MS_REC | MS_PRIVATE, nullptr), 0);
+    ASSERT_EQ(mount("none", "/mnt", "tmpfs", 0, "mode=755"), 0);
+    const std::string uid = std::to_string(kUserUid);
+    std::ofstream("/mnt/passwd")
+        << "root:x:0:0::/:/bin/sh\nmachinatest:x:" + uid + ":" + uid +
+               "::/:/bin/sh\n";
+    std::ofstream("/mnt/ids") << "other:1:5\nmachinatest:410000:64\n";
+    for (const auto& [from, to] : {std::pair{"/mnt/passwd", "/etc/passwd"},
+                                   std::pair{"/mnt/ids", "/etc/subuid"},
+                                   std::pair{"/mnt/ids", "/etc/subgid"}}) {
+      ASSERT_EQ(mount(from, to, nullptr, MS_BIND, nullptr), 0) << to;
+    }
+    as_user(body);
+  });
+}
+
+uid_t uid_of(const std::string& marker) {
+  for (const auto& entry : fs::directory_iterator("/proc")) {
+    std::ifstream line(entry.path() / "cmdline");
+    const std::string words((std::istreambuf_iterator<char>(line)), {});
+    if (words.find("sleep") != 0 && words.find("/bin/sleep") != 0) continue;
+    if (words.find(marker) == std::string::npos) continue;
+    std::ifstream status(entry.path() / "status");
+    for (std::string word; status >> word;) {
+      if (word == "Uid:" && status >> word) {
+        return static_cast<uid_t>(std::stoul(word));
+      }
+    }
+  }
+  return 0;
+}
+
+TEST(SandboxSubIds, F13_AJobHasAnotherUidThanThePool) {
+  with_subids([] {
+    Stand stand;
+    auto other = stand.attach(5);
+    const auto report = run_canary(*stand.slot);
+    ASSERT_TRUE(report) << report.error().what;
+    EXPECT_GE(report->level, 2);
+    for (const auto& m : report->mechanisms) {
+      if (m.name == "uid") {
+        EXPECT_EQ(m.state, MechanismState::active) << m.error;
+      }
+    }
+    for (const auto& [name, held] : report->attacks) EXPECT_TRUE(held) << name;
+    auto session = stand.open(small());
+    ASSERT_TRUE(session);
+    ASSERT_TRUE(session->put("a", "text"));
+    const auto who = sh(*session, "id -u; id -G; cat a; echo b >b; ls -n b");
+    EXPECT_EQ(who.out.find("1000\n1000\ntext-rw-r--r-- 1 1000 1000"), 0u)
+        << shown(who);
+    EXPECT_EQ(*session->collect("b", 100), "b\n");
+    std::atomic<bool> done = false;
+    Watch watch;
+    watch.cancel = &done;
+    std::thread sleeper([&] {
+      session->run(command({"/bin/sleep", "545454"}, 60'000), watch);
+    });
+    uid_t seen = 0;
+    for (int i = 0; i < 500 && seen == 0; ++i) {
+      usleep(20'000);
+      seen = uid_of("545454");
+    }
+    EXPECT_EQ(seen, 410000u);
+    done = true;
+    sleeper.join();
+    EXPECT_TRUE(gone("545454", 3000));
+    // Each slot its own.
+    auto second = other->open(small());
+    ASSERT_TRUE(second) << second.error().what;
+    done = false;
+    std::thread again([&] {
+      (*second)->run(command({"/bin/sleep", "555555"}, 60'000), watch);
+    });
+    seen = 0;
+    for (int i = 0; i < 500 && seen == 0; ++i) {
+      usleep(20'000);
+      seen = uid_of("555555");
+    }
+    EXPECT_EQ(seen, 410005u);
+    done = true;
+    again.join();
+    second = Error{Code::io, ""};
+    session.reset();
+    // The owner of a repository is who the pool is.
+    fs::create_directories(stand.root + "/repos/one");
+    chmod((stand.root + "/repos/one").c_str(), 0700);
+    std::ofstream(stand.root + "/repos/one/f") << "private";
+    SessionSpec spec = small();
+    spec.role = Role::prepare;
+    spec.repo = stand.root + "/repos/one";
+    spec.mirror = std::string(64, 'a');
+    auto prepare = stand.open(spec);
+    ASSERT_TRUE(prepare);
+    const auto r = sh(*prepare, "cat /repo/f; echo made >/mirror/x");
+    EXPECT_EQ(r.out, "private") << shown(r);
+    EXPECT_TRUE(fs::exists(stand.root + "/mirrors/" + spec.mirror + "/x"));
+  });
+}
+
+// Memory is watched, and everything killed, over that border, too.
+TEST(SandboxSubIds, F13_LimitsHoldForAnotherUid) {
+  with_subids([] {
+    Stand stand;
+    auto session = stand.open(small());
+    ASSERT_TRUE(session);
+    const auto r = python(
+        *session, "b = bytearray(200 << 20)\nimport time\ntime.sleep(5)");
+    EXPECT_EQ(r.ended, Ended::oom) << shown(r);
+    const auto daemon = sh(*session, "setsid sleep 565656 & echo left");
+    EXPECT_EQ(daemon.out, "left\n") << shown(daemon);
+    EXPECT_TRUE(gone("565656", 3000));
+  });
+}
+
+// A slot's part of the host's process numbers, whatever its job asks for.
+TEST_P(SandboxTest, F18_AllSlotsTogetherLeaveTheHostProcessNumbers) {
+  with([&] {
+    const PidsBound bound = pids_bound();
+    ASSERT_GT(bound.most, 0u);
+    EXPECT_NE(bound.what, "");
+    const std::uint64_t part = bound.most / 64;
+    if (part > 2000) GTEST_SKIP() << "too many to start: " << bound.what;
+    SpawnerOptions options;
+    options.slots = 64;
+    Stand stand(options);
+    SessionSpec spec = small();
+    spec.limits.memory_mb = 512;
+    spec.limits.pids = 1 << 20;
+    const char* const kCode = R"py(
+import threading, time
+threading.stack_size(65536)
+n = 0
+try:
+  for i in range(2100): threading.Thread(target=time.sleep, args=(9,), daemon=True).start(); n += 1
+except RuntimeError: pass
+print(n, flush=True)
+import os; os._exit(3)
+)py";
+    auto session = stand.open(spec);
+    ASSERT_TRUE(session);
+    const auto r = python(*session, kCode, 60'000);
+    EXPECT_LE(std::stoul("0" + r.out), part) << shown(r);
+    EXPECT_GT(std::stoul("0" + r.out), part / 2) << shown(r);
+    EXPECT_EQ(r.ended, Ended::pids) << shown(r);
+    EXPECT_NE(r.detail.find("it was given"), std::string::npos) << r.detail;
+    session.reset();
+    // Fewer slots, larger parts: for sessions from now on.
+    ASSERT_TRUE(stand.spawner->set_slots(16));
+    session = stand.open(spec);
+    ASSERT_TRUE(session);
+    const auto more = python(*session, kCode, 60'000);
+    EXPECT_GT(std::stoul("0" + more.out), part) << shown(more);
   });
 }
 

@@ -55,6 +55,8 @@ int pool(const Settings& settings, const std::string& server) {
   options.seccomp_enable = config->flag("MACHINA_SECCOMP_ENABLE");
   options.min_level =
       static_cast<Level>(config->number("MACHINA_SANDBOX_MIN_LEVEL"));
+  options.pids_max =
+      static_cast<std::uint64_t>(config->number("MACHINA_SANDBOX_MAX_PIDS"));
   options.repo_roots = repo_roots(*config, root->path);
   options.worker_env = pool_environment(*config);
   options.log_max_bytes =

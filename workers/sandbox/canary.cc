@@ -168,6 +168,15 @@ bool foreign_sockets(const Bait&) {
       if (fd >= 0) return false;
     }
   }
+  constexpr int kProtocols[][2] = {
+      {SOCK_STREAM, 262 /* MPTCP */}, {SOCK_DGRAM, 136 /* UDP-Lite */},
+      {SOCK_STREAM, 132 /* SCTP */},  {SOCK_DCCP, 33},
+      {SOCK_DGRAM, 115 /* L2TP */},   {SOCK_STREAM, 256 /* SMC */}};
+  for (const auto& [type, protocol] : kProtocols) {
+    if (socket(AF_INET, type, protocol) >= 0 || errno != EPROTONOSUPPORT) {
+      return false;
+    }
+  }
   return fails(socket(AF_NETLINK, SOCK_RAW, 9)) &&
          fails(socket(AF_INET, SOCK_RAW, IPPROTO_ICMP));
 }
@@ -178,7 +187,11 @@ bool touch_others(const Bait& bait) {
   char path[64];
   std::snprintf(path, sizeof(path), "/proc/%d/environ", bait.worker_pid);
   kill(1, SIGKILL);  // if that worked we would not see what comes next
+  rlimit limit{};
   return fails(kill(bait.worker_pid, 0)) &&
+         fails(prlimit(1, RLIMIT_NOFILE, nullptr, &limit)) &&
+         fails(setpriority(PRIO_PROCESS, 1, 19)) &&
+         fails(setpriority(PRIO_USER, 0, 19)) &&
          fails(ptrace(PTRACE_SEIZE, 1, nullptr, nullptr)) &&
          fails(process_vm_readv(1, &here, 1, &there, 1, 0)) &&
          cannot_open(path, O_RDONLY) &&
@@ -279,8 +292,8 @@ bool mount_flags_hold(const Bait&) {
 bool limits_hold(const Bait&) {
   const auto files = [] {
     int n = 0;
-    while (n <= static_cast<int>(kOpenFilesMax) && dup(0) >= 0) ++n;
-    return errno == EMFILE && n <= static_cast<int>(kOpenFilesMax);
+    while (n <= static_cast<int>(kStepDescriptors) && dup(0) >= 0) ++n;
+    return errno == EMFILE && n <= static_cast<int>(kStepDescriptors);
   };
   const auto file_size = [] {
     signal(SIGXFSZ, SIG_IGN);
@@ -652,12 +665,25 @@ Result<Report> run_canary(Slot& slot) {
     // No sandbox can be made here: that is an answer, not a failure.
     report.mechanisms = mechanisms_of(reply.mechs);
     report.attacks.emplace_back("sandbox", false);
+    report.trouble = {session.error().what,
+                      remedy_for(reply.stage, reply.error)};
     return report;
   }
   report.provider.assign(reply.provider,
                          strnlen(reply.provider, sizeof(reply.provider)));
   for (char mode : {'a', 'd'}) {
     const StepResult result = attack(**session, planted.bait, mode, 10'000);
+    if (result.ended == Ended::isolation) {
+      // A sandbox in which nothing may start is none.
+      report.mechanisms = mechanisms_of(reply.mechs);
+      report.attacks.emplace_back("sandbox", false);
+      report.trouble = {
+          "no program can start in a sandbox: " + result.detail,
+          remedy_for(
+              result.detail.starts_with("userns") ? Stage::userns : Stage::none,
+              0)};
+      return report;
+    }
     if (result.ended != Ended::exited || result.exit_code != 0) {
       return Error{Code::unavailable,
                    "canary: ended early: " + result.detail + " (" +
@@ -689,6 +715,14 @@ Result<Report> run_canary(Slot& slot) {
       sockets.ended == Ended::oom ||
           (sockets.ended == Ended::exited && sockets.exit_code != kNotCapped));
   report.level = judge(&report, reply);
+  if (report.level == 0) {
+    std::string through;
+    for (const auto& [name, held] : report.attacks) {
+      if (!held) through += (through.empty() ? "" : ", ") + name;
+    }
+    report.trouble = {"the sandbox does not hold: " + through,
+                      remedy_for(Stage::none, 0)};
+  }
   return report;
 }
 

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <cstring>
 #include <fstream>
 #include <map>
+#include <set>
 #include <sstream>
 
 #include "workers/sandbox/wire.h"
@@ -88,17 +90,42 @@ void remove_tree(const std::string& base) {
   rmdir(base.c_str());
 }
 
+std::set<long> members(const std::string& dir) {
+  std::set<long> all;
+  std::istringstream procs(read_all(dir + "/cgroup.procs"));
+  for (long pid; procs >> pid;) all.insert(pid);
+  return all;
+}
+
+// Kills every process of a group; true where there was none. A number in the
+// list may be another process's by the time it is used: so processes are taken
+// hold of first, and those are killed whose number is still in the list then.
+bool kill_members(const std::string& dir) {
+  const std::set<long> seen = members(dir);
+  if (seen.empty()) return true;
+  if (exists(dir + "/cgroup.kill") &&
+      write_file(dir + "/cgroup.kill", "1") == 0) {
+    return false;
+  }
+  std::vector<std::pair<long, int>> held;
+  for (const long pid : seen) {
+    if (pid <= 1) continue;
+    const long fd = syscall(SYS_pidfd_open, static_cast<pid_t>(pid), 0);
+    if (fd >= 0) held.emplace_back(pid, static_cast<int>(fd));
+  }
+  const std::set<long> still = members(dir);
+  for (const auto& [pid, fd] : held) {
+    if (still.count(pid)) kill_by_pidfd(fd);
+    close(fd);
+  }
+  return false;
+}
+
 // Kills what is left in the groups of a maker that is gone: a sandbox whose
 // keeper and spawner were killed with it may still be dying.
 void kill_stale(const std::string& base) {
   for (int slot = 0; slot < kSlotsMax; ++slot) {
-    const std::string dir = base + "/slot-" + std::to_string(slot);
-    if (!exists(dir)) continue;
-    std::istringstream procs(read_all(dir + "/cgroup.procs"));
-    for (long pid; procs >> pid;) {
-      if (pid > 1) kill(static_cast<pid_t>(pid), SIGKILL);
-    }
-    if (exists(dir + "/cgroup.kill")) write_file(dir + "/cgroup.kill", "1");
+    kill_members(base + "/slot-" + std::to_string(slot));
   }
 }
 
@@ -230,6 +257,25 @@ void MemoryMeter::look() {
 
 std::string Cgroups::slot_dir(const Hierarchy& h, int slot) const {
   return h.base + "/slot-" + std::to_string(slot);
+}
+
+std::vector<std::string> own_pids_groups() {
+  std::vector<std::string> groups;
+  std::istringstream self(read_all("/proc/self/cgroup"));
+  for (std::string line; std::getline(self, line);) {
+    const auto a = line.find(':');
+    const auto b = line.find(':', a + 1);
+    if (a == std::string::npos || b == std::string::npos) continue;
+    const std::string path = line.substr(b + 1);
+    const std::string names = line.substr(a + 1, b - a - 1);
+    const std::string end = path == "/" ? "" : path;
+    if (has_word(names, "pids", ',')) {
+      groups.push_back("/sys/fs/cgroup/pids" + end);
+    } else if (names.empty()) {
+      groups.push_back("/sys/fs/cgroup" + end);
+    }
+  }
+  return groups;
 }
 
 void Cgroups::find(bool no_memory, bool no_pids, bool no_cpu) {
@@ -428,6 +474,14 @@ int Cgroups::limit(int slot, std::uint64_t memory_bytes,
   return 0;
 }
 
+void Cgroups::limit_all(std::uint64_t pids) const {
+  for (const auto& h : hierarchies_) {
+    // Behind what each slot gets: jobs that began with a larger part, before
+    // there were more slots, are counted here.
+    if (h.has_pids) write_file(h.base + "/pids.max", std::to_string(pids));
+  }
+}
+
 CounterFds Cgroups::open_counters(int slot) const {
   CounterFds fds;
   for (const auto& h : hierarchies_) {
@@ -455,15 +509,7 @@ CounterFds Cgroups::open_counters(int slot) const {
 bool Cgroups::kill_all(int slot) const {
   bool empty = true;
   for (const auto& h : hierarchies_) {
-    const std::string dir = slot_dir(h, slot);
-    std::istringstream procs(read_all(dir + "/cgroup.procs"));
-    bool any = false;
-    for (long pid; procs >> pid;) {
-      any = true;
-      if (pid > 1) kill(static_cast<pid_t>(pid), SIGKILL);
-    }
-    if (any && h.v2) write_file(dir + "/cgroup.kill", "1");
-    if (any) empty = false;
+    empty = kill_members(slot_dir(h, slot)) && empty;
   }
   return empty;
 }

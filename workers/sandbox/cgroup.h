@@ -76,6 +76,10 @@ class MemoryMeter {
   bool peak_was_reset_ = false;
 };
 
+// The caller's own groups where processes are counted, below /sys/fs/cgroup: a
+// limit there or above holds for every job.
+std::vector<std::string> own_pids_groups();
+
 class Cgroups {
  public:
   // Finds what may be used and makes machina.<pid> there. `no_memory`,
@@ -95,6 +99,8 @@ class Cgroups {
   // Limits of the next sandbox, with what keeper and init need.
   int limit(int slot, std::uint64_t memory_bytes, std::uint64_t socket_bytes,
             std::uint64_t pids) const;
+  // What all slots together may have of the host's process numbers.
+  void limit_all(std::uint64_t pids) const;
   CounterFds open_counters(int slot) const;
   // Kills what is in the slot's groups. True when they are empty.
   bool kill_all(int slot) const;

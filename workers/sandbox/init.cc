@@ -101,6 +101,10 @@ class Init {
           bit(CAP_KILL) | bit(CAP_SETUID) | bit(CAP_SETGID) | bit(CAP_SETPCAP);
       // Without a memory cgroup init adds up what the steps really use.
       if (!host_.active(Mech::cgroup_memory)) keep |= bit(CAP_SYS_PTRACE);
+    } else if (ground_.other_uid) {
+      // Over what has another uid; of this user namespace alone.
+      keep = bit(CAP_KILL) | bit(CAP_SETUID) | bit(CAP_SETGID);
+      if (!host_.active(Mech::cgroup_memory)) keep |= bit(CAP_SYS_PTRACE);
     }
     if (const int error = set_capabilities(keep)) {
       return Failure{Stage::init_caps, error};

@@ -11,7 +11,6 @@
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -42,8 +41,13 @@ std::string text_of(const char* data, std::size_t size) {
 
 class Keeper {
  public:
-  Keeper(const Host& host, int slot, int channel, pid_t* shared)
-      : host_(host), slot_(slot), channel_(channel), shared_(shared) {}
+  Keeper(const Host& host, int slot, int channel, const KeeperLink& link,
+         int slots)
+      : host_(host),
+        slot_(slot),
+        channel_(channel),
+        link_(link),
+        slots_(slots) {}
 
   [[noreturn]] void run() {
     for (;;) {
@@ -70,11 +74,18 @@ class Keeper {
         serve(request, count ? passed[0] : -1, &reply, &answer);
       }
       if (count) close(passed[0]);
-      if (answer >= 0) {
-        send_struct(channel_, reply, std::span(&answer, 1));
-        close(answer);
-      } else {
-        send_struct(channel_, reply);
+      int error = send_struct(channel_, reply,
+                              std::span(&answer, answer >= 0 ? 1U : 0U));
+      if (answer >= 0) close(answer);
+      if (answer >= 0 && error != 0 && !gone(error)) {
+        // No room for a descriptor in flight: this request has failed.
+        reply.stage = Stage::request;
+        reply.error = error;
+        error = send_struct(channel_, reply);
+      }
+      if (error != 0) {  // a worker without an answer would wait for ever
+        end_session();
+        _exit(0);
       }
     }
   }
@@ -106,6 +117,7 @@ class Keeper {
           break;
         }
         failure = open_session(request, passed);
+        reply->pids = ground_.limits.pids;
         if (!failure.ok()) {
           end_session();
           blame(failure, reply);
@@ -138,13 +150,29 @@ class Keeper {
     if (!ground_.mirror.empty() && !hex_name(ground_.mirror)) {
       return {Stage::request, EINVAL};
     }
+    take_part_of_pids();
     if (const int error = choose_identity()) return {Stage::paths, error};
     if (const int error = host_.cgroups.limit(
             slot_, ((l.memory_mb + l.disk_mb) << 20) + kSlackBytes,
-            socket_bytes(l), l.pids + kSlackPids)) {
+            socket_bytes(l), ground_.limits.pids + kSlackPids)) {
       return {Stage::cgroup, error};
     }
     return clone_init(control);
+  }
+
+  // All slots together must leave the host process numbers, so each has its
+  // part of what there is, whatever its job may ask for.
+  void take_part_of_pids() {
+    Slots said;
+    while (recv_message(link_.keeper,
+                        std::as_writable_bytes(std::span(&said, 1)), {},
+                        nullptr, false) == sizeof(said)) {
+      slots_ = said.count;
+    }
+    const std::uint64_t part =
+        host_.pids.most / static_cast<std::uint64_t>(std::max(slots_, 1));
+    const std::uint64_t most = part > kSlackPids + 1 ? part - kSlackPids : 1;
+    ground_.limits.pids = std::min(ground_.limits.pids, most);
   }
 
   // Whose uid the steps have; for prepare also makes the mirror's directory.
@@ -152,6 +180,10 @@ class Keeper {
     ground_.uid = host_.root
                       ? host_.options.slot_uid_base + static_cast<uid_t>(slot_)
                       : kInnerUid;
+    if (host_.sub_uid != 0) {
+      ground_.other_uid = ground_.role == Role::job;
+      if (!ground_.other_uid) ground_.uid = kOwnerUid;
+    }
     ground_.gid = static_cast<gid_t>(ground_.uid);
     if (ground_.role == Role::job) {
       return ground_.repo.empty() ? 0 : EINVAL;
@@ -282,8 +314,10 @@ class Keeper {
     const int clone_error = errno;
     if (pid == 0) {
       const auto c = fds.counters.all();
-      close_all_but({fds.control, fds.report, fds.release, c[0], c[1], c[2],
-                     c[3], c[4], c[5], c[6]});
+      if (close_all_but({fds.control, fds.report, fds.release, c[0], c[1], c[2],
+                         c[3], c[4], c[5], c[6]})) {
+        _exit(1);
+      }
       init_main(host_, ground_, fds);
     }
     close(release[0]);
@@ -296,9 +330,13 @@ class Keeper {
       failure = {Stage::clone, clone_error};
     } else {
       pidfd_ = pidfd;
-      *shared_ = static_cast<pid_t>(pid);
-      if (const int error = host_.root ? 0 : map_identity(pid)) {
-        failure = {Stage::idmap, error};
+      // Before it is released, so that none runs that the spawner could not
+      // kill after us.
+      if (const int error =
+              send_struct(link_.keeper, Status{}, std::span(&pidfd, 1))) {
+        failure = {Stage::clone, error};
+      } else if (const int bad = host_.root ? 0 : map_identity(pid)) {
+        failure = {Stage::idmap, bad};
       }
       if (failure.ok()) {
         const bool released = write(release[1], "g", 1) == 1;
@@ -318,7 +356,7 @@ class Keeper {
 
   int map_identity(long pid) const {
     // The pid cannot be another's: it is our child and not yet waited for.
-    char line[64], path[64];
+    char line[96], path[64];
     const auto put = [&](const char* name, const char* text) {
       std::snprintf(path, sizeof(path), "/proc/%ld/%s", pid, name);
       const int fd = open(path, O_WRONLY | O_CLOEXEC);
@@ -327,6 +365,13 @@ class Keeper {
       close(fd);
       return error;
     };
+    if (host_.sub_uid != 0) {
+      // Ours to map: both are mapped where we are.
+      std::snprintf(line, sizeof(line), "%u %u 1\n%u %u 1", kInnerUid,
+                    kInnerUid, kOwnerUid, kOwnerUid);
+      const int bad = put("gid_map", line);
+      return bad ? bad : put("uid_map", line);
+    }
     int error = put("setgroups", "deny");
     std::snprintf(line, sizeof(line), "%u %u 1", kInnerUid, host_.gid);
     if (!error) error = put("gid_map", line);
@@ -339,14 +384,18 @@ class Keeper {
   // waited for only then.
   void end_session() {
     if (pidfd_ < 0) return;
-    syscall(SYS_pidfd_send_signal, pidfd_, SIGKILL, nullptr, 0);
+    kill_by_pidfd(pidfd_);
     bury();
   }
 
   void bury() {
-    while (waitpid(*shared_, nullptr, __WALL) < 0 && errno == EINTR) {
-    }
-    *shared_ = 0;
+    bury_by_pidfd(pidfd_);
+    Status ignored;
+    int put[1] = {-1};
+    std::size_t count = 0;
+    recv_message(link_.spawner, std::as_writable_bytes(std::span(&ignored, 1)),
+                 put, &count, false);
+    if (count) close(put[0]);
     close(pidfd_);
     pidfd_ = -1;
   }
@@ -354,17 +403,20 @@ class Keeper {
   const Host& host_;
   const int slot_;
   const int channel_;
-  pid_t* const shared_;  // init's pid, for the spawner to bury if we cannot
+  const KeeperLink link_;
+  int slots_;
   int pidfd_ = -1;
   Ground ground_;
 };
 
 }  // namespace
 
-void keeper_main(Host& host, int slot, int channel, pid_t* init_pid) {
+void keeper_main(Host& host, int slot, int channel, const KeeperLink& link,
+                 int slots) {
   if (host.cgroups.join(slot)) _exit(2);
   host.own_inodes = make_host_tree(host);
-  Keeper(host, slot, channel, init_pid).run();
+  if (host.sub_uid != 0 && enter_subids(host, slot)) _exit(3);
+  Keeper(host, slot, channel, link, slots).run();
 }
 
 }  // namespace machina::sandbox

@@ -29,12 +29,16 @@ struct Host {
   bool root = false;  // real root: no user namespace, a uid per slot
   uid_t uid = 0;
   gid_t gid = 0;
+  // Not root: the first of the subordinate ids, one a slot; 0 where there are
+  // none, and jobs share our uid.
+  std::uint64_t sub_uid = 0, sub_gid = 0;
   int landlock_abi = 0;
   Bpf allow, deny;  // empty: not to be installed
   Cgroups cgroups;
   std::vector<std::string> mounts;  // where the host had any at our start
   bool own_inodes = false;          // make_host_tree() has succeeded
   MechWire mechs[kMechs];
+  PidsBound pids;   // of all slots together
   Level level = 0;  // of the mechanisms alone; the canary has the last word
 
   MechWire& mech(Mech m) { return mechs[static_cast<std::size_t>(m)]; }
@@ -63,6 +67,7 @@ struct Ground {
   std::string repo, mirror;
   uid_t uid = 0;  // of the job, as seen inside
   gid_t gid = 0;
+  bool other_uid = false;  // in a user namespace: it is not init's
 };
 
 // What the kernel may keep in the buffers of a job's sockets, where these are
@@ -73,7 +78,6 @@ constexpr std::uint64_t socket_bytes(const Limits& l) {
 }
 
 // Limits that are the same for every step.
-constexpr std::uint64_t kOpenFilesMax = 4096;
 constexpr std::uint64_t kLockedBytesMax = 8 << 20;
 constexpr std::uint64_t kPendingSignalsMax = 1024;
 // Above the tmpfs's size: ENOSPC comes first, and a sparse file stops here.
@@ -81,7 +85,16 @@ constexpr std::uint64_t file_bytes_max(const Limits& l) {
   return (l.disk_mb + 1) << 20;
 }
 
-constexpr uid_t kInnerUid = 1000;  // inside a user namespace
+// Inside a user namespace: the job's and, where that is another of the host's,
+// our own, which init and the owner of a repository have.
+constexpr uid_t kInnerUid = 1000, kOwnerUid = 1001;
+
+// Finds the subordinate ids of our user and tries them; 0, or ENOENT (no
+// newuidmap), ENODATA (none are given to us), or what the helper met.
+int find_subids(Host* host);
+// The caller, a keeper, moves into a user namespace that has its slot's and our
+// own id. 0 or errno, and then the caller is of no use any more.
+int enter_subids(const Host& host, int slot);
 
 // What stage 1 leaves for the steps.
 struct Inside {
@@ -112,9 +125,12 @@ struct InitFds {
 [[noreturn]] void init_main(const Host& host, const Ground& ground,
                             const InitFds& fds);
 
-// The keeper of a slot; `init_pid` lies in memory shared with the spawner.
+// The keeper of a slot, one of `slots`.
 [[noreturn]] void keeper_main(Host& host, int slot, int channel,
-                              pid_t* init_pid);
+                              const KeeperLink& link, int slots);
+
+// What to change where a sandbox could not be made.
+std::string remedy_for(Stage stage, int error);
 
 struct StepPlan {
   const Host* host = nullptr;

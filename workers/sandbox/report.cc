@@ -1,5 +1,8 @@
 // The words for what was found: levels, mechanisms, the job's `isolation`.
 
+#include <unistd.h>
+
+#include <cerrno>
 #include <cstring>
 
 #include "workers/sandbox/launch.h"
@@ -30,7 +33,11 @@ const char* hint(const std::string& name, MechanismState state) {
     return "run as root, or delegate a cgroup with memory and pids";
   }
   if (name == "seccomp") return "set MACHINA_SECCOMP_ENABLE=1";
-  if (name == "uid") return "run as root for a uid per slot";
+  if (name == "uid") {
+    return "jobs share the pool's uid: give its user subordinate ids "
+           "(usermod --add-subuids 300000-300063 --add-subgids 300000-300063 "
+           "USER, package uidmap), or run as root";
+  }
   return "";
 }
 
@@ -54,6 +61,31 @@ std::string errno_name(int error) {
 }
 
 }  // namespace
+
+std::string remedy_for(Stage stage, int error) {
+  const bool root = geteuid() == 0;
+  switch (stage) {
+    case Stage::clone:
+    case Stage::userns:
+      if (error == ENOSPC) {
+        return "raise the sysctls user.max_user_namespaces, "
+               "user.max_mnt_namespaces and their like";
+      }
+      return root ? "give it CAP_SYS_ADMIN and, in a container, a seccomp "
+                    "profile that allows clone and unshare with namespaces"
+                  : "allow user namespaces to ordinary users: sysctl "
+                    "kernel.unprivileged_userns_clone=1, an AppArmor profile "
+                    "with `userns,`, in a container a seccomp profile that "
+                    "allows clone and unshare with namespaces; or run as root";
+    case Stage::proc:
+      return "give it a /proc that nothing is mounted over: in Docker "
+             "--security-opt systempaths=unconfined, in Kubernetes procMount: "
+             "Unmasked";
+    default:
+      return "docs/isolation.md, \"What the host must give\", has what this "
+             "needs; `machina doctor` shows each part";
+  }
+}
 
 // Without a root, process and network namespace there is no sandbox of this
 // provider's at all: L0. The rest takes from L3 downwards.

@@ -157,9 +157,16 @@ struct Mechanism {
   int error = 0;    // errno, 0: none
   std::string why;  // for doctor; not part of the job's JSON
 };
+// Why nothing can run here, and what to change; both empty where something can.
+struct Trouble {
+  std::string reason, remedy;
+  bool any() const { return !reason.empty(); }
+};
+
 // What the canary found by attacking (workers/sandbox/canary.cc).
 struct Report {
   Level level = 0;
+  Trouble trouble;  // at level 0
   std::string provider = "native";
   std::vector<Mechanism> mechanisms;
   std::vector<std::pair<std::string, bool>> attacks;  // name, withstood
@@ -211,11 +218,32 @@ struct SpawnerOptions {
   std::uint32_t slot_uid_base = 200'000;
   bool seccomp_enable = true;  // false: only the always-deny list
   std::string self_exe;        // for doctor and tests
+  // The most processes that a job may ask for (MACHINA_SANDBOX_MAX_PIDS), and
+  // how many slots there are to be at first.
+  std::uint64_t pids_max = 4096;
+  int slots = 1;
   // Tests: mechanisms (by name) that this host is to be without.
   std::vector<std::string> force_off;
 };
 
-// The pool's end. start() forks; call it before any thread exists.
+// What can be told before a spawner is started: root of a user namespace that
+// has no other ids to give is no root.
+Trouble host_trouble(const SpawnerOptions& options);
+
+// How many processes and threads all jobs of this host may have together, and
+// what bounds it, in words: seven eighths of the least of kernel.pid_max,
+// kernel.threads-max, pids.max of the caller's control groups and RLIMIT_NPROC
+// (not for root). The rest is the host's. Each of N slots gets an N-th at most,
+// whatever its job asks for.
+struct PidsBound {
+  std::uint64_t most = 0;
+  std::string what;  // "kernel.pid_max 32768"
+};
+PidsBound pids_bound();
+
+// The pool's end. start() forks; call it before any thread exists. It raises
+// the process's soft limit of descriptors to the hard one: jobs that share our
+// uid are held below it, and so cannot use up what may be in flight.
 class Spawner {
  public:
   static Result<std::unique_ptr<Spawner>> start(const SpawnerOptions&);
@@ -224,6 +252,9 @@ class Spawner {
   // A channel for the worker of slot `n` (0..63): hand it over exec as a
   // descriptor, then close it here.
   virtual Result<int> open_slot(int n) = 0;
+  // How many slots there are to be: what each may have of the host's process
+  // numbers follows, for sessions that are opened from now on.
+  virtual Result<void> set_slots(int count) = 0;
   // The pool's own way to the server's Unix socket, as Slot::connect_server().
   // Calls on a Spawner are made one at a time; any thread may make them.
   virtual Result<int> connect_server() = 0;

@@ -1,14 +1,21 @@
 #include "workers/sandbox/seccomp.h"
 
+#include <linux/audit.h>
 #include <linux/sched.h>
+#include <linux/seccomp.h>
+#include <netinet/in.h>
 #include <seccomp.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
+#include <bit>
 #include <cerrno>
+#include <cstddef>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -100,8 +107,11 @@ const char* const kDenied[] = {
 
 // Callers fall back on ENOSYS alone. clone3 hides its flags behind a pointer;
 // io_uring does its work where no filter looks.
+// The old aio counts against a limit that the whole host shares.
 const char* const kAbsent[] = {"clone3", "io_uring_setup", "io_uring_enter",
-                               "io_uring_register"};
+                               "io_uring_register", "io_setup", "io_submit",
+                               "io_getevents", "io_pgetevents", "io_cancel",
+                               "io_destroy"};
 // clang-format on
 
 constexpr scmp_datum_t kLow = 0xffffffff;
@@ -170,6 +180,145 @@ class Builder {
   std::unique_ptr<void, void (*)(scmp_filter_ctx)> context_;
   int error_ = 0;
 };
+
+// --- what libseccomp cannot express ---
+
+// The newest call that was looked at (mseal). In the deny-list alone a later
+// one would be allowed unseen.
+constexpr std::uint32_t kNewest = 462;
+constexpr std::uint32_t kX32Bit = 0x40000000;
+#if defined(__x86_64__)
+constexpr std::uint32_t kNative = AUDIT_ARCH_X86_64;
+#elif defined(__aarch64__)
+constexpr std::uint32_t kNative = AUDIT_ARCH_AARCH64;
+#endif
+static_assert(std::endian::native == std::endian::little);
+
+// Blocks of instructions, one a call; each ends by refusing, or by going on to
+// the filter behind.
+class Arguments {
+ public:
+  Arguments() {
+    put(BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, arch)));
+    put(BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, kNative, 1, 0));
+    go_on();
+    put(BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)));
+    put(BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, kX32Bit, 0, 1));
+    go_on();
+    put(BPF_JUMP(BPF_JMP | BPF_JGT | BPF_K, kNewest, 0, 1));
+    refuse(ENOSYS);
+  }
+
+  // `block` is taken where the number is `call`'s. Its jumps are relative.
+  void when(std::uint32_t call, const std::function<void(Arguments&)>& block) {
+    const std::size_t at = program_.size();
+    put(BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, call, 0, 0));
+    block(*this);
+    program_[at].jf = static_cast<std::uint8_t>(program_.size() - at - 1);
+  }
+  // Loads the low word of an argument.
+  void argument(unsigned n) {
+    put(BPF_STMT(BPF_LD | BPF_W | BPF_ABS,
+                 static_cast<std::uint32_t>(offsetof(seccomp_data, args) +
+                                            n * sizeof(std::uint64_t))));
+  }
+  void mask(std::uint32_t bits) {
+    put(BPF_STMT(BPF_ALU | BPF_AND | BPF_K, bits));
+  }
+  // Skips so many instructions where equal, and where not.
+  void equal(std::uint32_t value, std::uint8_t yes, std::uint8_t no) {
+    put(BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, yes, no));
+  }
+  void refuse(int error) { put(BPF_STMT(BPF_RET | BPF_K, kErrno(error))); }
+  void go_on() {
+    on_.push_back(program_.size());
+    put(BPF_STMT(BPF_JMP | BPF_JA, 0));
+  }
+
+  Bpf before(const Bpf& filter) && {
+    for (const std::size_t at : on_) {
+      program_[at].k = static_cast<std::uint32_t>(program_.size() - at - 1);
+    }
+    program_.insert(program_.end(), filter.begin(), filter.end());
+    return std::move(program_);
+  }
+
+ private:
+  void put(const sock_filter& instruction) { program_.push_back(instruction); }
+
+  Bpf program_;
+  std::vector<std::size_t> on_;
+};
+
+// TCP and UDP; what is raw the rules behind refuse. Not MPTCP, UDP-Lite, SCTP,
+// DCCP, L2TP, SMC, nor ICMP as datagrams.
+void inet_sockets_only(Arguments& a) {
+  a.argument(0);
+  a.equal(AF_INET, 1, 0);
+  a.equal(AF_INET6, 0, 12);
+  a.argument(1);
+  a.mask(0xf);
+  a.equal(SOCK_STREAM, 3, 0);
+  a.equal(SOCK_DGRAM, 4, 0);
+  a.equal(SOCK_RAW, 7, 0);
+  a.equal(SOCK_PACKET, 6, 5);
+  a.argument(2);
+  a.equal(IPPROTO_TCP, 4, 2);
+  a.argument(2);
+  a.equal(IPPROTO_UDP, 2, 0);
+  a.equal(0, 1, 0);
+  a.refuse(EPROTONOSUPPORT);
+  a.go_on();
+}
+
+// In a job's PID namespace the one process that is not the job's is PID 1, and
+// without another uid for the job the kernel would let it be changed.
+void not_of_init(Arguments& a) {
+  a.argument(0);
+  a.equal(1, 0, 1);
+  a.refuse(EPERM);
+  a.go_on();
+}
+
+// setpriority and ioprio_set: by process, by group, or all of a user's.
+void not_of_init_or_user(Arguments& a, std::uint32_t user) {
+  a.argument(0);
+  a.equal(user, 2, 0);
+  a.argument(1);
+  a.equal(1, 0, 1);
+  a.refuse(EPERM);
+  a.go_on();
+}
+
+Bpf with_arguments(const Bpf& filter) {
+  Arguments a;
+  a.when(SYS_socket, inet_sockets_only);
+  a.when(SYS_socketpair, [](Arguments& b) {
+    b.argument(0);
+    b.equal(AF_UNIX, 1, 0);
+    b.refuse(EAFNOSUPPORT);
+    b.go_on();
+  });
+  // What makes another protocol of a TCP socket: SMC, TLS in the kernel.
+  a.when(SYS_setsockopt, [](Arguments& b) {
+    b.argument(1);
+    b.equal(IPPROTO_TCP, 0, 3);
+    b.argument(2);
+    b.equal(31 /* TCP_ULP */, 0, 1);
+    b.refuse(ENOPROTOOPT);
+    b.go_on();
+  });
+  for (const std::uint32_t call :
+       {SYS_prlimit64, SYS_sched_setaffinity, SYS_sched_setparam,
+        SYS_sched_setscheduler, SYS_sched_setattr}) {
+    a.when(call, not_of_init);
+  }
+  a.when(SYS_setpriority,
+         [](Arguments& b) { not_of_init_or_user(b, 2 /* PRIO_USER */); });
+  a.when(SYS_ioprio_set,
+         [](Arguments& b) { not_of_init_or_user(b, 3 /* WHO_USER */); });
+  return std::move(a).before(filter);
+}
 
 }  // namespace
 
@@ -245,7 +394,9 @@ Result<Bpf> compile_deny_filter() {
     b.rule(kErrno(EPERM), "personality",
            {Builder::low(0, bit, bit | 0x80000000u)});
   }
-  return b.finish();
+  auto filter = b.finish();
+  if (!filter) return filter.error();
+  return with_arguments(*filter);
 }
 
 }  // namespace machina::sandbox

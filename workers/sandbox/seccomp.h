@@ -13,9 +13,14 @@
 //
 // With MACHINA_SECCOMP_ENABLE=0 only `deny` is installed.
 //
+// In front of `deny` stand the rules that libseccomp has no words for ("not one
+// of these values"): sockets of no protocol but TCP and UDP, no pair but of
+// Unix sockets, nobody's limits, priority, affinity or I/O class but the job's
+// own, and no call that is newer than this list.
+//
 //   S1  Every int argument is compared in its low 32 bits only: the kernel
-//   looks
-//       at no more, and a 64-bit compare is bypassed by setting high bits.
+//       looks at no more, and a 64-bit compare is bypassed by setting high
+//       bits.
 //   S2  Only a foreign architecture (i386, x32) is killed.
 
 #pragma once

@@ -130,8 +130,12 @@ class SlotImpl;
 
 class SessionImpl : public Session {
  public:
-  SessionImpl(SlotImpl& slot, Fd control, const Limits& limits)
-      : slot_(slot), control_(std::move(control)), limits_(limits) {}
+  SessionImpl(SlotImpl& slot, Fd control, const Limits& limits,
+              std::uint64_t pids_asked)
+      : slot_(slot),
+        control_(std::move(control)),
+        limits_(limits),
+        pids_asked_(pids_asked) {}
   // A sandbox that is weaker than was asked for runs nothing.
   SessionImpl(SlotImpl& slot, std::string weak)
       : slot_(slot), weak_(std::move(weak)) {}
@@ -155,6 +159,13 @@ class SessionImpl : public Session {
   void order(int signal) {
     send_struct(control_.get(), StepSignal{InitOp::signal, signal});
   }
+  // Where the job was given fewer processes than it asked for.
+  std::string part_of_pids() const {
+    if (limits_.pids >= pids_asked_) return "";
+    return "it was given " + std::to_string(limits_.pids) +
+           ", its slot's part of the process numbers of this host (the pool's "
+           "log names the bound)";
+  }
   // Init does not answer: the keeper kills the namespace.
   void give_up();
   StepResult collector(const std::string& request, std::size_t output_bytes);
@@ -162,6 +173,7 @@ class SessionImpl : public Session {
   SlotImpl& slot_;
   Fd control_;
   Limits limits_;
+  std::uint64_t pids_asked_ = 0;  // limits_ has what was given
   std::string weak_;
   bool lost_ = false;
   bool service_ = false;
@@ -228,8 +240,10 @@ class SlotImpl : public Slot {
                                           stage_name(reply->stage) + ": " +
                                           std::strerror(reply->error)};
     }
-    return std::unique_ptr<Session>(
-        std::make_unique<SessionImpl>(*this, std::move(ours), spec.limits));
+    Limits given = spec.limits;
+    given.pids = reply->pids;
+    return std::unique_ptr<Session>(std::make_unique<SessionImpl>(
+        *this, std::move(ours), given, spec.limits.pids));
   }
 
   void close_session(int wait_ms) {
@@ -250,6 +264,12 @@ class SlotImpl : public Slot {
     const int error =
         send_struct(channel_.get(), request,
                     std::span<const int>(&pass, pass >= 0 ? 1U : 0U));
+    // Not sent: there is nothing to wait for, and the next may pass.
+    if (error && !gone(error)) {
+      return Error{
+          Code::unavailable,
+          std::string("the request cannot be sent: ") + std::strerror(error)};
+    }
     KeeperReply reply;
     int fds[1] = {-1};
     std::size_t count = 0;
@@ -480,6 +500,7 @@ StepResult SessionImpl::run_capped(const Step& step, const Watch& watch,
     result.detail = "the sandbox has died";
   } else {
     verdict(done, killed, &result);
+    if (result.ended == Ended::pids) result.detail = part_of_pids();
   }
   result.wall_ms = now_ms() - started;
   result.out = streams[0].kept.text();
@@ -533,6 +554,7 @@ StepResult SessionImpl::wait_service(Millis timeout_ms) {
     result.detail = "the sandbox has died";
   } else {
     verdict(done, killed, &result);
+    if (result.ended == Ended::pids) result.detail = part_of_pids();
   }
   result.wall_ms = now_ms() - service_started_;
   return result;

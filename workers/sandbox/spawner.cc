@@ -5,8 +5,8 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
-#include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -28,6 +28,11 @@ namespace machina::sandbox {
 
 namespace {
 
+constexpr char kRemedyIds[] =
+    "run it as the host's root or as an ordinary user, outside of that "
+    "namespace; or map these ids into it (unshare --map-auto, newuidmap); or "
+    "set MACHINA_SLOT_UID_BASE so that they lie within what is mapped";
+
 std::array<Builtin, static_cast<std::size_t>(BuiltinId::count)>& builtins() {
   static std::array<Builtin, static_cast<std::size_t>(BuiltinId::count)> all{};
   return all;
@@ -37,8 +42,9 @@ std::array<Builtin, static_cast<std::size_t>(BuiltinId::count)>& builtins() {
 
 class SpawnerProcess {
  public:
-  SpawnerProcess(const SpawnerOptions& options, int control, int events)
-      : options_(options), control_(control), events_(events) {}
+  SpawnerProcess(const SpawnerOptions& options, int control, int events,
+                 pid_t pool)
+      : options_(options), control_(control), events_(events), pool_(pool) {}
 
   [[noreturn]] void run() {
     host_ = find_host(options_);
@@ -46,13 +52,9 @@ class SpawnerProcess {
     Saying(Severity::debug, "started", "sandboxes can be made")
         .with("pid", getpid())
         .with("uid", geteuid());
+    set_slots(options_.slots);
     // Orphans of a keeper that died come to us, to be waited for.
     prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
-    void* page =
-        mmap(nullptr, sizeof(pid_t) * kSlotsMax, PROT_READ | PROT_WRITE,
-             MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (page == MAP_FAILED) _exit(1);
-    init_pids_ = static_cast<pid_t*>(page);
     if (send_struct(control_, Status{})) leave();
     sigset_t chld;
     sigemptyset(&chld);
@@ -70,10 +72,19 @@ class SpawnerProcess {
       reap();
       tell();
       if (n > 0 && item.revents && !serve()) leave();
+      // Whoever else holds the pool's end of our socket, the pool has gone.
+      if (getppid() != pool_) leave();
     }
   }
 
  private:
+  struct Keeper {
+    pid_t pid = 0;       // 0: none, or reaped
+    bool ended = false;  // reaped, and its slot not yet emptied
+    int link = -1;       // the spawner's end of KeeperLink
+  };
+
+  // False: the pool has gone. A request that could not be served is answered.
   bool serve() {
     OpenSlot request;
     int channel[1] = {-1};
@@ -82,17 +93,23 @@ class SpawnerProcess {
     Status status;
     if (request.slot == kConnectServer && count == 0) {
       const int fd = connect_unix(options_.socket_path);
-      if (fd < 0) {
+      if (fd >= 0) {
+        status.error = send_struct(control_, status, std::span(&fd, 1));
+        close(fd);
+        if (status.error == 0) return true;
+        if (gone(status.error)) return false;
+      } else {
         status.error = -fd;
-        return send_struct(control_, status) == 0;
       }
-      const int error = send_struct(control_, status, std::span(&fd, 1));
-      close(fd);
-      return error == 0;
+      return send_struct(control_, status) == 0;
+    }
+    if (request.slot == kSetSlots && count == 0) {
+      set_slots(request.count);
+      return send_struct(control_, status) == 0;
     }
     if (count != 1 || request.slot < 0 || request.slot >= kSlotsMax) {
       status.error = EINVAL;
-    } else if (keepers_[static_cast<std::size_t>(request.slot)]) {
+    } else if (keepers_[static_cast<std::size_t>(request.slot)].link >= 0) {
       status.error = EBUSY;
     } else {
       status.error = start_keeper(request.slot, channel[0]);
@@ -105,6 +122,27 @@ class SpawnerProcess {
     return send_struct(control_, status) == 0;
   }
 
+  void set_slots(int count) {
+    const int before = slots_;
+    slots_ = std::clamp(count, 1, kSlotsMax);
+    for (const auto& keeper : keepers_) {
+      if (keeper.link >= 0) send_struct(keeper.link, Slots{slots_});
+    }
+    const std::uint64_t part =
+        host_.pids.most / static_cast<std::uint64_t>(slots_);
+    if (slots_ == before || part >= options_.pids_max) return;
+    Saying(Severity::warn, "pids_bounded",
+           std::to_string(slots_) + " workers of up to " +
+               std::to_string(options_.pids_max) +
+               " processes a job (MACHINA_SANDBOX_MAX_PIDS) are more than this "
+               "host has (" +
+               host_.pids.what +
+               ", an eighth of which stays the host's): a job gets at most " +
+               std::to_string(part))
+        .with("workers", slots_)
+        .with("pids", static_cast<std::int64_t>(part));
+  }
+
   int start_keeper(int slot, int channel) {
     std::string where;
     if (const int error = host_.cgroups.make_slot(slot, &where)) {
@@ -113,9 +151,20 @@ class SpawnerProcess {
                  std::strerror(error));
       return error;
     }
+    int ends[2];
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0,
+                   ends) < 0) {
+      return errno;
+    }
+    const KeeperLink link{ends[0], ends[1]};
     const pid_t parent = getpid();
     const pid_t pid = fork();
-    if (pid < 0) return errno;
+    if (pid < 0) {
+      const int error = errno;
+      close(link.keeper);
+      close(link.spawner);
+      return error;
+    }
     if (pid == 0) {
       prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
       if (getppid() != parent) _exit(1);
@@ -123,26 +172,38 @@ class SpawnerProcess {
       sigset_t none;
       sigemptyset(&none);
       sigprocmask(SIG_SETMASK, &none, nullptr);
-      close_all_but({channel});
-      keeper_main(host_, slot, channel, &init_pids_[slot]);
+      if (close_all_but({channel, link.keeper, link.spawner})) _exit(1);
+      keeper_main(host_, slot, channel, link, slots_);
     }
-    keepers_[static_cast<std::size_t>(slot)] = pid;
+    close(link.keeper);
+    auto& keeper = keepers_[static_cast<std::size_t>(slot)];
+    keeper.pid = pid;
+    keeper.link = link.spawner;
     return 0;
   }
 
-  void reap() {
+  // Every child that has ended is reaped here or in empty(), and nowhere
+  // unseen: `pid` of a keeper is a child's that is not reaped, so its number
+  // is no other process's.
+  void collect() {
     for (;;) {
       const pid_t pid = waitpid(-1, nullptr, WNOHANG | __WALL);
       if (pid <= 0) return;
-      for (int slot = 0; slot < kSlotsMax; ++slot) {
-        auto& keeper = keepers_[static_cast<std::size_t>(slot)];
-        // An orphaned init that was reaped here must not be waited for again.
-        if (init_pids_[slot] == pid) init_pids_[slot] = 0;
-        if (keeper != pid) continue;
-        keeper = 0;
-        empty(slot);
-        untold_[static_cast<std::size_t>(slot)] = true;
+      for (auto& keeper : keepers_) {
+        if (keeper.pid != pid) continue;
+        keeper.pid = 0;
+        keeper.ended = true;
       }
+    }
+  }
+
+  void reap() {
+    collect();
+    for (int slot = 0; slot < kSlotsMax; ++slot) {
+      auto& keeper = keepers_[static_cast<std::size_t>(slot)];
+      if (!keeper.ended) continue;
+      empty(slot);  // more may end meanwhile: the next round is theirs
+      untold_[static_cast<std::size_t>(slot)] = true;
     }
   }
 
@@ -159,15 +220,21 @@ class SpawnerProcess {
   // an init, now our child, dying of its parent's death. Being able to wait
   // for it proves that its namespace is empty.
   void empty(int slot) {
-    if (const pid_t init = init_pids_[slot]) {
-      kill(init, SIGKILL);
-      while (waitpid(init, nullptr, __WALL) < 0 && errno == EINTR) {
-      }
-      init_pids_[slot] = 0;
+    auto& keeper = keepers_[static_cast<std::size_t>(slot)];
+    Status ignored;
+    int init[1] = {-1};
+    std::size_t count = 0;
+    recv_message(keeper.link, std::as_writable_bytes(std::span(&ignored, 1)),
+                 init, &count, false);
+    if (count) {
+      kill_by_pidfd(init[0]);
+      bury_by_pidfd(init[0]);
+      close(init[0]);
     }
+    close(keeper.link);
+    keeper = Keeper{};
     for (int round = 0; round < 200 && !host_.cgroups.kill_all(slot); ++round) {
-      while (waitpid(-1, nullptr, WNOHANG | __WALL) > 0) {
-      }
+      collect();
       usleep(5000);
     }
   }
@@ -175,12 +242,12 @@ class SpawnerProcess {
   [[noreturn]] void leave() {
     for (int slot = 0; slot < kSlotsMax; ++slot) {
       auto& keeper = keepers_[static_cast<std::size_t>(slot)];
-      if (!keeper) continue;
-      kill(keeper, SIGKILL);
-      while (waitpid(keeper, nullptr, __WALL) < 0 && errno == EINTR) {
+      if (keeper.pid != 0) {
+        kill(keeper.pid, SIGKILL);  // ours, and not reaped
+        while (waitpid(keeper.pid, nullptr, __WALL) < 0 && errno == EINTR) {
+        }
       }
-      keeper = 0;
-      empty(slot);
+      if (keeper.pid != 0 || keeper.ended) empty(slot);
     }
     host_.cgroups.remove();
     _exit(0);
@@ -188,15 +255,21 @@ class SpawnerProcess {
 
   const SpawnerOptions options_;
   const int control_, events_;
+  const pid_t pool_;
+  int slots_ = 0;  // that there are to be
   Host host_;
-  std::array<pid_t, kSlotsMax> keepers_{};
+  std::array<Keeper, kSlotsMax> keepers_{};
   std::array<bool, kSlotsMax> untold_{};
-  pid_t* init_pids_ = nullptr;
 };
 
 [[noreturn]] void spawner_process(const SpawnerOptions& options, int control,
-                                  int events) {
-  close_all_but({control, events});
+                                  int events, pid_t pool) {
+  // With the pool's end of `control` in our own hands its end-of-file would
+  // never come.
+  if (const int error = close_all_but({control, events})) {
+    send_struct(control, Status{error});
+    _exit(1);
+  }
   fcntl(events, F_SETFL, O_NONBLOCK);
   const int null = open("/dev/null", O_RDWR | O_CLOEXEC);
   if (null >= 0) {
@@ -212,7 +285,7 @@ class SpawnerProcess {
   }
   environ = nullptr;
   for (int s : {SIGINT, SIGTERM, SIGHUP, SIGPIPE}) signal(s, SIG_IGN);
-  SpawnerProcess(options, control, events).run();
+  SpawnerProcess(options, control, events, pool).run();
 }
 
 // --- the pool's end ---
@@ -243,10 +316,16 @@ class SpawnerHandle : public Spawner {
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0) {
       return Error{Code::io, std::string("slot: ") + std::strerror(errno)};
     }
-    const OpenSlot request{n};
+    const OpenSlot request{n, 0};
     Status status;
     const int error = send_struct(control_, request, std::span(&pair[1], 1));
     close(pair[1]);
+    if (error && !gone(error)) {
+      close(pair[0]);
+      return Error{Code::unavailable,
+                   "slot " + std::to_string(n) +
+                       ": the request cannot be sent: " + std::strerror(error)};
+    }
     if (error || !readable_within(control_, 10'000) ||
         !recv_struct(control_, status)) {
       close(pair[0]);
@@ -261,11 +340,20 @@ class SpawnerHandle : public Spawner {
     return pair[0];
   }
 
+  Result<void> set_slots(int count) override {
+    Status status;
+    if (send_struct(control_, OpenSlot{kSetSlots, count}) ||
+        !readable_within(control_, 10'000) || !recv_struct(control_, status)) {
+      return Error{Code::unavailable, "the spawner does not answer"};
+    }
+    return {};
+  }
+
   Result<int> connect_server() override {
     Status status;
     int fd[1] = {-1};
     std::size_t count = 0;
-    if (send_struct(control_, OpenSlot{kConnectServer}) ||
+    if (send_struct(control_, OpenSlot{kConnectServer, 0}) ||
         !readable_within(control_, 10'000) ||
         !recv_struct(control_, status, fd, &count)) {
       return Error{Code::unavailable, "the spawner does not answer"};
@@ -373,12 +461,78 @@ Host find_host(const SpawnerOptions& options) {
   set(Mech::cgroup_pids, host.cgroups.pids() ? active : unavailable,
       host.cgroups.pids_error());
   host.mounts = mount_points();
-  // Not as root all slots share one uid, parted by their user namespaces.
-  set(Mech::uid, host.root ? active : degraded);
+  // Not as root, and without subordinate ids, all slots share our uid, parted
+  // by their user namespaces.
+  const int no_ids = host.root                   ? 0
+                     : host.forced_off("subids") ? ENODATA
+                                                 : find_subids(&host);
+  set(Mech::uid, no_ids ? degraded : active, no_ids);
   set(Mech::caps, active);
   set(Mech::rlimits, active);
+  host.pids = pids_bound();
+  host.cgroups.limit_all(host.pids.most);
   host.level = level_of(host.mechs);
   return host;
+}
+
+Trouble host_trouble(const SpawnerOptions& options) {
+  if (geteuid() != 0) return {};
+  // Those of the pool and of every slot.
+  const std::uint64_t first = options.slot_uid_base - 1;
+  const std::uint64_t last = options.slot_uid_base + kSlotsMax - 1;
+  std::ifstream setgroups("/proc/self/setgroups");
+  std::string word;
+  if (setgroups >> word && word == "deny") {
+    return {
+        "this root is uid 0 of a user namespace in which setgroups is "
+        "denied (/proc/self/setgroups): it cannot become another user",
+        kRemedyIds};
+  }
+  for (const char* file : {"/proc/self/uid_map", "/proc/self/gid_map"}) {
+    std::ifstream map(file);
+    bool mapped = false, any = false;
+    for (std::uint64_t inside, outside, count;
+         map >> inside >> outside >> count;) {
+      any = true;
+      mapped = mapped || (inside <= first && last < inside + count);
+    }
+    if (any && !mapped) {
+      return {"this root is uid 0 of a user namespace that does not map ids " +
+                  std::to_string(first) + " to " + std::to_string(last) +
+                  ", one for the pool and one for each slot (" + file + ")",
+              kRemedyIds};
+    }
+  }
+  return {};
+}
+
+PidsBound pids_bound() {
+  PidsBound bound{std::uint64_t{1} << 22, "the kernel's 4194304"};
+  const auto at_most = [&](std::uint64_t most, const std::string& what) {
+    if (most == 0 || most >= bound.most) return;
+    bound = {most, what + " " + std::to_string(most)};
+  };
+  const auto number = [](const std::string& path) {
+    std::ifstream file(path);
+    std::uint64_t n = 0;
+    file >> n;  // "max" is none
+    return file ? n : 0;
+  };
+  at_most(number("/proc/sys/kernel/pid_max"), "kernel.pid_max");
+  at_most(number("/proc/sys/kernel/threads-max"), "kernel.threads-max");
+  for (std::string group : own_pids_groups()) {
+    for (; group.size() > std::strlen("/sys/fs/cgroup");
+         group.resize(group.rfind('/'))) {
+      at_most(number(group + "/pids.max"), group + "/pids.max");
+    }
+  }
+  rlimit processes{};
+  if (geteuid() != 0 && getrlimit(RLIMIT_NPROC, &processes) == 0 &&
+      processes.rlim_cur != RLIM_INFINITY) {
+    at_most(processes.rlim_cur, "RLIMIT_NPROC");
+  }
+  bound.most -= bound.most / 8;
+  return bound;
 }
 
 Result<std::unique_ptr<Spawner>> Spawner::start(const SpawnerOptions& options) {
@@ -388,6 +542,7 @@ Result<std::unique_ptr<Spawner>> Spawner::start(const SpawnerOptions& options) {
   if (!find_builtin(BuiltinId::canary)) {
     register_builtin(BuiltinId::canary, canary_builtin);
   }
+  raise_descriptor_limit();
   int control[2], events[2];
   if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, control) < 0) {
     return Error{Code::io, std::string("spawner: ") + std::strerror(errno)};
@@ -398,8 +553,9 @@ Result<std::unique_ptr<Spawner>> Spawner::start(const SpawnerOptions& options) {
     close(control[1]);
     return Error{Code::io, std::string("spawner: ") + std::strerror(error)};
   }
+  const pid_t pool = getpid();
   const pid_t pid = fork();
-  if (pid == 0) spawner_process(options, control[1], events[1]);
+  if (pid == 0) spawner_process(options, control[1], events[1], pool);
   const int error = errno;
   close(control[1]);
   close(events[1]);
@@ -411,8 +567,14 @@ Result<std::unique_ptr<Spawner>> Spawner::start(const SpawnerOptions& options) {
   auto handle = std::make_unique<SpawnerHandle>(pid, control[0], events[0]);
   Status status;
   if (!readable_within(control[0], 10'000) ||
-      !recv_struct(control[0], status) || status.error) {
+      !recv_struct(control[0], status)) {
     return Error{Code::unavailable, "spawner: did not start"};
+  }
+  if (status.error) {
+    return Error{Code::unavailable,
+                 "spawner: cannot close what it inherits: close_range is "
+                 "refused here and /proc/self/fd cannot be read: " +
+                     std::string(std::strerror(status.error))};
   }
   return std::unique_ptr<Spawner>(std::move(handle));
 }

@@ -238,8 +238,9 @@ int own_proc(Inside* inside) {
   }
   close(seen);
   for (const char* name :
-       {"kcore", "keys", "key-users", "kmsg", "sysrq-trigger", "timer_list",
-        "sched_debug", "latency_stats", "kallsyms", "kpagecount", "kpageflags",
+       {"kcore", "cmdline", "bootconfig", "keys", "key-users", "kmsg",
+        "modules", "swaps", "sysrq-trigger", "timer_list", "sched_debug",
+        "latency_stats", "kallsyms", "kpagecount", "kpageflags",
         "kpagecgroup"}) {
     const std::string path = std::string("proc/") + name;
     if (!error && access(path.c_str(), F_OK) == 0) {

@@ -54,12 +54,20 @@ int set_limit(int what, rlim_t value) {
                                                                        : 0;
 }
 
+// Fewer than ours: wire.h, raise_descriptor_limit().
+rlim_t descriptors() {
+  rlimit ours{};
+  if (getrlimit(RLIMIT_NOFILE, &ours) < 0) return kStepDescriptors / 2;
+  return ours.rlim_max / 2 < kStepDescriptors ? ours.rlim_max / 2
+                                              : kStepDescriptors;
+}
+
 int set_limits(const StepPlan& plan) {
   const Limits& l = plan.ground->limits;
   // 1, not 0: with a pipe as core_pattern the kernel starts the host's handler
   // at 0, and gives up at 1.
   int error = set_limit(RLIMIT_CORE, 1);
-  if (!error) error = set_limit(RLIMIT_NOFILE, kOpenFilesMax);
+  if (!error) error = set_limit(RLIMIT_NOFILE, descriptors());
   if (!error) error = set_limit(RLIMIT_FSIZE, file_bytes_max(l));
   if (!error) error = set_limit(RLIMIT_MEMLOCK, kLockedBytesMax);
   if (!error) error = set_limit(RLIMIT_MSGQUEUE, 0);
@@ -86,14 +94,28 @@ int write_at(int dir, const char* path, const char* text, std::size_t size) {
   return error;
 }
 
+// Another of the host's uids than init's, and none of its groups.
+int become_the_job(const StepPlan& plan) {
+  const uid_t uid = plan.ground->uid;
+  const gid_t gid = plan.ground->gid;
+  if (setgroups(0, nullptr) < 0 || setresgid(gid, gid, gid) < 0 ||
+      setresuid(uid, uid, uid) < 0) {
+    return errno;
+  }
+  // Any change of identity clears it: see enter_step().
+  return prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) < 0 ? errno : 0;
+}
+
 // A user namespace below init's, in which nobody may make another.
 int nested_userns(const StepPlan& plan) {
-  static const char kMap[] = "1000 1000 1";
+  static const char kJob[] = "1000 1000 1", kOwner[] = "1001 1001 1";
+  static_assert(kInnerUid == 1000 && kOwnerUid == 1001);
+  const char* const map = plan.ground->uid == kInnerUid ? kJob : kOwner;
   const int proc = plan.inside->proc;
   if (unshare(CLONE_NEWUSER) < 0) return errno;
   int error = write_at(proc, "self/setgroups", "deny", 4);
-  if (!error) error = write_at(proc, "self/gid_map", kMap, sizeof(kMap) - 1);
-  if (!error) error = write_at(proc, "self/uid_map", kMap, sizeof(kMap) - 1);
+  if (!error) error = write_at(proc, "self/gid_map", map, sizeof(kJob) - 1);
+  if (!error) error = write_at(proc, "self/uid_map", map, sizeof(kJob) - 1);
   if (!error) error = write_at(proc, "sys/user/max_user_namespaces", "0", 1);
   if (!error && unshare(CLONE_NEWUSER) == 0) error = EPERM;  // it must not work
   return error;
@@ -205,7 +227,7 @@ int take_stdio(StepPlan& plan) {
   }
   if (dup3(plan.fail, 3, O_CLOEXEC) < 0) return errno;
   plan.fail = 3;
-  return syscall(SYS_close_range, 4, ~0U, 0) < 0 ? errno : 0;
+  return close_all_but({3});
 }
 
 int exec(const Program& program) {
@@ -265,6 +287,7 @@ void enter_step(const StepPlan& given) {
   // job cannot undo it: its /proc is read-only.
   must(Stage::rlimits,
        write_at(plan.inside->proc, "self/oom_score_adj", "1000", 4));
+  if (plan.ground->other_uid) must(Stage::uid, become_the_job(plan));
   if (!host.root) must(Stage::userns, nested_userns(plan));
   must(Stage::rlimits, set_limits(plan));
 

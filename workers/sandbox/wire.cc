@@ -2,10 +2,13 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <signal.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -22,6 +25,43 @@ std::int64_t now_ms() {
   timespec t{};
   clock_gettime(CLOCK_MONOTONIC, &t);
   return t.tv_sec * 1000 + t.tv_nsec / 1'000'000;
+}
+
+// Those above 2 that /proc/self/fd names and `keep` (sorted) does not have.
+// Closing changes the listing, so it is read anew until it names no more.
+int close_listed(std::span<const int> keep) {
+  constexpr int kRounds = 64;
+  for (int round = 0; round < kRounds; ++round) {
+    const int dir = open("/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (dir < 0) return errno;
+    bool closed = false;
+    int error = 0;
+    alignas(8) char names[4096];
+    for (;;) {
+      const long n = syscall(SYS_getdents64, dir, names, sizeof(names));
+      if (n < 0) error = errno;
+      if (n <= 0) break;
+      for (long at = 0; at < n;) {
+        unsigned short length;
+        std::memcpy(&length, names + at + 16, sizeof(length));
+        int fd = 0;
+        for (const char* c = names + at + 19; *c >= '0' && *c <= '9'; ++c) {
+          fd = fd * 10 + (*c - '0');
+        }
+        at += length;
+        if (fd <= 2 || fd == dir ||
+            std::find(keep.begin(), keep.end(), fd) != keep.end()) {
+          continue;
+        }
+        close(fd);
+        closed = true;
+      }
+    }
+    close(dir);
+    if (error) return error;
+    if (!closed) return 0;
+  }
+  return EBADF;
 }
 }  // namespace
 
@@ -103,7 +143,7 @@ ssize_t recv_message(int socket, std::span<std::byte> bytes, std::span<int> fds,
   return bad ? -EMSGSIZE : got;
 }
 
-void close_all_but(std::initializer_list<int> keep) {
+int close_all_but(std::initializer_list<int> keep) {
   int sorted[32];
   std::size_t n = 0;
   for (int fd : keep) {
@@ -111,12 +151,36 @@ void close_all_but(std::initializer_list<int> keep) {
   }
   std::sort(sorted, sorted + n);
   unsigned from = 3;
-  for (std::size_t i = 0; i < n; ++i) {
+  bool refused = false;
+  const auto close_up_to = [&](unsigned last) {
+    refused = refused || syscall(SYS_close_range, from, last, 0) < 0;
+  };
+  for (std::size_t i = 0; i < n && !refused; ++i) {
     const auto fd = static_cast<unsigned>(sorted[i]);
-    if (fd > from) syscall(SYS_close_range, from, fd - 1, 0);
+    if (fd > from) close_up_to(fd - 1);
     from = std::max(from, fd + 1);
   }
-  syscall(SYS_close_range, from, ~0U, 0);
+  if (!refused) close_up_to(~0U);
+  return refused ? close_listed({sorted, n}) : 0;
+}
+
+void raise_descriptor_limit() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) < 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+void kill_by_pidfd(int pidfd) {
+  syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, nullptr, 0);
+}
+
+void bury_by_pidfd(int pidfd) {
+  siginfo_t info{};
+  while (waitid(P_PIDFD, static_cast<id_t>(pidfd), &info, WEXITED | __WALL) <
+             0 &&
+         errno == EINTR) {
+  }
 }
 
 bool readable_within(int fd, int milliseconds) {

@@ -7,6 +7,8 @@
 //
 //   pool -> spawner    OpenSlot + the keeper's end of a channel -> Status
 //                      OpenSlot{kConnectServer} -> Status + a connection
+//                      OpenSlot{kSetSlots, count} -> Status
+//   spawner -> keeper  Slots, which it reads before it opens a session
 //   spawner -> pool    SlotEmpty                       (the events socket)
 //   worker -> keeper   KeeperRequest [+ descriptors] -> KeeperReply
 //   worker -> init     StepRequest + descriptors -> StepDone
@@ -19,6 +21,7 @@
 
 #include <sys/types.h>
 
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
@@ -97,8 +100,13 @@ enum class Stage : std::int32_t {
 const char* stage_name(Stage stage);
 
 constexpr std::int32_t kConnectServer = -1;  // instead of a slot
+constexpr std::int32_t kSetSlots = -2;
 struct OpenSlot {
   std::int32_t slot = 0;
+  std::int32_t count = 0;  // kSetSlots
+};
+struct Slots {
+  std::int32_t count = 1;
 };
 struct SlotEmpty {
   std::int32_t slot = 0;
@@ -123,6 +131,7 @@ struct KeeperReply {
   std::int32_t error = 0;
   std::uint8_t level = 0;     // what the mechanisms below would make
   std::uint8_t too_weak = 0;  // below min_level: nothing was started
+  std::uint64_t pids = 0;     // what was asked for, or less: the slot's part
   MechWire mechs[kMechs];
   char provider[8] = {};
 };
@@ -187,8 +196,38 @@ bool recv_struct(int socket, T& value, std::span<int> fds = {},
                       fd_count, true) == static_cast<ssize_t>(sizeof(T));
 }
 
-// Closes every descriptor from 3 on but these.
-void close_all_but(std::initializer_list<int> keep);
+// Whether a send failed because nobody is at the other end any more. Any other
+// failure (no room for descriptors in flight, no memory) is that message's
+// alone.
+constexpr bool gone(int error) {
+  return error == EPIPE || error == ECONNRESET || error == ENOTCONN ||
+         error == EBADF;
+}
+
+// Closes every descriptor from 3 on but these; 0 or errno. Where close_range()
+// is refused (older container profiles) those that /proc/self/fd names are
+// closed one by one. Without both it fails, and its caller must not go on with
+// what may still be open. System calls only.
+int close_all_but(std::initializer_list<int> keep);
+
+// Descriptors in flight are counted over all processes of a user, and refused
+// to a sender that may open fewer itself. Jobs may share our uid: our limit is
+// raised to the hard one, and a step's is kept at most at half of that.
+void raise_descriptor_limit();
+constexpr std::uint64_t kStepDescriptors = 4096;
+
+// A process by a descriptor: never another that was given its number since.
+void kill_by_pidfd(int pidfd);
+// Waits for a child's end and reaps it; at once where it was reaped before.
+void bury_by_pidfd(int pidfd);
+
+// Both ends of a socket that the spawner and one keeper share. The keeper puts
+// a pidfd of its sandbox's PID 1 in, and takes it out again when it has buried
+// that; what lies there when the keeper has died is the spawner's to kill. No
+// other process has an end, and no memory is shared.
+struct KeeperLink {
+  int keeper = -1, spawner = -1;
+};
 // Waits until `fd` is readable (or at end-of-file); false after the time.
 bool readable_within(int fd, int milliseconds);
 
