@@ -897,7 +897,7 @@ void append_forgotten(JsonWriter& json, const JobView& job) {
 }  // namespace
 
 void append_job(JsonWriter& json, const JobView& job, Show show,
-                std::optional<bool> served) {
+                std::optional<bool> served, std::string_view waiting_reason) {
   if (job.past_retention) return append_forgotten(json, job);
   json.begin_object();
   json.key("id").id(job.id);
@@ -952,6 +952,9 @@ void append_job(JsonWriter& json, const JobView& job, Show show,
   json.key("durability").string(job.fsync ? "fsync" : "os");
   json.key("min_level").string(level_name(job.min_level));
   if (job.waiting_for_level) json.key("waiting_for_level").boolean(true);
+  if (!waiting_reason.empty()) {
+    json.key("waiting_reason").string(waiting_reason);
+  }
   if (!job.concurrency_key.empty()) {
     json.key("concurrency_key").string(job.concurrency_key);
     json.key("concurrency_limit").number(job.concurrency_limit);

@@ -103,8 +103,9 @@ bool valid_artifact_name(std::string_view name);
 // payload and result (lists).
 enum class Show { all, no_payload, summary };
 // `served`: whether a worker that is connected serves the kind, where that is
-// said.
+// said. `waiting_reason`: why no worker can take it, where it waits for one.
 void append_job(JsonWriter& json, const JobView& job, Show show,
-                std::optional<bool> served = std::nullopt);
+                std::optional<bool> served = std::nullopt,
+                std::string_view waiting_reason = {});
 
 }  // namespace machina

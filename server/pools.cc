@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <csignal>
+#include <fstream>
 
 #include "server/service.h"
 
@@ -15,6 +16,11 @@ namespace {
 
 constexpr int kPoolLocked = 75;
 constexpr std::size_t kGrantedMax = 4096;
+// It cannot serve here, and has said why in <root>/pool.trouble.
+constexpr int kPoolUnusable = 69;
+constexpr int kUnusableTries = 3;
+constexpr Millis kUnusableRetryMs = 60'000;
+constexpr std::size_t kTroubleBytesMax = 4096;  // of reason and remedy, each
 constexpr Millis kBackoffMinMs = 250, kBackoffMaxMs = 30'000;
 constexpr Millis kLockedRetryMs = 5'000, kRanWellMs = 10'000;
 
@@ -25,6 +31,14 @@ bool lock_is_free(const std::string& path) {
   bool is_free = flock(fd, LOCK_EX | LOCK_NB) == 0;
   close(fd);  // lets go of it
   return is_free;
+}
+
+void append_trouble(JsonWriter& json, const PoolTrouble* why) {
+  if (why == nullptr) return void(json.null());
+  json.begin_object();
+  json.key("reason").string(why->reason);
+  json.key("remedy").string(why->remedy);
+  json.end_object();
 }
 
 }  // namespace
@@ -90,6 +104,17 @@ bool Service::read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
             bad_field("counts", "starts has " + std::to_string(kBuckets + 1) +
                                     " counts, denied at most " +
                                     std::to_string(kDeniedMax) + " names"));
+      }
+    } else if (m.key() == "trouble") {
+      if (!m.is_object()) {
+        return fail(bad_field("trouble", "an object is needed"));
+      }
+      for (JsonValue f = m.first(); f && !p; f = f.next()) {
+        std::string* into = f.key() == "reason"   ? &pool->trouble.reason
+                            : f.key() == "remedy" ? &pool->trouble.remedy
+                                                  : nullptr;
+        p = into == nullptr ? unknown_field(f.key())
+                            : read_string(f, f.key(), kTroubleBytesMax, into);
       }
     } else if (m.key() == "workers" || m.key() == "gone" ||
                m.key() == "ended") {
@@ -237,6 +262,8 @@ void Service::post_sync(const Exchange& call) {
   said.seen_mono = clock_.mono_ms();
   said.seen_wall = clock_.wall_ms();
   if (said.counts) metrics_.pool_counts(id, *said.counts);
+  pool_trouble_ = {};
+  pool_unusable_times_ = 0;
   pool = std::move(said);
   if (Peer* p = peer(old.peer)) answer_sync(*p, old.sequence);
 
@@ -322,6 +349,45 @@ WorkerNumbers Service::worker_numbers() const {
   return numbers;
 }
 
+const PoolTrouble* Service::trouble() const {
+  const PoolTrouble* why =
+      pool_trouble_.reason.empty() ? nullptr : &pool_trouble_;
+  for (const auto& [_, pool] : pools_) {
+    for (const Pool::Worker& worker : pool.workers) {
+      if (worker.level >= 0) return nullptr;
+    }
+    if (!pool.trouble.reason.empty()) why = &pool.trouble;
+  }
+  return why;
+}
+
+std::string_view Service::waiting_reason(const JobView& job) const {
+  if (job.state != State::ready) return {};
+  if (options_.kinds.find(job.kind) == options_.kinds.end()) return {};
+  const PoolTrouble* why = trouble();
+  return why == nullptr ? std::string_view() : std::string_view(why->reason);
+}
+
+// Our pool has ended because it cannot serve here.
+void Service::pool_unusable() {
+  std::ifstream file(options_.root + "/pool.trouble");
+  std::string reason, remedy;
+  std::getline(file, reason);
+  std::getline(file, remedy);
+  if (reason.empty()) reason = "the pool cannot serve here; see its log";
+  reason.resize(std::min(reason.size(), kTroubleBytesMax));
+  remedy.resize(std::min(remedy.size(), kTroubleBytesMax));
+  pool_trouble_ = {reason, remedy};
+  if (++pool_unusable_times_ < kUnusableTries) return;
+  pool_start_at_ = clock_.mono_ms() + kUnusableRetryMs;
+  if (pool_unusable_times_ > kUnusableTries) return;
+  Saying(Severity::error, "pool_unusable",
+         "no job can run here, and the pool is not started again but once a "
+         "minute: " +
+             reason)
+      .with("remedy", remedy);
+}
+
 void Service::get_workers(const Exchange& call) {
   WorkerNumbers numbers = worker_numbers();
   std::string body;
@@ -348,6 +414,8 @@ void Service::get_workers(const Exchange& call) {
   json.key("configured").number(numbers.configured);
   json.key("reported").number(numbers.reported);
   json.key("busy").number(numbers.busy);
+  json.key("trouble");
+  append_trouble(json, trouble());
   json.key("pools").begin_array();
   for (const auto& [id, pool] : pools_) {
     json.begin_object();
@@ -355,6 +423,8 @@ void Service::get_workers(const Exchange& call) {
     json.key("host").string(pool.host);
     json.key("seen_at").time(pool.seen_wall);
     json.key("workers").number(static_cast<std::uint64_t>(pool.workers.size()));
+    json.key("trouble");
+    append_trouble(json, pool.trouble.reason.empty() ? nullptr : &pool.trouble);
     json.end_object();
   }
   json.end_array().end_object();
@@ -387,6 +457,7 @@ void Service::put_scale(const Exchange& call) {
   reply(call.peer, call.sequence, 200,
         "{\"configured\":" + std::to_string(target_) + "}");
   pool_start_at_ = 0;
+  pool_unusable_times_ = 0;
   answer_parked(true);
   supervise_pool();
 }
@@ -474,6 +545,12 @@ void Service::supervise_pool() {
     if (draining_) {
       loop_->wake();
       return;
+    }
+    if (code == kPoolUnusable) {
+      pool_unusable();
+      if (pool_unusable_times_ >= kUnusableTries) return;
+    } else {
+      pool_unusable_times_ = 0;
     }
     Saying(Severity::error, "pool_ended",
            "the pool ended with code " + std::to_string(code) + "; see " +

@@ -571,7 +571,8 @@ void Service::listed(Peer& peer, std::uint64_t sequence, Pending& pending,
   json.begin_object();
   json.key("jobs").begin_array();
   for (const JobView& view : response.views) {
-    append_job(json, view, Show::summary, served(view.kind));
+    append_job(json, view, Show::summary, served(view.kind),
+               waiting_reason(view));
   }
   json.end_array();
   json.key("cursor");

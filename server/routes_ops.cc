@@ -13,6 +13,10 @@ std::string Service::unready() const {
   if (draining_) return "draining";
   if (DiskState disk = shard_->disk(); disk.level == DiskLevel::full)
     return disk.says;
+  if (const PoolTrouble* why = target_ > 0 ? trouble() : nullptr) {
+    return "no job can run here: " + why->reason +
+           "; to mend it: " + why->remedy;
+  }
   if (options_.prod && target_ > 0 && options_.min_level > 0 &&
       !level_passed_) {
     return "no worker has proven isolation level " +

@@ -843,7 +843,8 @@ void Service::reply_job(Peer& peer, std::uint64_t sequence, int status,
   JsonWriter json(scratch_);
   append_job(json, view, show,
              show == Show::no_payload ? std::nullopt
-                                      : std::optional(served(view.kind)));
+                                      : std::optional(served(view.kind)),
+             waiting_reason(view));
   Extras extras;
   extras.headers = std::move(headers);
   reply(peer, sequence, status, scratch_, extras);

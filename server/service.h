@@ -92,6 +92,11 @@ constexpr Millis kServingMs = 60'000, kServingGoneMs = 15'000;
 constexpr Millis kPoolComesMs = 30'000;    // until a pool's workers may ask
 constexpr std::size_t kUnservedMax = 100;  // kinds, of /stats
 
+// Why a pool can run no job, and what to change (workers/pool.h, P7).
+struct PoolTrouble {
+  std::string reason, remedy;
+};
+
 class Service;
 struct Peer;
 
@@ -443,6 +448,7 @@ class Service {
     std::vector<Worker> workers;
     std::string session;           // of this sync
     std::set<std::string> listed;  // its workers, also those that are no more
+    PoolTrouble trouble;
     std::optional<PoolCounts> counts;
     Millis seen_mono = 0, seen_wall = 0;
     Where parked;  // its waiting sync
@@ -467,6 +473,12 @@ class Service {
   void end_pool_left_behind();
   void supervise_pool();
   void check_levels();
+  // Of a pool that is there, or of ours that could not stay; nothing while any
+  // worker has proven a level.
+  const PoolTrouble* trouble() const;
+  // The reason for a job that waits, and is of a kind that pools run; or "".
+  std::string_view waiting_reason(const JobView& job) const;
+  void pool_unusable();
   bool pool_heard() const;
   bool pool_left();
   WorkerNumbers worker_numbers() const;
@@ -549,7 +561,9 @@ class Service {
   std::map<std::string, Pool> pools_;
   int target_ = 0;
   Millis scaled_mono_ = 0;  // when workers were last asked for
-  pid_t pool_pid_ = 0;      // of the child, while pool_running_
+  PoolTrouble pool_trouble_;     // of the one that we start
+  int pool_unusable_times_ = 0;  // that it ended so, in a row
+  pid_t pool_pid_ = 0;           // of the child, while pool_running_
   bool pool_running_ = false;
   Millis pool_started_ = 0, pool_start_at_ = 0, pool_backoff_ = 0,
          pool_looked_ = 0;

@@ -97,6 +97,13 @@ std::string landlock() {
   return abi > 0 ? "ABI " + std::to_string(abi) : "not in this kernel";
 }
 
+// How many all jobs may have together, and why.
+std::string processes() {
+  const sandbox::PidsBound bound = sandbox::pids_bound();
+  return std::to_string(bound.most) + " for all jobs together (" + bound.what +
+         ", less an eighth); with N workers each job has an N-th at most";
+}
+
 std::string container() {
   if (fs::exists("/.dockerenv")) return "docker";
   if (fs::exists("/run/.containerenv")) return "podman";
@@ -157,6 +164,7 @@ Json host_facts(const std::string& root) {
           {"user_namespaces", user_namespaces()},
           {"cgroups", control_groups()},
           {"landlock", landlock()},
+          {"processes", processes()},
           {"root", dir},
           {"file_system", file_system_name(dir)},
           {"sync_us", sync},
@@ -177,6 +185,17 @@ const char* state_name(sandbox::MechanismState state) {
       return "unavailable";
   }
   return "?";
+}
+
+std::string user_name() {
+  passwd entry{};
+  passwd* user = nullptr;
+  char text[4096];
+  if (::getpwuid_r(::geteuid(), &entry, text, sizeof text, &user) == 0 &&
+      user != nullptr) {
+    return user->pw_name;
+  }
+  return "uid " + std::to_string(::geteuid());
 }
 
 // What to change where a mechanism is not active; empty: nothing need be.
@@ -204,7 +223,16 @@ std::string advice(const sandbox::Mechanism& mechanism) {
   }
   if (name == "seccomp") return "set MACHINA_SECCOMP_ENABLE=1";
   if (name == "uid") {
-    return root ? "" : "runs as you: run as root for a uid per slot";
+    if (root) return "";
+    return "jobs share your uid: for one of their own install uidmap and have "
+           "root run: usermod --add-subuids 300000-300063 --add-subgids "
+           "300000-300063 " +
+           user_name() +
+           (mechanism.error == EPERM
+                ? " (newuidmap failed: does NoNewPrivileges= of a unit, or a "
+                  "container, forbid it?)"
+                : "") +
+           "; or run as root";
   }
   return root ? "needs CAP_SYS_ADMIN here: an unconfined root, not one in a "
                 "container"
@@ -226,7 +254,9 @@ Json isolation_facts(const sandbox::Report& report) {
   return {{"level", "L" + std::to_string(report.level)},
           {"provider", report.provider},
           {"mechanisms", mechanisms},
-          {"attacks", attacks}};
+          {"attacks", attacks},
+          {"reason", report.trouble.reason},
+          {"remedy", report.trouble.remedy}};
 }
 
 const char* meaning(int level) {
@@ -283,6 +313,10 @@ void show_verdict(const Json& isolation, const Config& config) {
   auto wanted = config.number("MACHINA_SANDBOX_MIN_LEVEL");
   std::cout << "This host gives " << level << " to uid " << ::geteuid() << ": "
             << meaning(got) << ".\n";
+  if (const std::string why = isolation.value("reason", ""); !why.empty()) {
+    std::cout << "No job can run here: " << why
+              << "\nTo mend it: " << isolation.value("remedy", "") << "\n";
+  }
   if (got < wanted) {
     std::cout << "The " << config.text("MACHINA_PROFILE") << " profile needs "
               << config.text("MACHINA_SANDBOX_MIN_LEVEL")

@@ -51,6 +51,9 @@ void show_job(const Json& job) {
   if (job.value("waiting_for_level", false)) {
     state += ", no worker is at its isolation level";
   }
+  if (const std::string why = job.value("waiting_reason", ""); !why.empty()) {
+    state += ", no worker can run it: " + why;
+  }
   if (job.value("waiting_for_concurrency", false)) {
     state += ", others with its concurrency key run";
   }

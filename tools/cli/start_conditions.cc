@@ -171,6 +171,10 @@ Result<sandbox::Report> try_isolation(const Config& config) {
       static_cast<std::uint32_t>(config.number("MACHINA_SLOT_UID_BASE"));
   options.seccomp_enable = config.flag("MACHINA_SECCOMP_ENABLE");
   options.self_exe = self_exe();
+  if (auto trouble = sandbox::host_trouble(options); trouble.any()) {
+    return Error{Code::unavailable,
+                 trouble.reason + "; to mend it: " + trouble.remedy};
+  }
   auto spawner = sandbox::Spawner::start(options);
   if (!spawner) return spawner.error();
   auto channel = (*spawner)->open_slot(kTrialSlot);
