@@ -143,6 +143,27 @@ if [ -z "$destdir" ] && ! id -u "$user" >/dev/null 2>&1; then
   [ "$dry" = yes ] || say "made: the user $user"
 fi
 
+# Where it does not serve as root its jobs have uids of their own only if the
+# user has subordinate ids: one for each of 64 slots.
+subids_of() { # FILE
+  [ -r "$1" ] && awk -F: -v user="$user" \
+    '$1 == user && $3 >= 64 { found = 1 } END { exit !found }' "$1"
+}
+if [ -z "$destdir" ] && [ "$user" != root ]; then
+  if subids_of /etc/subuid && subids_of /etc/subgid; then
+    say "unchanged: subordinate ids of $user"
+  else
+    # Behind all that are given away.
+    first=$(cat /etc/subuid /etc/subgid 2>/dev/null |
+      awk -F: '{ end = $2 + $3; if (end > last) last = end } END { print (last > 300000 ? last : 300000) }')
+    run usermod --add-subuids "$first-$((first + 63))" \
+      --add-subgids "$first-$((first + 63))" "$user"
+    [ "$dry" = yes ] || say "made: subordinate ids $first-$((first + 63)) of $user"
+  fi
+  [ -x /usr/bin/newuidmap ] ||
+    say "missing: newuidmap (Debian: apt-get install uidmap); without it jobs share $user's uid"
+fi
+
 changed=no
 put 755 root:root "$binary" "$program"
 program_changed=$changed

@@ -12,7 +12,7 @@ build=(g++ cmake ninja-build pkg-config ccache
 # systemd: for systemd-analyze, which checks ops/systemd/; prometheus: for
 # promtool, which tests ops/prometheus/; curl: for docs/operating.md
 tests=(libgtest-dev libgmock-dev systemd prometheus curl)
-run=(git python3 python3-pytest python3-networkx python3-toolz ca-certificates)
+run=(git python3 python3-pytest python3-networkx python3-toolz ca-certificates uidmap)
 
 installed() {
   [ "$(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
