@@ -112,8 +112,9 @@ TEST_P(Front, F24_AListIsEmptyOnlyAtItsEnd) {
   int seen = 0;
   do {
     const Json page = p().get("/v1/jobs?limit=900&cursor=" + cursor).json();
-    if (cursor.empty())
+    if (cursor.empty()) {
       EXPECT_EQ(page["jobs"][0]["id"], last) << page["cursor"];
+    }
     EXPECT_TRUE(!page["jobs"].empty() || page["cursor"].is_null());
     seen += static_cast<int>(page["jobs"].size());
     cursor = page["cursor"].is_null() ? "" : page["cursor"].get<std::string>();

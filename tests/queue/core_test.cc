@@ -345,11 +345,11 @@ TEST(CoreLease, F20_GoneEndsLeasesOfTheSessionThatIsShown) {
                              !h.core.leased_job(local).is_nil(),
                              !h.core.leased_job(shown).is_nil()};
   };
-  h.run(GoneCommand{{"w"}, {40 | kLocalSession}});
+  h.run(GoneCommand{{"w"}, false, {40 | kLocalSession}});
   EXPECT_EQ(held(), (std::vector<bool>{true, true, true}));
-  h.run(GoneCommand{{"w"}, {30 | kLocalSession}});
+  h.run(GoneCommand{{"w"}, false, {30 | kLocalSession}});
   EXPECT_EQ(held(), (std::vector<bool>{true, true, false}));
-  h.run(GoneCommand{{"w"}, {0}});
+  h.run(GoneCommand{{"w"}, false, {0}});
   EXPECT_EQ(held(), (std::vector<bool>{true, false, false}));
 }
 
