@@ -395,7 +395,9 @@ TEST(CoreKeys, NothingIsLeftWhenTheLastJobOfAKeyHasEnded) {
     for (const GrantAnswer& g : h.lease("w", 10)) h.complete(g.fence);
   }
   EXPECT_EQ(h.core.live_jobs(), 0u);
-  EXPECT_EQ(h.image()[7], std::byte{'1'});  // an older program can read it
+  h.core.check_invariants();
+  // Counters, and the names of a queue and a kind; no job, no key.
+  EXPECT_LT(h.image().size(), empty.size() + 64);
 }
 
 // No step looks at those that are held: this would take minutes.
@@ -430,7 +432,7 @@ std::vector<std::byte> from_hex(std::string_view hex) {
   return bytes;
 }
 
-TEST(CoreKeys, AnImageOfTheVersionBeforeLoadsAndIsWrittenTheSame) {
+TEST(CoreKeys, AnImageOfTheVersionBeforeLoadsAndIsWrittenAnew) {
   std::vector<std::byte> image = from_hex(
       "4d4d4348434b50310980f8e8afcf66070200000000010000010764656661756c"
       "74010764656661756c7400000000040001610000016200000163000001640000"
@@ -452,7 +454,14 @@ TEST(CoreKeys, AnImageOfTheVersionBeforeLoadsAndIsWrittenTheSame) {
   ASSERT_TRUE(loaded) << loaded.error().what;
   core.check_invariants();
   EXPECT_EQ(core.live_jobs(), 6u);
-  EXPECT_EQ(CoreHarness::image_of(core), image);
+  // In today's format, which says the same.
+  const std::vector<std::byte> anew = CoreHarness::image_of(core);
+  Core again{CoreOptions{}};
+  loaded = again.load(anew);
+  ASSERT_TRUE(loaded) << loaded.error().what;
+  again.check_invariants();
+  EXPECT_EQ(again.live_jobs(), 6u);
+  EXPECT_EQ(CoreHarness::image_of(again), anew);
 }
 
 TEST(CoreKeys, ARecordOfTheVersionBeforeReadsAndIsWrittenTheSame) {
