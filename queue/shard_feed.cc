@@ -287,7 +287,8 @@ void ShardImpl::take_image() {
 
 void ShardImpl::sample_disk() {
   if (disk_busy_ || mono() < disk_at_mono_) return;
-  disk_at_mono_ = mono() + kDiskSampleMs;
+  disk_at_mono_ = mono() + (disk_said_ == DiskLevel::ok ? kDiskSampleMs
+                                                        : kDiskLowSampleMs);
   disk_busy_ = store_->post([this] {
     auto free = storage_.free_bytes();
     std::uint64_t bytes = free ? *free : UINT64_MAX;

@@ -60,7 +60,8 @@ constexpr Millis kFeedMs = 500;
 constexpr Millis kFeedIdleMs = 5000;  // applied() follows without rows
 constexpr Millis kFeedRetryMs = 1000;
 constexpr Millis kExpireMs = 60'000;
-constexpr Millis kDiskSampleMs = 250;
+constexpr Millis kDiskSampleMs = 1000;
+constexpr Millis kDiskLowSampleMs = 250;  // room should not wait to be seen
 constexpr Millis kFullRetryMs = 1000;  // of what a full disk refused
 // Log room that is held beside what is promised, in parts of a unit: while the
 // disk fills up, what is under way must not eat what is promised.
