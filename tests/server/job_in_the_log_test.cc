@@ -132,7 +132,10 @@ TEST_F(JobInTheLog, IsThreeRecordsAndOneRow) {
   EXPECT_EQ(exit_code, 0);
 
   // Step 9, seen from outside: three records and one row.
-  const std::vector<Record> records = log();
+  std::vector<Record> records = log();
+  std::erase_if(records, [](const Record& record) {
+    return std::holds_alternative<ClockRecord>(record.body);  // of no job
+  });
   ASSERT_EQ(records.size(), 3u);
   EXPECT_EQ(to_string(std::get<EnqueueRecord>(records[0].body).id), id);
   const auto& grant = std::get<GrantRecord>(records[1].body);
@@ -145,7 +148,7 @@ TEST_F(JobInTheLog, IsThreeRecordsAndOneRow) {
 
   auto history = History::open(root_ + "/history");
   ASSERT_TRUE(history) << history.error().what;
-  EXPECT_EQ((*history)->applied(), records[2].lsn);
+  EXPECT_GE((*history)->applied(), records[2].lsn);
   auto row = (*history)->find(*parse_job_id(id), system_clock().wall_ms());
   ASSERT_TRUE(row && *row);
   EXPECT_EQ((*row)->body.job.payload, R"({"n":[1,2.50,"x"]})");

@@ -196,7 +196,7 @@ TEST_F(JobRoutes, SameKeyIsOneJob) {
                                    R"("dedup_key":"k"})");
   EXPECT_EQ(other.status, 422);
   EXPECT_EQ(other.code(), "dedup-mismatch");
-  // By header, and the body's own key goes first.
+  // By header; two keys that differ are a mistake.
   Reply third = c.post("/v1/jobs", R"({"kind":"a"})", "Idempotency-Key: h\r\n");
   Reply fourth =
       c.post("/v1/jobs", R"({"kind":"a"})", "Idempotency-Key: h\r\n");
@@ -205,7 +205,7 @@ TEST_F(JobRoutes, SameKeyIsOneJob) {
   EXPECT_EQ(c.post("/v1/jobs", R"({"kind":"a","dedup_key":"own"})",
                    "Idempotency-Key: h\r\n")
                 .status,
-            201);
+            400);
 }
 
 TEST_F(JobRoutes, ArraysAndLinesReportEachJob) {
