@@ -83,7 +83,7 @@ git mv a.txt c.txt; formats rename more
 git mv a.txt dir/a.txt; formats rename-into
 git mv dir/b.txt b.txt; git mv 'with space.txt' 'and another.txt'; formats rename-out
 git mv a/a.txt a/c.txt; edit a/c.txt; formats rename-edit
-git mv 'a b' 'b a b'; git mv 'q"uote\.txt' 'dir/q"\'; formats rename-names
+git mv 'a b' 'b a b'; git mv 'q"uote\.txt' 'dir/q".txt'; formats rename-names
 git mv dir moved; formats rename-dir
 cp a.txt copy.txt; edit copy.txt; edit a.txt; formats copy
 chmod 755 a.txt; chmod 644 run.sh; formats modes
