@@ -179,8 +179,8 @@ TEST_P(Runners, F03_CtestAndTap) {
       perl, "failed",
       {"passed one", "passed s > a", "failed s > b", "skipped test 3"});
   expect_cases(passes, "succeeded", {"passed a"});
-  expect_none(lies, "exited with 0, and cases of its report failed");
-  expect_none(fails, "exited with 4, and no case of its report failed");
+  expect_none(lies, "exited with 0, though its report has failures");
+  expect_none(fails, "exited with 4, though its report has no failure");
   expect_none(shorter, "the plan is 1..2");
   expect_none(skipped, "no test ran");
   expect_none(bail, "Bail out! why");
