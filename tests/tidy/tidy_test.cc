@@ -260,6 +260,8 @@ TEST(Tidy, OnlyTheTableReadsTheEnvironment) {
     if (source.path == "tools/root.cc") continue;  // HOME, to refuse it
     // What a service manager says to this one process.
     if (source.path == "tools/service_manager.cc") continue;
+    // What a pool gives its workers, and no job: their session's secret.
+    if (source.path == "tools/cli/worker.cc") continue;
     for (std::size_t i = 0; i < source.lines.size(); ++i) {
       const std::string& line = source.lines[i];
       if (line.find("//") < line.find("getenv")) continue;

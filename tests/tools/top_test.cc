@@ -120,7 +120,7 @@ TEST(Top, F05_ALowDiskHasALineOfItsOwn) {
                                  {"soft_bytes", 268435456},
                                  {"hard_bytes", 67108864},
                                  {"says", "only ends"}});
-  EXPECT_NE(low.find("disk hard: make room; new jobs need 256.0 MiB free, "
+  EXPECT_NE(low.find("disk hard: make room; new jobs need 256 MiB free, "
                      "leases 64.0 MiB"),
             std::string::npos)
       << low;
