@@ -122,6 +122,9 @@ def _go_on(session):
 def pytest_configure(config):
     global _active
     config.option.maxfail = 0
+    for name in ("stepwise", "stepwise_skip"):
+        if hasattr(config.option, name):
+            setattr(config.option, name, False)
     _active = not hasattr(config, "workerinput")
 
 

@@ -483,7 +483,12 @@ class SuiteRunner {
     sandbox::StepResult ran;
     std::string why;
     auto suite = pytest_once(paths, false, ran, why);
-    if (!why.empty()) return failed(EndCode::sandbox, "pytest: " + why);
+    const auto not_put = [&] {
+      return failed(suite.error().code == Code::full ? EndCode::disk
+                                                     : EndCode::sandbox,
+                    "pytest: " + why);
+    };
+    if (!why.empty()) return not_put();
     End end = ended(ran, "pytest");
     if (end.code == EndCode::cancelled) return end;
     const bool at_end = end.code != EndCode::none;
@@ -512,7 +517,7 @@ class SuiteRunner {
       host_.progress(90, "running what failed again");
       sandbox::StepResult again;
       suite = pytest_once(Paths(), true, again, why);
-      if (!why.empty()) return failed(EndCode::sandbox, "pytest: " + why);
+      if (!why.empty()) return not_put();
       end = ended(again, "pytest");
       if (end.code != EndCode::none) return end;
       if (suite) merge_rerun(tests_, *suite);
