@@ -178,8 +178,9 @@ TEST_F(IsolatedTest, F02_AReportFromBeforeTheRunIsNotRead) {
       "    open(os.path.join('/work/.machina', f), 'w').write(\n"
       "        '<testsuite><testcase name=\"a\"/></testsuite>')\n";
   for (const json& args :
-       {json({"--version"}), json({"--junitxml=/tmp/o.xml", "--co", "-q"}),
-        json({"-p", "no:junitxml"}), json({"--setup-only"})}) {
+       {json::array({"--version"}),
+        json::array({"--junitxml=/tmp/o.xml", "--co", "-q"}),
+        json::array({"-p", "no:junitxml"}), json::array({"--setup-only"})}) {
     const auto job =
         run_files({{"test_a.py", "def test_a(): assert 0\n"}, {"w.py", write}},
                   {{"setup", {{"python3", "w.py"}}}, {"args", args}});

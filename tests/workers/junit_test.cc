@@ -49,6 +49,11 @@ TEST(JunitTest, EachOutcomeIsRead) {
   EXPECT_EQ(suite->cases[0].message,
             "assert 1 == 2\ndef test_two():\n> assert 1 == 2");
   EXPECT_EQ(suite->cases[1].id, "a");
+  EXPECT_EQ(parse("<testsuite><testcase classname='test_a' name='test_a'/>"
+                  "</testsuite>")
+                ->cases[0]
+                .id,
+            "test_a::test_a");
   EXPECT_EQ(suite->cases[2].outcome, Outcome::error);
   EXPECT_EQ(suite->cases[3].id, "a.TestX::test_one");
   EXPECT_EQ(suite->cases[3].duration_ms, 12);

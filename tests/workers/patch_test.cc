@@ -365,8 +365,8 @@ TEST_F(PatchTest, F01_ASuiteThatStopsEarlyIsNotBelieved) {
   const auto unknown = apply(change("x + 2", "x + 3"), {{"test", test}});
   EXPECT_EQ(outcome(unknown), "tests_failed") << unknown.end;
   EXPECT_EQ(unknown.end["result"]["tests"]["missing"],
-            json({"test_a::test_bad", "test_m::test_one", "test_m::test_sum",
-                  "test_m::test_two"}));
+            json({"test_a::test_bad", "test_m::test_one", "test_m::test_two",
+                  "test_m::test_sum"}));
   EXPECT_THAT(reason(unknown), HasSubstr("test_m::test_one"));
   // One that does so by the patch.
   const auto leaves =

@@ -138,7 +138,11 @@ class Reader {
     case_ = Case{};
     nameless_ = name.find_first_not_of(" \t\r\n") == std::string_view::npos;
     if (nameless_) name = "(a case without a name)";
-    if (classname != name) case_.id = classname.substr(0, kCaseIdBytesMax);
+    // ctest, which always has a status, says the name twice; a pytest function
+    // may be named as its file is.
+    if (classname != name || *attribute(attributes, "status") == '\0') {
+      case_.id = classname.substr(0, kCaseIdBytesMax);
+    }
     if (!case_.id.empty()) case_.id += "::";
     case_.id += name.substr(0, kCaseIdBytesMax);
     case_.id = std::string(utf8_head(case_.id, kCaseIdBytesMax));

@@ -52,8 +52,8 @@ std::string_view name(Outcome);
 
 // A case is known by its id and by which of those with that id it is.
 struct Case {
-  std::string id;         // classname::name; only name where both are the same
-  std::uint32_t nth = 1;  // in the order of the report, from 1
+  std::string id;  // classname::name; of ctest, which says it twice, once
+  std::uint32_t nth = 1;              // in the order of the report, from 1
   Outcome outcome = Outcome::passed;  // of all of it: what is counted
   // What its body came to. With `teardown` that may be better than `outcome`:
   // then the body came to this, and the teardown failed.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 
 #include "queue/utf8.h"
 #include "workers/json_view.h"
@@ -296,15 +297,17 @@ class Comparison {
                            : Table();
     const Table now = table_of(after.run.tests, true);
     static const std::vector<Seen> kNone;
-    for (const auto& [id, then] : base) {
-      const auto at = now.find(id);
-      if (at == now.end()) gate.only_before.push_back(id);
-      compare(id, then, at == now.end() ? kNone : at->second);
-    }
-    for (const auto& [id, cases] : now) {
-      if (base.count(id) > 0) continue;
-      gate.only_after.push_back(id);
-      compare(id, kNone, cases);
+    // In the order of the run after the patch, then of the one before.
+    std::set<std::string_view> seen;
+    for (const TestPhase* phase : {&after, &before}) {
+      for (const Case& one : phase->run.tests.suite.cases) {
+        const auto then = base.find(one.id), at = now.find(one.id);
+        const bool was = then != base.end(), is = at != now.end();
+        if ((!was && !is) || !seen.insert(one.id).second) continue;
+        if (!is) gate.only_before.push_back(one.id);
+        if (!was) gate.only_after.push_back(one.id);
+        compare(one.id, was ? then->second : kNone, is ? at->second : kNone);
+      }
     }
   }
 
