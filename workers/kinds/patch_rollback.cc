@@ -26,6 +26,7 @@ constexpr std::size_t kMergesMax = 200;           // files merged three-way
 constexpr std::size_t kShownDiffMax = 24u << 10;  // of a block's data
 constexpr std::size_t kShownConflictsMax = 100;   // the same
 constexpr char kAlready[] = "already_rolled_back";
+constexpr std::string_view kThePatch = "the patch";  // of a gate's reason
 constexpr int kLooksMax = 8;  // at a branch that keeps moving
 constexpr std::int64_t kLineMax = 100'000'000;
 constexpr char kNoTime[] =
@@ -863,6 +864,10 @@ class RollbackRun {
       return end;
     }
     gate_ = judge_patch(before_, after_, true, taken_);
+    for (std::size_t at = 0;
+         (at = gate_.reason.find(kThePatch, at)) != std::string::npos;) {
+      gate_.reason.replace(at, kThePatch.size(), "the rollback");
+    }
     if (gate_.accepted) return std::nullopt;
     // As with patch.apply: a run that was cut off is no verdict, and another
     // that is cut off too does not make it one.
@@ -889,8 +894,9 @@ class RollbackRun {
       cases.erase(again, cases.end());
     };
     take_again(gate_.newly_failing);
-    // What is not seen says nothing, but of the very files from before.
-    if (as_before_) take_again(gate_.missing);
+    // Whatever would have come of these: they failed before the patch, or all
+    // files are those from before.
+    take_again(gate_.missing);
     const bool dead_before =
         at_base_.ran && !at_base_.valid && !at_base_.out_of_time;
     const TestOutcome& now = after_.run.tests;
@@ -903,11 +909,10 @@ class RollbackRun {
                          ? "the tests gave no verdict after the rollback, nor "
                            "before the patch: " +
                                after_.problem
-                     : !failing_again_.empty()
-                         ? cases(failing_again_.size(), "fails", "fail") +
-                               " again (or is not reached), as before the patch"
-                         : "the tests gave no whole verdict, of files that are "
-                           "all those from before the patch";
+                     : whole ? cases(failing_again_.size(), "fails", "fail") +
+                                   " again, as before the patch"
+                             : "the tests gave no whole verdict, of files that "
+                               "are all those from before the patch";
       return std::nullopt;
     }
     if (at_base_.out_of_time) {
@@ -920,8 +925,7 @@ class RollbackRun {
           at_base_.problem + kNoTime);
     }
     std::string ids;
-    if (ids_may_change(gate_) &&
-        suite_->runner == Runner::pytest) {
+    if (ids_may_change(gate_) && suite_->runner == Runner::pytest) {
       TestPhase listed;
       SuiteOptions options;
       options.timeout_ms = std::min(left(), kListMs);
