@@ -183,7 +183,8 @@ TEST_F(IsolatedTest, F02_AReportFromBeforeTheRunIsNotRead) {
         json::array({"-p", "no:junitxml"}), json::array({"--setup-only"})}) {
     const auto job =
         run_files({{"test_a.py", "def test_a(): assert 0\n"}, {"w.py", write}},
-                  {{"setup", {{"python3", "w.py"}}}, {"args", args}});
+                  {{"setup", json::array({json::array({"python3", "w.py"})})},
+                   {"args", args}});
     EXPECT_EQ(job.state, "failed") << args << job.end;
     EXPECT_EQ(job.end["result"]["passed"], 0) << args;
   }
