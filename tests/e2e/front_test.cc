@@ -134,11 +134,16 @@ TEST_P(Front, F28_AKindThatNobodyServesSaysSo) {
   EXPECT_EQ(p().get("/stats").json()["unserved"][0]["kind"], "ext.nobody");
   job = p().post("/v1/jobs", {{"kind", "noop"}}).json();
   EXPECT_EQ(job["served"], true);
-  p().post("/v1/leases", {{"worker", "w"}, {"kinds", {"ext.*"}}, {"max", 1}});
+  const Json leased =
+      p().post("/v1/leases", {{"worker", "w"}, {"kinds", {"ext.*"}}}).json();
   EXPECT_EQ(p().post("/v1/jobs", {{"kind", "ext.other"}}).json()["served"],
             true);
   EXPECT_NE(p().get("/v1/jobs?state=running,odd").body.find("scheduled"),
             std::string::npos);
+  // A drain would wait for it.
+  const std::string token = leased["leases"][0]["token"];
+  EXPECT_EQ(p().post("/v1/leases/" + token + "/release", Json::object()).status,
+            200);
 }
 
 TEST_P(Front, F22_HowAskedMattersNot) {
