@@ -402,7 +402,10 @@ void Service::get_workers(const Exchange& call) {
       json.key("seen_at").time(pool.seen_wall);
       const std::string job = job_of(worker);
       std::string state = worker.state;
-      if (state == "idle" && !job.empty()) state = "busy";
+      // What a pool says of a start may come after the first job's.
+      if ((state == "idle" || state == "starting") && !job.empty()) {
+        state = "busy";
+      }
       if (!state.empty()) json.key("state").string(state);
       if (!job.empty()) json.key("job").string(job);
       std::string_view facts = worker.facts;
