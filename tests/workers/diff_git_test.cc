@@ -132,7 +132,7 @@ diff -u other.txt a.txt >../one.diff || true
 cd ..
 rm -rf old new; cp -r repo old; rm -rf old/.git; cp -r old new
 edit new/a.txt; edit new/dir/b.txt; seq 1 3 >new/dir/made; rm new/a/b
-edit 'new/with space.txt'; rm new/link old/link
+rm new/link old/link
 diff -ru old new >tree.diff || true
 diff -ruN old new >tree-n.diff || true
 TZ=Asia/Tokyo diff -ruN old new >tree-east.diff || true
