@@ -402,7 +402,7 @@ Applied apply_diff(const std::string& text, const Diff& diff,
                         " cannot be read; git says: " +
                         git_said(ran.err, "the repository"));
     default:
-      return broken(out, code_of_git(ran.err),
+      return broken(out, code_of_git(ran),
                     "apply: git exited with " + std::to_string(ran.exit_code) +
                         ": " + git_said(ran.err, "the repository"));
   }

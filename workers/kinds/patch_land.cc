@@ -646,9 +646,9 @@ Landed land(const std::string& branch, const std::string& old,
                      ": submit the patch again for a commit that is there");
     }
     if (ran.exit_code != 0) {
-      return broken(code_of_git(ran.err),
-                    "git exited with " + std::to_string(ran.exit_code) + ": " +
-                        git_said(ran.err, base.repo));
+      return broken(code_of_git(ran), "git exited with " +
+                                          std::to_string(ran.exit_code) + ": " +
+                                          git_said(ran.err, base.repo));
     }
   }
   sandbox::Step link;

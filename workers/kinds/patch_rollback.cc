@@ -1055,9 +1055,9 @@ class RollbackRun {
   }
 
   End git_trouble(const std::string& what, const sandbox::StepResult& ran) {
-    return failed(code_of_git(ran.err),
-                  what + ": git exited with " + std::to_string(ran.exit_code) +
-                      ": " + git_said(ran.err, known_.repo));
+    return failed(code_of_git(ran), what + ": git exited with " +
+                                        std::to_string(ran.exit_code) + ": " +
+                                        git_said(ran.err, known_.repo));
   }
 
   // --- the end ---

@@ -97,20 +97,60 @@ EndCode code_of_put(const Error& error) {
   }
 }
 
-bool passing_trouble(const std::string& err) {
-  static constexpr const char* kSigns[] = {
-      "No space left",       "annot allocate memory",
-      "ut of memory",        "Resource temporarily unavailable",
-      "Input/output error",  "unable to create temporary",
-      "Too many open files", "died of signal"};
-  return std::any_of(std::begin(kSigns), std::end(kSigns), [&](auto* sign) {
+namespace {
+
+template <std::size_t N>
+bool says_one_of(const std::string& err, const char* const (&signs)[N]) {
+  return std::any_of(std::begin(signs), std::end(signs), [&](auto* sign) {
     return err.find(sign) != std::string::npos;
   });
 }
 
-EndCode code_of_git(const std::string& err) {
-  if (err.find("No space left") != std::string::npos) return EndCode::disk;
-  return passing_trouble(err) ? EndCode::sandbox : EndCode::invalid_payload;
+}  // namespace
+
+bool passing_trouble(const std::string& err) {
+  static constexpr const char* kSigns[] = {"No space left",
+                                           "annot allocate memory",
+                                           "ut of memory",
+                                           "Resource temporarily unavailable",
+                                           "Input/output error",
+                                           "unable to create temporary",
+                                           "Too many open files",
+                                           "died of signal",
+                                           "early EOF",
+                                           "hung up",
+                                           "unexpected disconnect",
+                                           "inflate returned"};
+  return says_one_of(err, kSigns);
+}
+
+EndCode code_of_git(const sandbox::StepResult& ran) {
+  // What git says of a repository that holds what it cannot read or check out.
+  static constexpr const char* kSigns[] = {"bad object",
+                                           "not a valid object",
+                                           "corrupt",
+                                           "missing blob",
+                                           "missing tree",
+                                           "missing commit",
+                                           "unable to read",
+                                           "ould not read",
+                                           "invalid path",
+                                           "File name too long",
+                                           "BOM is required",
+                                           "failed to encode",
+                                           "Permission denied",
+                                           "unable to create file",
+                                           "unable to checkout",
+                                           "not a git repository",
+                                           "bad revision",
+                                           "unknown revision",
+                                           "dubious ownership",
+                                           "is empty"};
+  if (ran.err.find("No space left") != std::string::npos) return EndCode::disk;
+  // A signal's: somebody killed git, which says nothing about the repository.
+  if (ran.exit_code > 128 || passing_trouble(ran.err)) return EndCode::sandbox;
+  return says_one_of(ran.err, kSigns) ? EndCode::invalid_payload
+                                      : EndCode::sandbox;
 }
 
 std::string describe(const sandbox::StepResult& step,

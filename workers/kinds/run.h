@@ -88,10 +88,10 @@ EndCode code_of(sandbox::Ended ended);
 // The code of a put() that failed: `disk`; `invalid_payload` where no workspace
 // can hold such a file; `sandbox` only where the sandbox failed.
 EndCode code_of_put(const Error& error);
-// The code of git's end, by what it said: `disk` of the workspace; `sandbox`
-// where another attempt may find it otherwise; else `invalid_payload`, since
-// what the repository holds is the same each time.
-EndCode code_of_git(const std::string& err);
+// The code of git's end, by what it said: `disk` of the workspace;
+// `invalid_payload` where it names what the repository holds, which is the same
+// each time; else `sandbox`: another attempt may find it otherwise.
+EndCode code_of_git(const sandbox::StepResult& ran);
 // What git says where a second attempt may see another state.
 bool passing_trouble(const std::string& err);
 // A sentence about it: "killed by signal 9", "ran longer than 500 ms".

@@ -270,10 +270,9 @@ class SuiteRunner {
         return end;
       }
       if (ran.exit_code == 0) return {};
-      return failed(code_of_git(ran.err), "check-out: git exited with " +
-                                              std::to_string(ran.exit_code) +
-                                              ": " +
-                                              head_and_tail(ran.err, 500));
+      return failed(code_of_git(ran), "check-out: git exited with " +
+                                          std::to_string(ran.exit_code) + ": " +
+                                          head_and_tail(ran.err, 500));
     }
     for (const auto& [path, text] : payload_.files) {
       if (auto put = session_->put("repo/" + path, text); !put) {
@@ -484,9 +483,9 @@ class SuiteRunner {
     std::string why;
     auto suite = pytest_once(paths, false, ran, why);
     const auto not_put = [&] {
-      return failed(suite.error().code == Code::full ? EndCode::disk
-                                                     : EndCode::sandbox,
-                    "pytest: " + why);
+      return failed(
+          suite.error().code == Code::full ? EndCode::disk : EndCode::sandbox,
+          "pytest: " + why);
     };
     if (!why.empty()) return not_put();
     End end = ended(ran, "pytest");

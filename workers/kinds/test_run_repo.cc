@@ -367,11 +367,9 @@ Prepared prepare_repo(const std::string& repo, const std::string& base_rev,
                          "(extensions.objectFormat): only SHA-1 repositories "
                          "are taken");
   } else {
-    // Of the mirror, or for a time: our side. Else it is the repository's.
-    const bool ours = passing_trouble(ran.err) ||
-                      ran.err.find("/mirror/") != std::string::npos;
+    const bool ours = ran.err.find("/mirror/") != std::string::npos;
     out.end = failed(
-        ours ? EndCode::sandbox : EndCode::invalid_payload,
+        ours ? EndCode::sandbox : code_of_git(ran),
         "repo: \"" + repo + "\" cannot be prepared: git exited with " +
             std::to_string(ran.exit_code) + ": " + git_said(ran.err, repo));
   }
