@@ -220,7 +220,7 @@ TEST_P(Client, F25_AnApprovalShowsTheDiffWithDigestAndBase) {
   const Ended looked = cli({"unblock", id});
   EXPECT_EQ(looked.code, 2);
   for (const std::string& word :
-       {digest, base, std::string("  -old\\x1b[2J"),
+       {digest, base, std::string("  -old\\u001b[2J"),
         std::string("  +new\\u202e"), "--approve --digest " + digest,
         std::string("--deny")}) {
     EXPECT_TRUE(has(looked.out, word)) << word << "\n" << looked.out;
@@ -238,7 +238,7 @@ TEST_P(Client, F25_AnApprovalShowsTheDiffWithDigestAndBase) {
   };
   const std::string coloured = on_terminal("");
   EXPECT_TRUE(has(coloured, "\x1b[32m+new")) << coloured;
-  EXPECT_TRUE(has(coloured, "\x1b[31m-old\\x1b[2J\x1b[0m")) << coloured;
+  EXPECT_TRUE(has(coloured, "\x1b[31m-old\\u001b[2J\x1b[0m")) << coloured;
   EXPECT_FALSE(has(on_terminal("NO_COLOR=1"), "\x1b[32m"));
   // What is approved is told of first.
   const Ended approved = cli({"unblock", id, "--approve"});
@@ -321,8 +321,9 @@ TEST_P(Client, F27_EvidenceIsWhatWasCheckedAndNotATouchedFile) {
   ASSERT_EQ(p().stop_server(), 0);
   const std::string root = p().root(), copy = p().dir() + "/copy";
   const auto checks = [&] {
-    const Ended e = p().run(
-        {"doctor", "--profile", "prod", "--json", "--root", root}, env(), 60000);
+    const Ended e =
+        p().run({"doctor", "--profile", "prod", "--json", "--root", root},
+                env(), 60000);
     std::map<std::string, std::string> verdicts;
     const Json json = Json::parse(e.out, nullptr, false);
     for (const Json& check : json["checks"]) {
@@ -472,6 +473,30 @@ TEST_P(Client, F28_IdsInPartHelpDurationsAndQuiet) {
   }
   EXPECT_TRUE(has(p().run({"help", "ops", "start"}).out, "--launcher"));
   EXPECT_EQ(p().run({"help", "nosuch"}).code, 2);
+}
+
+TEST_P(Client, F28_AKindThatNobodyServesIsSaidAtOnce) {
+  accept_only();
+  const Ended ended = cli({"enqueue", "ext.nobody", "-q"});
+  EXPECT_EQ(ended.code, 0) << ended.err;
+  EXPECT_TRUE(has(ended.err,
+                  "warning: no worker that is connected serves the "
+                  "kind ext.nobody"))
+      << ended.err;
+  const std::string id = ended.out.substr(0, 36);
+  EXPECT_TRUE(has(cli({"get", id}).out, "no worker that is connected serves"));
+  EXPECT_TRUE(has(cli({"stats"}).out, "ext.nobody"));
+  const Ended waited =
+      cli({"enqueue", "ext.nobody", "--wait", "--wait-s", "1s"});
+  EXPECT_EQ(waited.code, 1);
+  EXPECT_TRUE(has(waited.err, "warning: no worker")) << waited.err;
+  const Ended state = cli({"list", "--state", "done"});
+  EXPECT_EQ(state.code, 4);
+  for (const char* known :
+       {"\"done\"", "waiting", "ready", "running", "blocked", "succeeded",
+        "failed", "dead", "cancelled"}) {
+    EXPECT_TRUE(has(state.err, known)) << known << ": " << state.err;
+  }
 }
 
 TEST(F28_Scripts, HelpDoesNothingElseAndUnknownOptionsAreRefused) {

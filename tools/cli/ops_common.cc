@@ -27,7 +27,8 @@ constexpr off_t kLogBytesMax = 4 << 20;
 constexpr std::size_t kTailBytes = 2000;
 constexpr int kPollMs = 25;
 constexpr std::int64_t kProgressMs = 2000;
-constexpr std::int64_t kTrialMs = 10'000;
+// It may try a sandbox, on a host that has other work.
+constexpr std::int64_t kTrialMs = 30'000;
 constexpr int kAgainMs = 100;    // between two looks at a server's health
 constexpr long kProbeMs = 3000;  // the most that one answer is waited for
 

@@ -109,8 +109,26 @@ std::string base_name(const std::string& path) {
   return path.substr(path.rfind('/') + 1);
 }
 
-// The member `test` for a command line: pytest's own cases where it is pytest,
-// else one case by exit code, or the cases of --report.
+// The runner of test.run that this command line is, and how many of its words
+// name the runner. `command`: any other program.
+std::pair<std::string, std::size_t> runner_of(
+    const std::vector<std::string>& words) {
+  const std::string program = base_name(words.front());
+  if (program == "pytest" || program == "pytest-3" || program == "py.test") {
+    return {"pytest", 1};
+  }
+  if (program == "ctest") return {"ctest", 1};
+  if (words.size() < 2) return {"command", 0};
+  if (program == "node" && words[1] == "--test") return {"node", 2};
+  if (program.starts_with("python") && words[1] == "-m" && words.size() > 2 &&
+      (words[2] == "pytest" || words[2] == "unittest")) {
+    return {words[2], 3};
+  }
+  return {"command", 0};
+}
+
+// The member `test` for a command line: the cases of a runner that is known,
+// of another program those of --report, or one case by its exit code.
 Result<Json> test_of(const SubmitOptions& options) {
   auto text = read_argument("--test", options.test);
   if (!text) return text.error();
@@ -131,27 +149,26 @@ Result<Json> test_of(const SubmitOptions& options) {
           words.front().substr(equals + 1);
       words.erase(words.begin());
     }
-    const std::string program = base_name(words.front());
-    const bool module = program.starts_with("python") && words.size() > 2 &&
-                        words[1] == "-m" && words[2] == "pytest";
-    if (options.report.empty() &&
-        (module || program == "pytest" || program == "pytest-3" ||
-         program == "py.test")) {
-      words.erase(words.begin(), words.begin() + (module ? 3 : 1));
-      test["runner"] = "pytest";
-      if (!words.empty()) test["args"] = words;
-    } else {
-      test["runner"] = "command";
+    auto [runner, skipped] = runner_of(words);
+    if (!options.report.empty()) runner = "command";
+    if (options.report == "tap") runner = "tap";
+    test["runner"] = runner;
+    if (runner == "command" || runner == "tap") {
       test["command"] = words;
+    } else if (words.size() > skipped) {
+      words.erase(words.begin(),
+                  words.begin() + static_cast<std::ptrdiff_t>(skipped));
+      test["args"] = words;
     }
   }
-  if (!options.report.empty()) {
+  if (!options.report.empty() && options.report != "tap") {
     const std::size_t colon = options.report.find(':');
     if (colon == std::string::npos || colon == 0 ||
         colon + 1 == options.report.size()) {
       return Error{Code::invalid, "--report: \"" + options.report +
                                       "\" must be FORMAT:PATH, such as "
-                                      "junit:report.xml"};
+                                      "junit:report.xml, or tap, for TAP on "
+                                      "standard output"};
     }
     test["report"] = {{"format", options.report.substr(0, colon)},
                       {"path", options.report.substr(colon + 1)}};
@@ -522,7 +539,8 @@ void add_patch_submit(CLI::App& app, int* exit) {
                    "test of patch.apply as JSON or @FILE; without it none run")
       ->type_name("COMMAND");
   verb->add_option("--report", given->report,
-                   "where a command other than pytest leaves its cases")
+                   "where another command leaves its cases: junit:PATH, "
+                   "tap:PATH, or tap for its standard output")
       ->type_name("FORMAT:PATH");
   verb->add_option("--setup", given->setup, "a command to run before; several")
       ->type_name("COMMAND");

@@ -149,10 +149,12 @@ StartFault place_fault(const Settings& settings, const Config& config,
              !free && free.error().code == Code::conflict) {
     return {kLocked, free.error().what};
   }
-  if (auto ok = check_port(config, running); !ok) {
+  // Before the address: libuv, once it has begun, closes in every child of a
+  // fork the numbers that its pipes have here, which are others' in a spawner.
+  if (auto ok = check_level(settings, config, running, no_pool); !ok) {
     return fault(ok.error().what);
   }
-  if (auto ok = check_level(settings, config, running, no_pool); !ok) {
+  if (auto ok = check_port(config, running); !ok) {
     return fault(ok.error().what);
   }
   return {};

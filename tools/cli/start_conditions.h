@@ -38,7 +38,7 @@ Result<void> probe_port(const Config& config);
 std::string log_file_fault(const std::string& what);
 
 // Makes a spawner and a sandbox as a pool would, and has the canary attack it.
-// Forks: call it before there is a thread.
+// Forks: call it before there is a thread, and before libuv is begun.
 Result<sandbox::Report> try_isolation(const Config& config);
 
 }  // namespace machina::cli
