@@ -572,7 +572,14 @@ void Core::Frozen::save(std::vector<std::byte>* out) const {
 }
 
 std::uint64_t Core::image_features(std::span<const std::byte> image) {
-  return Reader(image).u64() == kMagicKeys ? kFeatureConcurrencyKeys : 0;
+  switch (Reader(image).u64()) {
+    case kMagic:
+      return kFeatureClock | kFeatureSessions | kFeatureConcurrencyKeys;
+    case kMagicKeys:
+      return kFeatureConcurrencyKeys;
+    default:
+      return 0;
+  }
 }
 
 Result<void> Core::Impl::load(std::span<const std::byte> bytes) {

@@ -433,7 +433,7 @@ Result<void> Log::Impl::begin_writing(Chain* chain, const Scan& scan) {
   ++manifest_.generation;
   epoch_ = ++manifest_.writer_epoch;
   manifest_.clean = false;
-  features_ |= manifest_.feature_incompat;
+  features_ |= manifest_.feature_incompat | options_.features;
   manifest_.feature_incompat = features_;
   features_compat_ = manifest_.feature_compat;
   std::copy_n(manifest_.log_uuid, 2, log_uuid_);

@@ -62,7 +62,10 @@ struct LogOptions {
   Clock* clock = nullptr;    // when segments were made; null: system_clock()
   Random* random = nullptr;  // salts, on the owner's thread; null: the system's
   std::function<void()> on_locked;  // open() has wal/LOCK; recovery begins
-  // Features (queue/record.h) that an image needs. Null: none.
+  // Features (queue/record.h) that the owner's first record will need: MANIFEST
+  // and each new segment say so from the start, and no segment begins for it.
+  std::uint64_t features = 0;
+  // Features that an image needs. Null: none.
   std::function<std::uint64_t(std::span<const std::byte>)> image_features;
 };
 

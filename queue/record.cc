@@ -365,13 +365,18 @@ RecordType type_of(const Record& record) {
 
 std::uint64_t features_of(const Record& record) {
   auto of_job = [](const EnqueueRecord& r) {
-    return r.job.concurrency_key.empty() ? 0 : kFeatureConcurrencyKeys;
+    return (r.job.concurrency_key.empty() ? 0 : kFeatureConcurrencyKeys) |
+           (r.job.run_at_is_wall ? kFeatureClock : 0);
   };
   std::uint64_t features = 0;
   if (auto* job = std::get_if<EnqueueRecord>(&record.body)) {
     features = of_job(*job);
   } else if (auto* end = std::get_if<EndRecord>(&record.body)) {
     for (const EnqueueRecord& child : end->children) features |= of_job(child);
+  } else if (std::holds_alternative<ClockRecord>(record.body)) {
+    features = kFeatureClock;
+  } else if (auto* grant = std::get_if<GrantRecord>(&record.body)) {
+    if (grant->session != 0) features = kFeatureSessions;
   }
   return features;
 }

@@ -36,7 +36,7 @@ enum class RecordType : std::uint8_t {
   promote = 9,  // scheduled jobs became ready
   forget = 10,  // dedup keys expired
   session_grant = 11,  // a grant that says its worker's session
-  clock = 12,   // how the wall clock stands to the log's time
+  clock = 12,          // how the wall clock stands to the log's time
 };
 
 // The body: everything the client asked for, as kept for the job's life.
@@ -143,6 +143,10 @@ RecordType type_of(const Record&);
 // meets a bit which it does not know refuses the log as newer, before it reads
 // a record. Whoever gives records a new type or member gives it a bit here.
 constexpr std::uint64_t kFeatureConcurrencyKeys = 1;  // jobs have them
+constexpr std::uint64_t kFeatureClock = 2;  // time is the server's own: clock
+                                            // records, run_at as a time of
+                                            // day, images in parts
+constexpr std::uint64_t kFeatureSessions = 4;  // grants say whose session it is
 // Those that this record needs: its segment must carry them.
 std::uint64_t features_of(const Record&);
 

@@ -37,7 +37,8 @@ constexpr std::size_t kRecordHeaderBytes = 12;
 
 constexpr std::uint16_t kLogFormat = 1;
 // Feature bits that we understand (queue/record.h).
-constexpr std::uint64_t kKnownIncompat = kFeatureConcurrencyKeys;
+constexpr std::uint64_t kKnownIncompat =
+    kFeatureConcurrencyKeys | kFeatureClock | kFeatureSessions;
 constexpr std::uint32_t kSegmentUnsynced = 1;  // written with fsync off
 
 // newer, where `bits` of a file have one that is not `known`.

@@ -28,6 +28,7 @@ ShardOptions with_sources(ShardOptions options, Storage& storage, Clock& clock,
   if (options.log.clock == nullptr) options.log.clock = &clock;
   if (options.log.random == nullptr) options.log.random = &random;
   options.log.image_features = Core::image_features;
+  options.log.features = kFeatureClock | kFeatureSessions;
   return options;
 }
 

@@ -357,7 +357,7 @@ TEST(Refusal, LaterFormatsAreRefusedAndNotCalledDamage) {
   auto with_bit = [&](const std::string& name, std::size_t at) {
     auto bytes = j.disk.contents(name);
     for (std::size_t copy : {0, 4096}) {
-      bytes[copy + at] |= std::byte{4};
+      bytes[copy + at] |= std::byte{128};
       std::uint32_t crc = crc32c(0, std::span(bytes).subspan(copy, 4092));
       put(bytes.data() + copy + 4092, crc);
     }
