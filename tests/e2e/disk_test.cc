@@ -120,13 +120,13 @@ class Disk : public EndToEnd {
   void work() {
     for (int n = 0; !stop_;) {
       Answer leased = p().post(
-          "/v1/leases",
-          {{"worker", "w1"}, {"kinds", {"ext.*"}}, {"max", 4}});
+          "/v1/leases", {{"worker", "w1"}, {"kinds", {"ext.*"}}, {"max", 4}});
       if (leased.status != 200) {
         sleep_ms(20);
         continue;
       }
-      for (const Json& lease : leased.json()["leases"]) {
+      const Json got = leased.json();
+      for (const Json& lease : got["leases"]) {
         const std::string at =
             "/v1/leases/" + lease["token"].get<std::string>();
         ++(p().call("PUT", at + "/artifacts/big", std::string(300'000, 'a'))
@@ -205,7 +205,8 @@ TEST_P(Disk, F05_FilledAndFreedUnderLoadWithKills) {
   EXPECT_EQ(others_, 0) << "answers other than 201 and 507";
   EXPECT_EQ(p().log().find("poison"), std::string::npos) << end_of(p().log());
   std::printf(
-      "%d cycles, %d kills: %zu jobs acknowledged, %zu lost; enqueue: %d taken, "
+      "%d cycles, %d kills: %zu jobs acknowledged, %zu lost; enqueue: %d "
+      "taken, "
       "%d refused (507), %d unanswered; uploads: %d taken, %d refused; ends "
       "refused for a while: %d\n",
       cycles, kills, acknowledged_.size(), lost, taken_.load(), refused_.load(),
@@ -221,9 +222,8 @@ TEST_P(Disk, F05_OnAFullDiskEndsAreTakenUploadsAreNotAndItIsSaid) {
   start(quiet);
   for (int i = 0; i < 40; ++i) p().submit({{"kind", "ext.a"}});
   std::string waiting = p().submit({{"kind", "ext.b"}});
-  Json leases = p().post("/v1/leases", {{"worker", "w"},
-                                        {"kinds", {"ext.a"}},
-                                        {"max", 40}})
+  Json leases = p().post("/v1/leases",
+                         {{"worker", "w"}, {"kinds", {"ext.a"}}, {"max", 40}})
                     .json()["leases"];
   ASSERT_EQ(leases.size(), 40u);
   ASSERT_TRUE(eventually(
@@ -259,8 +259,7 @@ TEST_P(Disk, F05_OnAFullDiskEndsAreTakenUploadsAreNotAndItIsSaid) {
   EXPECT_EQ(p().post("/v1/jobs/" + waiting + "/cancel", Json::object()).status,
             200);
   Ended top = p().run({"top", "--once", "--server", p().url()});
-  EXPECT_NE(top.out.find("disk hard"), std::string::npos)
-      << top.out << top.err;
+  EXPECT_NE(top.out.find("disk hard"), std::string::npos) << top.out << top.err;
   p().kill_server();
   restart();  // still full
   EXPECT_EQ(level(), "hard");

@@ -186,7 +186,13 @@ TEST_F(IsolatedTest, F02_AReportFromBeforeTheRunIsNotRead) {
                   {{"setup", json::array({json::array({"python3", "w.py"})})},
                    {"args", args}});
     EXPECT_EQ(job.state, "failed") << args << job.end;
-    EXPECT_EQ(job.end["result"]["passed"], 0) << args;
+    EXPECT_EQ(job.end["result"]["ok"], false) << args;
+    // pytest itself calls a case passed whose body it was told not to run.
+    if (args[0] == "--setup-only") {
+      EXPECT_EQ(job.end["result"]["missing"], 1) << job.end;
+    } else {
+      EXPECT_EQ(job.end["result"]["passed"], 0) << args;
+    }
   }
 }
 

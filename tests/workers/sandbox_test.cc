@@ -452,23 +452,25 @@ TEST_P(SandboxTest, PrepareSeesItsRepositoryAndNothingElse) {
       auto session = stand.open(spec);
       ASSERT_TRUE(session);
       const auto r = sh(*session,
-                        "cat /repo/file; echo x > /repo/no; echo m > "
-                        "/mirror/yes; ls /");
+                        "cat /repo/file; echo x > /repo/no; mkdir "
+                        "/mirror/objects; echo m > /mirror/objects/yes; "
+                        "echo l > /mirror/lock; ls /");
       EXPECT_TRUE(r.out.starts_with("kept\n")) << shown(r);
       EXPECT_EQ(r.out.find("home"), std::string::npos);
     }
     EXPECT_FALSE(fs::exists(repo + "/no"));
-    EXPECT_TRUE(fs::exists(stand.root + "/mirrors/" + name + "/yes"));
+    EXPECT_TRUE(fs::exists(stand.root + "/mirrors/" + name + "/objects/yes"));
     {
       SessionSpec job = small();
       job.mirror = name;
       auto session = stand.open(job);
       ASSERT_TRUE(session);
-      const auto r =
-          sh(*session, "cat /mirror/yes; echo n > /mirror/no; ls /repo");
-      EXPECT_EQ(r.out, "m\n") << shown(r);
+      const auto r = sh(*session,
+                        "cat /mirror/objects/yes; echo n > /mirror/objects/no; "
+                        "ls /mirror /repo");
+      EXPECT_EQ(r.out, "m\n/mirror:\nobjects\n") << shown(r);
     }
-    EXPECT_FALSE(fs::exists(stand.root + "/mirrors/" + name + "/no"));
+    EXPECT_FALSE(fs::exists(stand.root + "/mirrors/" + name + "/objects/no"));
     for (const std::string& bad :
          {stand.root + "/repos/link", stand.root + "/elsewhere",
           stand.root + "/repos/one/../../elsewhere", stand.root + "/repos",

@@ -1,5 +1,5 @@
 // TAP as perl, bats, node and people write it, and as it is when something is
-// wrong with it. What is whole was compared with npm's tap-parser.
+// wrong with it.
 
 #include "workers/kinds/tap.h"
 

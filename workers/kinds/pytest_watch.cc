@@ -23,6 +23,7 @@ TOP = "/work/repo/"
 
 _active = False
 _expected = []  # (node id, its element up to the outcome, where)
+_bodies = collections.Counter()  # that ran, or whose setup was no success
 _finished = collections.Counter()
 _torn_down = set()
 
@@ -169,13 +170,19 @@ def pytest_runtest_protocol(item):
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report):
-    if report.when == "teardown":
+    # --setup-only and the like end cases whose body nobody ran.
+    if report.when == "call":
+        _bodies[report.nodeid] += 1
+    elif report.when == "setup" and report.outcome != "passed":
+        _bodies[report.nodeid] += 1
+    elif report.when == "teardown" and _bodies[report.nodeid]:
         _torn_down.add(report.nodeid)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logfinish(nodeid):
-    _finished[nodeid] += 1
+    if _finished[nodeid] < _bodies[nodeid]:
+        _finished[nodeid] += 1
 
 
 @pytest.hookimpl(tryfirst=True)
