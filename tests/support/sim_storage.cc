@@ -138,7 +138,10 @@ void SimStorage::kill_at(std::uint64_t n) { kill_at_ = n; }
 void SimStorage::fail_sync_at(std::uint64_t n) { fail_sync_at_ = n; }
 void SimStorage::fail_write_at(std::uint64_t n) { fail_write_at_ = n; }
 void SimStorage::lose_write_at(std::uint64_t n) { lose_write_at_ = n; }
-void SimStorage::set_quota(std::uint64_t bytes) { quota_ = bytes; }
+void SimStorage::set_quota(std::uint64_t bytes) {
+  std::lock_guard hold(mutex_);
+  quota_ = bytes;
+}
 
 // Counts an operation; from the fatal one on, all fail.
 Result<void> SimStorage::step(const char* what, const std::string& name) {
