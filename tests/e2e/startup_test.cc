@@ -129,7 +129,8 @@ TEST_P(Startup, LogFromANewerVersionIsRefusedAndLeftAlone) {
   std::vector<std::byte> bytes = encode_manifest(*manifest);
   std::string newer(reinterpret_cast<const char*>(bytes.data()), bytes.size());
   write(path, newer);
-  expect_refused(serve({}), 2, {"MANIFEST", "1099511627776"});
+  expect_refused(serve({}), 2,
+                 {"MANIFEST", std::to_string(manifest->feature_incompat)});
   EXPECT_EQ(e2e::read_file(path), newer) << "it was touched";
   // Whoever has the newer program still has it all.
   write(path, old);
@@ -155,8 +156,9 @@ TEST_P(Startup, F31_KeysSetABitAndAnUnknownBitIsSaidToBeNewer) {
     return found;
   };
   for (int i = 0; i < 3; ++i) p().submit({{"kind", "ext.keep"}});
+  const std::uint64_t always = kFeatureClock | kFeatureSessions;
   for (const auto& [path, header] : segments()) {
-    EXPECT_EQ(header.feature_incompat, 0u) << path;
+    EXPECT_EQ(header.feature_incompat, always) << path;
   }
   p().submit({{"kind", "ext.keep"}, {"concurrency_key", "one"}});
   p().kill_server();
@@ -165,7 +167,7 @@ TEST_P(Startup, F31_KeysSetABitAndAnUnknownBitIsSaidToBeNewer) {
   for (const auto& [name, header] : segments()) {
     if (header.seq > last.seq) path = name, last = header;
   }
-  EXPECT_EQ(last.feature_incompat, kFeatureConcurrencyKeys);
+  EXPECT_EQ(last.feature_incompat, always | kFeatureConcurrencyKeys);
   EXPECT_FALSE(check_features(last.feature_incompat, 0).has_value());
   // And we are the older program of one to come.
   std::string old = e2e::read_file(path), newer = old;
@@ -180,7 +182,7 @@ TEST_P(Startup, F31_KeysSetABitAndAnUnknownBitIsSaidToBeNewer) {
   write(path, newer);
   expect_refused(serve({}), 2,
                  {fs::path(path).filename().string(), "newer version",
-                  "2199023255553"});
+                  std::to_string(last.feature_incompat)});
   EXPECT_TRUE(e2e::read_file(path) == newer) << "it was touched";
   write(path, old);
   restart();

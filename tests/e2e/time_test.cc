@@ -336,8 +336,15 @@ TEST_P(Ends, F10_AWorkerThatDiesByItselfIsCounted) {
   serve.workers = 1;
   start(serve);
   std::string id = start_job();
-  ASSERT_EQ(p().worker_pids().size(), 1u);
-  ::kill(p().worker_pids()[0], SIGKILL);
+  // The pool tells the server of its worker in its own time.
+  std::vector<pid_t> workers;
+  ASSERT_TRUE(eventually(
+      [&] {
+        workers = p().worker_pids();
+        return workers.size() == 1;
+      },
+      10000));
+  ::kill(workers[0], SIGKILL);
   Json job = p().wait_end(id);
   EXPECT_EQ(job["state"], "dead") << job.dump(1);
   EXPECT_EQ(job["error"]["code"], "worker_died") << job.dump(1);
