@@ -2,9 +2,6 @@
 
 #include <unistd.h>
 
-#include <CLI/App.hpp>
-#include <CLI/Config.hpp>
-#include <CLI/Formatter.hpp>
 #include <cstdio>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -15,25 +12,25 @@ extern char** environ;  // NOLINT: the only way to the whole of it
 
 namespace machina::cli {
 
-void add_setting(CLI::App& verb, std::shared_ptr<Settings> settings,
+void add_setting(Verb verb, std::shared_ptr<Settings> settings,
                  const std::string& flag, const std::string& variable,
                  const std::string& help) {
-  verb.add_option_function<std::string>(
+  verb.add_option(
           flag,
           [settings, variable](const std::string& value) {
             settings->overrides[variable] = value;
           },
           help)
-      ->type_name(variable);
+      .shown_as(variable);
 }
 
-void add_common(CLI::App& verb, std::shared_ptr<Settings> settings) {
+void add_common(Verb verb, std::shared_ptr<Settings> settings) {
   verb.add_option("--config", settings->file, "a YAML file of variables")
-      ->type_name("FILE");
+      .shown_as("FILE");
   verb.add_flag("--json", settings->json, "print JSON");
 }
 
-void add_client_settings(CLI::App& verb, std::shared_ptr<Settings> settings) {
+void add_client_settings(Verb verb, std::shared_ptr<Settings> settings) {
   add_setting(verb, settings, "--server", "MACHINA_SERVER",
               "http://HOST:PORT or the path of a socket");
   add_setting(verb, settings, "--root", "MACHINA_ROOT",
@@ -41,25 +38,23 @@ void add_client_settings(CLI::App& verb, std::shared_ptr<Settings> settings) {
   add_common(verb, settings);
 }
 
-void add_duration(CLI::App& verb, const std::string& names, std::int64_t min_ms,
+void add_duration(Verb verb, const std::string& names, std::int64_t min_ms,
                   std::int64_t max_ms, const std::string& unit,
                   std::function<void(std::int64_t ms)> take,
                   const std::string& help) {
   const std::int64_t unit_ms = unit == "s" ? 1000 : 1;
-  const std::string name = names.substr(0, names.find(','));
-  verb.add_option_function<std::string>(
+  verb.add_option(
           names,
           [=, take = std::move(take)](const std::string& text) {
             auto ms = parse_duration_ms(text, unit_ms);
             if (!ms || *ms < min_ms || *ms > max_ms) {
-              throw CLI::ValidationError(
-                  name, "\"" + harmless(text) + "\" must be " +
-                            duration_range(min_ms, max_ms, unit));
+              throw BadValue("\"" + harmless(text) + "\" must be " +
+                             duration_range(min_ms, max_ms, unit));
             }
             take(*ms);
           },
           help)
-      ->type_name(unit == "s" ? "SECONDS" : "MS");
+      .shown_as(unit == "s" ? "SECONDS" : "MS");
 }
 
 std::vector<std::string> environment() {
@@ -154,17 +149,17 @@ int show_refusal(const Settings& settings, const Client::Answer& answer) {
                             hint);
 }
 
-void add_version(CLI::App& app, int* exit) {
+void add_version(Verb& app) {
   auto settings = std::make_shared<Settings>();
-  CLI::App* verb = app.add_subcommand("version", "Print the version");
-  verb->add_flag("--json", settings->json, "print JSON");
-  verb->callback([settings, exit] {
+  Verb verb = app.add_verb("version", "Print the version");
+  verb.add_flag("--json", settings->json, "print JSON");
+  verb.run([settings] {
     if (settings->json) {
       std::cout << nlohmann::json{{"version", MACHINA_VERSION}}.dump() << "\n";
     } else {
       std::cout << "machina " << MACHINA_VERSION << "\n";
     }
-    *exit = kOk;
+    return kOk;
   });
 }
 

@@ -1,8 +1,7 @@
 // tools/cli/cli.h
 //
 // What the verbs share: exit codes, configuration, and how an answer is shown.
-// Each add_*() hangs one verb on the parser; its callback leaves the exit code
-// in *exit.
+// Each add_*() hangs one verb, or a family of them, on the program's.
 
 #pragma once
 
@@ -16,11 +15,8 @@
 
 #include "queue/result.h"
 #include "tools/cli/client.h"
+#include "tools/cli/verb.h"
 #include "tools/config.h"
-
-namespace CLI {
-class App;
-}  // namespace CLI
 
 namespace machina::cli {
 
@@ -30,25 +26,25 @@ constexpr int kUsage = 2;         // or configuration
 constexpr int kUnreachable = 3;
 constexpr int kRefused = 4;  // by the server
 
-void add_serve(CLI::App& app, int* exit);
-void add_pool(CLI::App& app, int* exit);
-void add_worker(CLI::App& app, int* exit);
+void add_serve(Verb& app);
+void add_pool(Verb& app);
+void add_worker(Verb& app);
 // detect, kill, start, restart, healthcheck
-void add_ops(CLI::App& app, int* exit);
-void add_doctor(CLI::App& app, int* exit);
-void add_version(CLI::App& app, int* exit);
-void add_sign(CLI::App& app, int* exit);
+void add_ops(Verb& app);
+void add_doctor(Verb& app);
+void add_version(Verb& app);
+void add_sign(Verb& app);
 // wal verify, wal inspect
-void add_wal(CLI::App& app, int* exit);
+void add_wal(Verb& app);
 // enqueue, get, list, logs, cancel, retry, unblock
-void add_job_verbs(CLI::App& app, int* exit);
+void add_job_verbs(Verb& app);
 // scale, stats
-void add_operator_verbs(CLI::App& app, int* exit);
+void add_operator_verbs(Verb& app);
 // patches list|show|ancestry|search
-void add_patch_verbs(CLI::App& app, int* exit);
+void add_patch_verbs(Verb& app);
 // patch submit|show
-void add_patch_submit(CLI::App& app, int* exit);
-void add_top(CLI::App& app, int* exit);
+void add_patch_submit(Verb& app);
+void add_top(Verb& app);
 
 // The options of a verb that fill configuration. Lives as long as the parser.
 struct Settings {
@@ -57,16 +53,16 @@ struct Settings {
   bool json = false;
 };
 // Adds `flag` (such as "--root"), which sets `variable`.
-void add_setting(CLI::App& verb, std::shared_ptr<Settings> settings,
+void add_setting(Verb verb, std::shared_ptr<Settings> settings,
                  const std::string& flag, const std::string& variable,
                  const std::string& help);
-void add_common(CLI::App& verb, std::shared_ptr<Settings> settings);
+void add_common(Verb verb, std::shared_ptr<Settings> settings);
 // --server, --root, --config, --json
-void add_client_settings(CLI::App& verb, std::shared_ptr<Settings> settings);
+void add_client_settings(Verb verb, std::shared_ptr<Settings> settings);
 
 // Adds an option that takes a span of time: "5s", "10m", "1h30m", or a plain
 // number of `unit` ("ms" or "s"). `take` gets milliseconds.
-void add_duration(CLI::App& verb, const std::string& names, std::int64_t min_ms,
+void add_duration(Verb verb, const std::string& names, std::int64_t min_ms,
                   std::int64_t max_ms, const std::string& unit,
                   std::function<void(std::int64_t ms)> take,
                   const std::string& help);

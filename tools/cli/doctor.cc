@@ -13,9 +13,6 @@
 #include <sys/utsname.h>
 #include <unistd.h>
 
-#include <CLI/App.hpp>
-#include <CLI/Config.hpp>
-#include <CLI/Formatter.hpp>
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
@@ -700,17 +697,17 @@ int doctor(const Settings& settings) {
 
 }  // namespace
 
-void add_doctor(CLI::App& app, int* exit) {
+void add_doctor(Verb& app) {
   auto settings = std::make_shared<Settings>();
-  CLI::App* verb = app.add_subcommand(
+  Verb verb = app.add_verb(
       "doctor",
       "Attack a sandbox of this host and say what held; in the prod profile "
       "also the production checklist");
-  add_setting(*verb, settings, "--root", "MACHINA_ROOT",
+  add_setting(verb, settings, "--root", "MACHINA_ROOT",
               "whose disk to time and root to check");
-  add_setting(*verb, settings, "--profile", "MACHINA_PROFILE", "dev or prod");
-  add_common(*verb, settings);
-  verb->callback([settings, exit] { *exit = doctor(*settings); });
+  add_setting(verb, settings, "--profile", "MACHINA_PROFILE", "dev or prod");
+  add_common(verb, settings);
+  verb.run([settings] { return doctor(*settings); });
 }
 
 }  // namespace machina::cli

@@ -4,9 +4,6 @@
 #include <pwd.h>
 #include <unistd.h>
 
-#include <CLI/App.hpp>
-#include <CLI/Config.hpp>
-#include <CLI/Formatter.hpp>
 #include <algorithm>
 #include <chrono>
 #include <iostream>
@@ -210,44 +207,43 @@ int enqueue(const EnqueueOptions& options) {
   return text_of(job, "state") == "succeeded" ? kOk : kNotSucceeded;
 }
 
-void add_enqueue(CLI::App& app, int* exit) {
+void add_enqueue(Verb& app) {
   auto options = std::make_shared<EnqueueOptions>();
-  CLI::App* verb = app.add_subcommand("enqueue", "Submit a job");
-  verb->add_option("kind", options->kind, "such as test.run")->required();
-  verb->add_option("--payload", options->payload, "JSON, @FILE, or @- (stdin)");
-  verb->add_option("--queue", options->queue, "default: default");
-  verb->add_option("--priority", options->priority, "0..9, 9 first")
-      ->check(CLI::Range(0, 9));
+  Verb verb = app.add_verb("enqueue", "Submit a job");
+  verb.add_option("kind", options->kind, "such as test.run").required();
+  verb.add_option("--payload", options->payload, "JSON, @FILE, or @- (stdin)");
+  verb.add_option("--queue", options->queue, "default: default");
+  verb.add_option("--priority", options->priority, "0..9, 9 first").range(0, 9);
   add_duration(
-      *verb, "--delay-ms,--delay", 0, kDelayMsMax, "ms",
+      verb, "--delay-ms,--delay", 0, kDelayMsMax, "ms",
       [options](std::int64_t ms) { options->delay_ms = ms; },
       "not before so long");
-  verb->add_option("--run-at", options->run_at, "RFC 3339 UTC");
-  verb->add_option("--max-attempts", options->max_attempts, "default: 5")
-      ->check(CLI::Range(1, 1000));
+  verb.add_option("--run-at", options->run_at, "RFC 3339 UTC");
+  verb.add_option("--max-attempts", options->max_attempts, "default: 5")
+      .range(1, 1000);
   add_duration(
-      *verb, "--timeout-ms,--timeout", 1, kTimeoutMsMax, "ms",
+      verb, "--timeout-ms,--timeout", 1, kTimeoutMsMax, "ms",
       [options](std::int64_t ms) { options->timeout_ms = ms; },
       "of an attempt; default: its kind's");
-  verb->add_option("--dedup-key", options->dedup_key,
-                   "the same key again is the same job");
-  verb->add_option("--concurrency-key", options->concurrency_key,
-                   "at most so many of its jobs run at a time");
-  verb->add_option("--concurrency-limit", options->concurrency_limit,
-                   "how many (1)")
-      ->check(CLI::Range(1, 10'000));
-  verb->add_option("--depends-on", options->depends_on, "ids of jobs");
-  verb->add_option("--label", options->labels, "K=V");
-  verb->add_option("--min-level", options->min_level, "L0..L4");
-  verb->add_flag("--wait", options->wait,
-                 "wait for its end; exit 1 unless it succeeded");
+  verb.add_option("--dedup-key", options->dedup_key,
+                  "the same key again is the same job");
+  verb.add_option("--concurrency-key", options->concurrency_key,
+                  "at most so many of its jobs run at a time");
+  verb.add_option("--concurrency-limit", options->concurrency_limit,
+                  "how many (1)")
+      .range(1, 10'000);
+  verb.add_option("--depends-on", options->depends_on, "ids of jobs");
+  verb.add_option("--label", options->labels, "K=V");
+  verb.add_option("--min-level", options->min_level, "L0..L4");
+  verb.add_flag("--wait", options->wait,
+                "wait for its end; exit 1 unless it succeeded");
   add_duration(
-      *verb, "--wait-s", 1000, 10'000'000'000, "s",
+      verb, "--wait-s", 1000, 10'000'000'000, "s",
       [options](std::int64_t ms) { options->wait_ms = ms; },
       "how long --wait waits (86400)");
-  verb->add_flag("-q,--quiet", options->quiet, "print the id only");
-  add_client_settings(*verb, options->settings);
-  verb->callback([options, exit] { *exit = enqueue(*options); });
+  verb.add_flag("-q,--quiet", options->quiet, "print the id only");
+  add_client_settings(verb, options->settings);
+  verb.run([options] { return enqueue(*options); });
 }
 
 // --- get, cancel, retry, unblock -------------------------------------------
@@ -483,58 +479,56 @@ int unblock_job(JobOptions options) {
   return one_job(options, "POST", "/unblock", text);
 }
 
-void add_unblock(CLI::App& app, int* exit);
+void add_unblock(Verb& app);
 
-CLI::App* job_verb(CLI::App& app, const char* name, const char* help,
-                   std::shared_ptr<JobOptions> options) {
-  CLI::App* verb = app.add_subcommand(name, help);
-  verb->add_option("id", options->id, kIdHelp)->required();
-  add_client_settings(*verb, options->settings);
+Verb job_verb(Verb app, const char* name, const char* help,
+              std::shared_ptr<JobOptions> options) {
+  Verb verb = app.add_verb(name, help);
+  verb.add_option("id", options->id, kIdHelp).required();
+  add_client_settings(verb, options->settings);
   return verb;
 }
 
-void add_simple_verbs(CLI::App& app, int* exit) {
+void add_simple_verbs(Verb& app) {
   auto get = std::make_shared<JobOptions>();
-  job_verb(app, "get", "Show a job", get)->callback([get, exit] {
-    *exit = one_job(*get, "GET", "", "");
+  job_verb(app, "get", "Show a job", get).run([get] {
+    return one_job(*get, "GET", "", "");
   });
   auto cancel = std::make_shared<JobOptions>();
   job_verb(app, "cancel", "Cancel a job; a running one is stopped", cancel)
-      ->callback([cancel, exit] {
-        *exit = one_job(*cancel, "POST", "/cancel", "{}");
-      });
+      .run([cancel] { return one_job(*cancel, "POST", "/cancel", "{}"); });
   auto retry = std::make_shared<JobOptions>();
-  CLI::App* again = job_verb(
-      app, "retry", "Run a failed, dead or cancelled job again", retry);
-  again->add_flag("--ignore-dependencies", retry->ignore_dependencies,
-                  "also where a job that it depends on did not succeed");
-  again->callback([retry, exit] {
-    *exit = one_job(
+  Verb again = job_verb(app, "retry",
+                        "Run a failed, dead or cancelled job again", retry);
+  again.add_flag("--ignore-dependencies", retry->ignore_dependencies,
+                 "also where a job that it depends on did not succeed");
+  again.run([retry] {
+    return one_job(
         *retry, "POST", "/retry",
         retry->ignore_dependencies ? "{\"ignore_dependencies\":true}" : "{}");
   });
-  add_unblock(app, exit);
+  add_unblock(app);
 }
 
-void add_unblock(CLI::App& app, int* exit) {
+void add_unblock(Verb& app) {
   auto unblock = std::make_shared<JobOptions>();
-  CLI::App* verb =
+  Verb verb =
       job_verb(app, "unblock",
                "Show what a blocked job waits for, or decide it", unblock);
-  verb->add_flag("--approve", unblock->approve,
-                 "what a job that waits for approval asks for");
-  verb->add_flag("--deny", unblock->deny, "say no to it")
-      ->excludes("--approve");
-  verb->add_option("--digest", unblock->digest,
-                   "approve only if this is what the job asks for");
-  verb->add_option("--comment", unblock->comment, "why; kept with the patch");
-  verb->add_option("--token", unblock->token,
-                   "the job's blocked.token; looked up where it is left out");
-  verb->add_option("--input", unblock->input, "JSON for the job, or @FILE")
-      ->excludes("--approve", "--deny");
-  verb->add_option("--actor", unblock->actor,
-                   "who decided (the user at this terminal)");
-  verb->callback([unblock, exit] { *exit = unblock_job(*unblock); });
+  verb.add_flag("--approve", unblock->approve,
+                "what a job that waits for approval asks for");
+  verb.add_flag("--deny", unblock->deny, "say no to it")
+      .excludes({"--approve"});
+  verb.add_option("--digest", unblock->digest,
+                  "approve only if this is what the job asks for");
+  verb.add_option("--comment", unblock->comment, "why; kept with the patch");
+  verb.add_option("--token", unblock->token,
+                  "the job's blocked.token; looked up where it is left out");
+  verb.add_option("--input", unblock->input, "JSON for the job, or @FILE")
+      .excludes({"--approve", "--deny"});
+  verb.add_option("--actor", unblock->actor,
+                  "who decided (the user at this terminal)");
+  verb.run([unblock] { return unblock_job(*unblock); });
 }
 
 // --- list ------------------------------------------------------------------
@@ -616,20 +610,20 @@ int list(const ListOptions& options) {
   return kOk;
 }
 
-void add_list(CLI::App& app, int* exit) {
+void add_list(Verb& app) {
   auto options = std::make_shared<ListOptions>();
-  CLI::App* verb = app.add_subcommand("list", "List jobs");
-  verb->add_option("--state", options->state, "such as ready or failed");
-  verb->add_option("--kind", options->kind, "such as test.run");
-  verb->add_option("--queue", options->queue, "of this queue");
-  verb->add_option("--label", options->labels, "K=V");
-  verb->add_option("--since", options->since, "created since, RFC 3339");
-  verb->add_option("--until", options->until, "created until, RFC 3339");
-  verb->add_option("--limit", options->limit, "jobs that are shown (50)")
-      ->check(CLI::Range(1, 1000));
-  verb->add_option("--cursor", options->cursor, "of the page before");
-  add_client_settings(*verb, options->settings);
-  verb->callback([options, exit] { *exit = list(*options); });
+  Verb verb = app.add_verb("list", "List jobs");
+  verb.add_option("--state", options->state, "such as ready or failed");
+  verb.add_option("--kind", options->kind, "such as test.run");
+  verb.add_option("--queue", options->queue, "of this queue");
+  verb.add_option("--label", options->labels, "K=V");
+  verb.add_option("--since", options->since, "created since, RFC 3339");
+  verb.add_option("--until", options->until, "created until, RFC 3339");
+  verb.add_option("--limit", options->limit, "jobs that are shown (50)")
+      .range(1, 1000);
+  verb.add_option("--cursor", options->cursor, "of the page before");
+  add_client_settings(verb, options->settings);
+  verb.run([options] { return list(*options); });
 }
 
 // --- logs ------------------------------------------------------------------
@@ -689,24 +683,24 @@ int logs(const LogOptions& options) {
   }
 }
 
-void add_logs(CLI::App& app, int* exit) {
+void add_logs(Verb& app) {
   auto options = std::make_shared<LogOptions>();
-  CLI::App* verb = app.add_subcommand("logs", "Print what a job printed");
-  verb->add_option("id", options->id, kIdHelp)->required();
-  verb->add_option("--attempt", options->attempt, "default: the last")
-      ->check(CLI::PositiveNumber);
-  verb->add_flag("-f,--follow", options->follow, "until the job has ended");
-  add_client_settings(*verb, options->settings);
-  verb->callback([options, exit] { *exit = logs(*options); });
+  Verb verb = app.add_verb("logs", "Print what a job printed");
+  verb.add_option("id", options->id, kIdHelp).required();
+  verb.add_option("--attempt", options->attempt, "default: the last")
+      .range(1, 1 << 30);
+  verb.add_flag("-f,--follow", options->follow, "until the job has ended");
+  add_client_settings(verb, options->settings);
+  verb.run([options] { return logs(*options); });
 }
 
 }  // namespace
 
-void add_job_verbs(CLI::App& app, int* exit) {
-  add_enqueue(app, exit);
-  add_list(app, exit);
-  add_simple_verbs(app, exit);
-  add_logs(app, exit);
+void add_job_verbs(Verb& app) {
+  add_enqueue(app);
+  add_list(app);
+  add_simple_verbs(app);
+  add_logs(app);
 }
 
 }  // namespace machina::cli

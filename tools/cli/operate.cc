@@ -1,8 +1,5 @@
 // The verbs about the whole: scale and stats.
 
-#include <CLI/App.hpp>
-#include <CLI/Config.hpp>
-#include <CLI/Formatter.hpp>
 #include <iostream>
 #include <nlohmann/json.hpp>
 
@@ -74,29 +71,27 @@ int ask_and_show(const Settings& settings, const Client::Request& request) {
 
 }  // namespace
 
-void add_operator_verbs(CLI::App& app, int* exit) {
+void add_operator_verbs(Verb& app) {
   auto settings = std::make_shared<Settings>();
-  CLI::App* stats = app.add_subcommand("stats", "Show queues and counters");
-  add_client_settings(*stats, settings);
-  stats->callback([settings, exit] {
+  Verb stats = app.add_verb("stats", "Show queues and counters");
+  add_client_settings(stats, settings);
+  stats.run([settings] {
     Client::Request request;
     request.path = "/stats";
-    *exit = ask_and_show(*settings, request);
+    return ask_and_show(*settings, request);
   });
 
   auto scaling = std::make_shared<Settings>();
   auto count = std::make_shared<int>(0);
-  CLI::App* scale = app.add_subcommand("scale", "Set the number of workers");
-  scale->add_option("count", *count, "0..64")
-      ->required()
-      ->check(CLI::Range(0, 64));
-  add_client_settings(*scale, scaling);
-  scale->callback([scaling, count, exit] {
+  Verb scale = app.add_verb("scale", "Set the number of workers");
+  scale.add_option("count", *count, "0..64").required().range(0, 64);
+  add_client_settings(scale, scaling);
+  scale.run([scaling, count] {
     Client::Request request;
     request.method = "PUT";
     request.path = "/v1/workers/scale";
     request.body = "{\"count\":" + std::to_string(*count) + "}";
-    *exit = ask_and_show(*scaling, request);
+    return ask_and_show(*scaling, request);
   });
 }
 

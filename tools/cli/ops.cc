@@ -4,9 +4,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <CLI/App.hpp>
-#include <CLI/Config.hpp>
-#include <CLI/Formatter.hpp>
 #include <algorithm>
 #include <cerrno>
 #include <csignal>
@@ -491,24 +488,23 @@ namespace {
 
 using Run = int (*)(const OpsOptions&);
 
-CLI::App* add_verb(CLI::App& ops, const std::string& name,
-                   const std::string& what, std::shared_ptr<OpsOptions> options,
-                   Run run, int* exit) {
-  CLI::App* verb = ops.add_subcommand(name, what);
-  add_setting(*verb, options->settings, "--root", "MACHINA_ROOT",
+Verb add_verb(Verb ops, const std::string& name, const std::string& what,
+              std::shared_ptr<OpsOptions> options, Run run) {
+  Verb verb = ops.add_verb(name, what);
+  add_setting(verb, options->settings, "--root", "MACHINA_ROOT",
               "whose processes");
-  add_setting(*verb, options->settings, "--profile", "MACHINA_PROFILE",
+  add_setting(verb, options->settings, "--profile", "MACHINA_PROFILE",
               "dev or prod");
-  add_common(*verb, options->settings);
-  verb->add_flag("--text", options->text, "print text instead of JSON");
-  verb->add_flag("--dry-run", options->dry_run,
-                 "say what would be done; change nothing, write no report");
-  verb->callback([options, run, exit] { *exit = run(*options); });
+  add_common(verb, options->settings);
+  verb.add_flag("--text", options->text, "print text instead of JSON");
+  verb.add_flag("--dry-run", options->dry_run,
+                "say what would be done; change nothing, write no report");
+  verb.run([options, run] { return run(*options); });
   return verb;
 }
 
 // `owner` keeps `*to` for as long as the parser lives.
-void add_seconds(CLI::App& verb, const std::string& name, std::int64_t min_ms,
+void add_seconds(Verb verb, const std::string& name, std::int64_t min_ms,
                  double* to, std::shared_ptr<OpsOptions> owner,
                  const std::string& help) {
   add_duration(
@@ -519,12 +515,12 @@ void add_seconds(CLI::App& verb, const std::string& name, std::int64_t min_ms,
       help);
 }
 
-void add_wait(CLI::App& verb, std::shared_ptr<OpsOptions> options) {
+void add_wait(Verb verb, std::shared_ptr<OpsOptions> options) {
   add_seconds(verb, "--wait-seconds", 100, &options->wait_seconds, options,
               "how long it may take until all is well");
 }
 
-void add_listen(CLI::App& verb, std::shared_ptr<OpsOptions> options) {
+void add_listen(Verb verb, std::shared_ptr<OpsOptions> options) {
   add_setting(verb, options->settings, "--host,--serve-host", "MACHINA_HOST",
               "address to bind");
   add_setting(verb, options->settings, "--port,--serve-port", "MACHINA_PORT",
@@ -532,70 +528,69 @@ void add_listen(CLI::App& verb, std::shared_ptr<OpsOptions> options) {
   add_setting(verb, options->settings, "--workers", "MACHINA_WORKERS", "0..64");
 }
 
-void add_disk(CLI::App& verb, std::shared_ptr<OpsOptions> options) {
+void add_disk(Verb verb, std::shared_ptr<OpsOptions> options) {
   verb.add_option("--min-free-mb", options->min_free_mb,
                   "less free disk than that is a failure")
-      ->check(CLI::Range(0, 1 << 30));
+      .range(0, 1 << 30);
 }
 
 }  // namespace
 
-void add_ops(CLI::App& app, int* exit) {
-  CLI::App* ops = app.add_subcommand(
+void add_ops(Verb& app) {
+  Verb ops = app.add_verb(
       "ops", "Detect, start, end, restart and check what runs on a root");
-  ops->require_subcommand(1);
+  ops.require_verb();
   auto detecting = std::make_shared<OpsOptions>();
-  add_verb(*ops, "detect", "Say what runs there", detecting, ops_detect, exit);
+  add_verb(ops, "detect", "Say what runs there", detecting, ops_detect);
 
   auto killing = std::make_shared<OpsOptions>();
-  CLI::App* kill = add_verb(*ops, "kill", "End it: TERM, then KILL", killing,
-                            ops_kill, exit);
-  kill->add_option("--from", killing->from,
-                   "end only what this report of detect names and still is "
-                   "that process");
-  add_seconds(*kill, "--term-seconds", 0, &killing->term_seconds, killing,
+  Verb kill =
+      add_verb(ops, "kill", "End it: TERM, then KILL", killing, ops_kill);
+  kill.add_option("--from", killing->from,
+                  "end only what this report of detect names and still is "
+                  "that process");
+  add_seconds(kill, "--term-seconds", 0, &killing->term_seconds, killing,
               "grace between TERM and KILL, in which running jobs may end; "
               "default: 8");
 
   auto starting = std::make_shared<OpsOptions>();
-  CLI::App* start = add_verb(*ops, "start", "Start a server in the background",
-                             starting, ops_start, exit);
-  add_listen(*start, starting);
-  add_wait(*start, starting);
-  start->add_flag("--unsafe-fs", starting->unsafe_fs,
-                  "accept NFS, overlay or tmpfs in the prod profile");
-  start->add_option("--stack-id", starting->stack_id,
-                    "a name for this start in its report");
+  Verb start = add_verb(ops, "start", "Start a server in the background",
+                        starting, ops_start);
+  add_listen(start, starting);
+  add_wait(start, starting);
+  start.add_flag("--unsafe-fs", starting->unsafe_fs,
+                 "accept NFS, overlay or tmpfs in the prod profile");
+  start.add_option("--stack-id", starting->stack_id,
+                   "a name for this start in its report");
   start
-      ->add_option("--launcher", starting->launcher,
-                   "nohup: in the background, in a session of its own; "
-                   "systemd: the installed unit; auto: systemd where its unit "
-                   "serves this root, else nohup")
-      ->check(CLI::IsMember({"auto", "nohup", "systemd"}));
-  start->add_flag("--force", starting->force,
-                  "end what runs there first, as kill does");
+      .add_option("--launcher", starting->launcher,
+                  "nohup: in the background, in a session of its own; "
+                  "systemd: the installed unit; auto: systemd where its unit "
+                  "serves this root, else nohup")
+      .one_of({"auto", "nohup", "systemd"});
+  start.add_flag("--force", starting->force,
+                 "end what runs there first, as kill does");
 
   auto restarting = std::make_shared<OpsOptions>();
-  CLI::App* restart = add_verb(
-      *ops, "restart", "Replace the server; its pool and the running jobs stay",
-      restarting, ops_restart, exit);
-  add_listen(*restart, restarting);
-  add_wait(*restart, restarting);
-  add_disk(*restart, restarting);
-  restart->add_flag("--pool", restarting->replace_pool,
-                    "then replace the pool too, as its jobs end");
-  add_seconds(*restart, "--handover-seconds", 100,
-              &restarting->handover_seconds, restarting,
-              "how long the old server may take to let go");
+  Verb restart = add_verb(
+      ops, "restart", "Replace the server; its pool and the running jobs stay",
+      restarting, ops_restart);
+  add_listen(restart, restarting);
+  add_wait(restart, restarting);
+  add_disk(restart, restarting);
+  restart.add_flag("--pool", restarting->replace_pool,
+                   "then replace the pool too, as its jobs end");
+  add_seconds(restart, "--handover-seconds", 100, &restarting->handover_seconds,
+              restarting, "how long the old server may take to let go");
 
-  add_doctor(*ops, exit);
+  add_doctor(ops);
 
   auto checking = std::make_shared<OpsOptions>();
-  CLI::App* check = add_verb(*ops, "healthcheck", "Say whether it is well",
-                             checking, ops_healthcheck, exit);
-  add_disk(*check, checking);
+  Verb check = add_verb(ops, "healthcheck", "Say whether it is well", checking,
+                        ops_healthcheck);
+  add_disk(check, checking);
   checking->wait_seconds = 5;
-  add_wait(*check, checking);
+  add_wait(check, checking);
 }
 
 }  // namespace machina::cli

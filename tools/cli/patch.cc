@@ -1,9 +1,6 @@
 // patch submit and patch show: one patch, from a diff to its verdict. What
 // became of all patches is asked with `machina patches` (patches.cc).
 
-#include <CLI/App.hpp>
-#include <CLI/Config.hpp>
-#include <CLI/Formatter.hpp>
 #include <algorithm>
 #include <filesystem>
 #include <iostream>
@@ -514,72 +511,72 @@ int show(ShowOptions options) {
   return show_end(settings, asked.answer.body, options.all, &shown);
 }
 
-void add_wait_s(CLI::App& verb, std::function<void(std::int64_t)> take) {
+void add_wait_s(Verb verb, std::function<void(std::int64_t)> take) {
   add_duration(verb, "--wait-s", 1000, 10'000'000'000, "s", std::move(take),
                "how long to wait for the verdict (86400)");
 }
 
 }  // namespace
 
-void add_patch_submit(CLI::App& app, int* exit) {
-  CLI::App* patch = app.add_subcommand(
+void add_patch_submit(Verb& app) {
+  Verb patch = app.add_verb(
       "patch", "One patch, from a diff to its verdict (patches: all of them)");
-  patch->require_subcommand(1);
+  patch.require_verb();
 
   auto given = std::make_shared<SubmitOptions>();
-  CLI::App* verb = patch->add_subcommand(
-      "submit", "Submit a diff, follow it, and print the verdict");
-  verb->add_option("file", given->file, "the unified diff; - is standard input")
-      ->required();
-  verb->add_option("--repo", given->repo,
-                   "a path in the repository (this directory), or a name "
-                   "below a repository root");
-  verb->add_option("--test", given->test,
-                   "what runs the tests, such as 'pytest -q'; or the member "
-                   "test of patch.apply as JSON or @FILE; without it none run")
-      ->type_name("COMMAND");
-  verb->add_option("--report", given->report,
-                   "where another command leaves its cases: junit:PATH, "
-                   "tap:PATH, or tap for its standard output")
-      ->type_name("FORMAT:PATH");
-  verb->add_option("--setup", given->setup, "a command to run before; several")
-      ->type_name("COMMAND");
-  verb->add_option("--base", given->base, "the commit the diff is for (HEAD)");
-  verb->add_option("--branch", given->branch, "default: review/<patch id>");
-  verb->add_flag("--push", given->push, "make the branch in the repository");
-  verb->add_flag("--no-baseline", given->no_baseline,
-                 "do not run the tests before: all must pass after");
-  verb->add_option("--approval", given->approval, "auto or required")
-      ->check(CLI::IsMember({"auto", "required"}));
-  verb->add_option("--author", given->author, "\"Name <email>\"");
-  verb->add_option("-m,--description", given->description,
-                   "the commit's message");
-  verb->add_option("--parent", given->parent, "the patch this one builds on");
-  verb->add_option("--dedup-key", given->dedup_key,
-                   "the same key again is the same patch");
-  verb->add_option("--min-level", given->min_level, "L0..L4");
+  Verb verb = patch.add_verb("submit",
+                             "Submit a diff, follow it, and print the verdict");
+  verb.add_option("file", given->file, "the unified diff; - is standard input")
+      .required();
+  verb.add_option("--repo", given->repo,
+                  "a path in the repository (this directory), or a name "
+                  "below a repository root");
+  verb.add_option("--test", given->test,
+                  "what runs the tests, such as 'pytest -q'; or the member "
+                  "test of patch.apply as JSON or @FILE; without it none run")
+      .shown_as("COMMAND");
+  verb.add_option("--report", given->report,
+                  "where another command leaves its cases: junit:PATH, "
+                  "tap:PATH, or tap for its standard output")
+      .shown_as("FORMAT:PATH");
+  verb.add_option("--setup", given->setup, "a command to run before; several")
+      .shown_as("COMMAND");
+  verb.add_option("--base", given->base, "the commit the diff is for (HEAD)");
+  verb.add_option("--branch", given->branch, "default: review/<patch id>");
+  verb.add_flag("--push", given->push, "make the branch in the repository");
+  verb.add_flag("--no-baseline", given->no_baseline,
+                "do not run the tests before: all must pass after");
+  verb.add_option("--approval", given->approval, "auto or required")
+      .one_of({"auto", "required"});
+  verb.add_option("--author", given->author, "\"Name <email>\"");
+  verb.add_option("-m,--description", given->description,
+                  "the commit's message");
+  verb.add_option("--parent", given->parent, "the patch this one builds on");
+  verb.add_option("--dedup-key", given->dedup_key,
+                  "the same key again is the same patch");
+  verb.add_option("--min-level", given->min_level, "L0..L4");
   add_duration(
-      *verb, "--timeout-ms,--timeout", 1, 604'800'000, "ms",
+      verb, "--timeout-ms,--timeout", 1, 604'800'000, "ms",
       [given](std::int64_t ms) { given->timeout_ms = ms; },
       "of an attempt (300 s)");
-  verb->add_flag("--no-wait", given->no_wait, "print the id and do not follow");
-  add_wait_s(*verb, [given](std::int64_t ms) { given->wait_ms = ms; });
-  verb->add_flag("--all", given->all, "show all cases");
-  add_client_settings(*verb, given->settings);
-  verb->callback([given, exit] { *exit = submit(*given); });
+  verb.add_flag("--no-wait", given->no_wait, "print the id and do not follow");
+  add_wait_s(verb, [given](std::int64_t ms) { given->wait_ms = ms; });
+  verb.add_flag("--all", given->all, "show all cases");
+  add_client_settings(verb, given->settings);
+  verb.run([given] { return submit(*given); });
 
   auto shown = std::make_shared<ShowOptions>();
-  verb = patch->add_subcommand("show", "Show a patch's verdict and its cases");
-  verb->add_option("id", shown->id,
-                   "the patch's id, which is its job's; a part of it that no "
-                   "other has will do")
-      ->required();
-  verb->add_flag("-f,--follow", shown->follow,
-                 "until it has ended; exit 1 unless it succeeded");
-  add_wait_s(*verb, [shown](std::int64_t ms) { shown->wait_ms = ms; });
-  verb->add_flag("--all", shown->all, "show all cases");
-  add_client_settings(*verb, shown->settings);
-  verb->callback([shown, exit] { *exit = show(*shown); });
+  verb = patch.add_verb("show", "Show a patch's verdict and its cases");
+  verb.add_option("id", shown->id,
+                  "the patch's id, which is its job's; a part of it that no "
+                  "other has will do")
+      .required();
+  verb.add_flag("-f,--follow", shown->follow,
+                "until it has ended; exit 1 unless it succeeded");
+  add_wait_s(verb, [shown](std::int64_t ms) { shown->wait_ms = ms; });
+  verb.add_flag("--all", shown->all, "show all cases");
+  add_client_settings(verb, shown->settings);
+  verb.run([shown] { return show(*shown); });
 }
 
 }  // namespace machina::cli

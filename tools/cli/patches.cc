@@ -1,8 +1,5 @@
 // The verbs about patches: list, show, ancestry, search.
 
-#include <CLI/App.hpp>
-#include <CLI/Config.hpp>
-#include <CLI/Formatter.hpp>
 #include <algorithm>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -315,15 +312,15 @@ int ancestry(PatchOptions options) {
   return kOk;
 }
 
-void add_page(CLI::App* verb, const std::shared_ptr<PatchOptions>& options) {
-  verb->add_option("--repo", options->repo,
-                   "a path, or a name below a repository root");
-  verb->add_option("--outcome", options->outcome,
-                   "such as applied, conflict, rejected or tests_failed");
-  verb->add_option("--limit", options->limit, "patches that are shown (50)")
-      ->check(CLI::Range(1, 1000));
-  verb->add_option("--cursor", options->cursor, "of the page before");
-  add_client_settings(*verb, options->settings);
+void add_page(Verb verb, const std::shared_ptr<PatchOptions>& options) {
+  verb.add_option("--repo", options->repo,
+                  "a path, or a name below a repository root");
+  verb.add_option("--outcome", options->outcome,
+                  "such as applied, conflict, rejected or tests_failed");
+  verb.add_option("--limit", options->limit, "patches that are shown (50)")
+      .range(1, 1000);
+  verb.add_option("--cursor", options->cursor, "of the page before");
+  add_client_settings(verb, options->settings);
 }
 
 }  // namespace
@@ -338,51 +335,50 @@ int show_patch_record(const Settings& settings, const std::string& id) {
   return exit;
 }
 
-void add_patch_verbs(CLI::App& app, int* exit) {
-  CLI::App* patches =
-      app.add_subcommand("patches", "Where patches came from, and their fate");
-  patches->require_subcommand(1);
+void add_patch_verbs(Verb& app) {
+  Verb patches =
+      app.add_verb("patches", "Where patches came from, and their fate");
+  patches.require_verb();
 
   auto listed = std::make_shared<PatchOptions>();
-  CLI::App* verb = patches->add_subcommand("list", "List patches");
+  Verb verb = patches.add_verb("list", "List patches");
   add_page(verb, listed);
-  verb->callback([listed, exit] { *exit = list(*listed, "list"); });
+  verb.run([listed] { return list(*listed, "list"); });
 
   auto shown = std::make_shared<PatchOptions>();
-  verb = patches->add_subcommand("show", "Show a patch");
-  verb->add_option("id", shown->id, kPatchIdHelp)->required();
-  add_client_settings(*verb, shown->settings);
-  verb->callback([shown, exit] { *exit = show(*shown); });
+  verb = patches.add_verb("show", "Show a patch");
+  verb.add_option("id", shown->id, kPatchIdHelp).required();
+  add_client_settings(verb, shown->settings);
+  verb.run([shown] { return show(*shown); });
 
   auto traced = std::make_shared<PatchOptions>();
-  verb = patches->add_subcommand("ancestry",
-                                 "A patch, its parent, and so on to the root");
-  verb->add_option("id", traced->id, kPatchIdHelp)->required();
-  add_client_settings(*verb, traced->settings);
-  verb->callback([traced, exit] { *exit = ancestry(*traced); });
+  verb = patches.add_verb("ancestry",
+                          "A patch, its parent, and so on to the root");
+  verb.add_option("id", traced->id, kPatchIdHelp).required();
+  add_client_settings(verb, traced->settings);
+  verb.run([traced] { return ancestry(*traced); });
 
   auto sought = std::make_shared<PatchOptions>();
-  verb = patches->add_subcommand(
+  verb = patches.add_verb(
       "search", "Patches by what they were made from or what they touch");
-  verb->add_option("--license", sought->license, "SPDX, such as MIT");
-  verb->add_option("--vector", sought->vector, "a vector's id");
-  verb->add_option("--path", sought->path, "a file's path in the repository");
-  verb->add_option("--license-fingerprint", sought->license_fingerprint,
-                   "SHA-256 of a licence's text");
-  verb->add_option("--session", sought->session, "a session's id");
-  verb->add_option("--diff-digest", sought->diff_digest,
-                   "SHA-256 of a diff: was it tried before?");
+  verb.add_option("--license", sought->license, "SPDX, such as MIT");
+  verb.add_option("--vector", sought->vector, "a vector's id");
+  verb.add_option("--path", sought->path, "a file's path in the repository");
+  verb.add_option("--license-fingerprint", sought->license_fingerprint,
+                  "SHA-256 of a licence's text");
+  verb.add_option("--session", sought->session, "a session's id");
+  verb.add_option("--diff-digest", sought->diff_digest,
+                  "SHA-256 of a diff: was it tried before?");
   add_page(verb, sought);
-  verb->callback([sought, exit] {
+  verb.run([sought] {
     if (sought->license.empty() && sought->vector.empty() &&
         sought->path.empty() && sought->license_fingerprint.empty() &&
         sought->session.empty() && sought->diff_digest.empty()) {
-      *exit = fail(kUsage,
-                   "patches search: --license, --license-fingerprint, "
-                   "--vector, --session, --diff-digest or --path is needed");
-      return;
+      return fail(kUsage,
+                  "patches search: --license, --license-fingerprint, "
+                  "--vector, --session, --diff-digest or --path is needed");
     }
-    *exit = list(*sought, "search");
+    return list(*sought, "search");
   });
 }
 

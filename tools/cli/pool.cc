@@ -6,10 +6,6 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 
-#include <CLI/App.hpp>
-#include <CLI/Config.hpp>
-#include <CLI/Formatter.hpp>
-
 #include "tools/cli/cli.h"
 #include "tools/cli/pool_settings.h"
 #include "tools/root.h"
@@ -72,18 +68,17 @@ int pool(const Settings& settings, const std::string& server) {
 
 }  // namespace
 
-void add_pool(CLI::App& app, int* exit) {
+void add_pool(Verb& app) {
   auto settings = std::make_shared<Settings>();
   auto server = std::make_shared<std::string>();
-  CLI::App* verb = app.add_subcommand("pool", "Keep this host's workers");
-  verb->add_option("--server", *server, "URL (not built yet)");
-  add_setting(*verb, settings, "--root", "MACHINA_ROOT", "the server's root");
-  add_setting(*verb, settings, "--workers", "MACHINA_WORKERS",
+  Verb verb = app.add_verb("pool", "Keep this host's workers");
+  verb.add_option("--server", *server, "URL (not built yet)");
+  add_setting(verb, settings, "--root", "MACHINA_ROOT", "the server's root");
+  add_setting(verb, settings, "--workers", "MACHINA_WORKERS",
               "until the server says otherwise");
-  add_setting(*verb, settings, "--profile", "MACHINA_PROFILE", "dev or prod");
-  add_common(*verb, settings);
-  verb->callback(
-      [settings, server, exit] { *exit = pool(*settings, *server); });
+  add_setting(verb, settings, "--profile", "MACHINA_PROFILE", "dev or prod");
+  add_common(verb, settings);
+  verb.run([settings, server] { return pool(*settings, *server); });
 }
 
 }  // namespace machina::cli

@@ -5,9 +5,6 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 
-#include <CLI/App.hpp>
-#include <CLI/Config.hpp>
-#include <CLI/Formatter.hpp>
 #include <iostream>
 #include <nlohmann/json.hpp>
 
@@ -229,30 +226,30 @@ int serve(const ServeOptions& options) {
 
 }  // namespace
 
-void add_serve(CLI::App& app, int* exit) {
+void add_serve(Verb& app) {
   auto options = std::make_shared<ServeOptions>();
-  CLI::App* verb = app.add_subcommand("serve", "Run the server");
+  Verb verb = app.add_verb("serve", "Run the server");
   auto& settings = options->settings;
-  add_setting(*verb, settings, "--host", "MACHINA_HOST", "address to bind");
-  add_setting(*verb, settings, "--port", "MACHINA_PORT", "0: any free one");
-  add_setting(*verb, settings, "--workers", "MACHINA_WORKERS",
+  add_setting(verb, settings, "--host", "MACHINA_HOST", "address to bind");
+  add_setting(verb, settings, "--port", "MACHINA_PORT", "0: any free one");
+  add_setting(verb, settings, "--workers", "MACHINA_WORKERS",
               "0..64; 0 only accepts");
-  add_setting(*verb, settings, "--root", "MACHINA_ROOT", "where all state is");
-  add_setting(*verb, settings, "--profile", "MACHINA_PROFILE", "dev or prod");
-  add_common(*verb, settings);
-  verb->add_flag("--print-config", options->print_config,
-                 "show each value and its origin, and exit");
-  verb->add_flag("--check", options->check,
-                 "say whether a server would start with these settings, and "
-                 "exit");
-  verb->add_flag("--no-pool", options->no_pool,
-                 "start no pool: one is, or will be, started beside this "
-                 "server (machina pool)");
-  verb->add_flag("--unsafe-fs", options->unsafe_fs,
-                 "accept NFS, overlay or tmpfs in the prod profile");
-  verb->add_option("--port-file", options->port_file,
-                   "write the bound port there");
-  verb->callback([options, exit] { *exit = serve(*options); });
+  add_setting(verb, settings, "--root", "MACHINA_ROOT", "where all state is");
+  add_setting(verb, settings, "--profile", "MACHINA_PROFILE", "dev or prod");
+  add_common(verb, settings);
+  verb.add_flag("--print-config", options->print_config,
+                "show each value and its origin, and exit");
+  verb.add_flag("--check", options->check,
+                "say whether a server would start with these settings, and "
+                "exit");
+  verb.add_flag("--no-pool", options->no_pool,
+                "start no pool: one is, or will be, started beside this "
+                "server (machina pool)");
+  verb.add_flag("--unsafe-fs", options->unsafe_fs,
+                "accept NFS, overlay or tmpfs in the prod profile");
+  verb.add_option("--port-file", options->port_file,
+                  "write the bound port there");
+  verb.run([options] { return serve(*options); });
 }
 
 }  // namespace machina::cli

@@ -1,8 +1,5 @@
 // sign: the headers that sign one request, for curl and for scripts.
 
-#include <CLI/App.hpp>
-#include <CLI/Config.hpp>
-#include <CLI/Formatter.hpp>
 #include <algorithm>
 #include <fstream>
 #include <iostream>
@@ -99,23 +96,23 @@ int sign(const Given& given) {
 
 }  // namespace
 
-void add_sign(CLI::App& app, int* exit) {
+void add_sign(Verb& app) {
   auto given = std::make_shared<Given>();
-  CLI::App* verb = app.add_subcommand(
+  Verb verb = app.add_verb(
       "sign",
       "Print the headers that sign a request: curl -H @<(machina sign "
       "...)");
-  verb->add_option("method", given->method, "GET, POST, PUT or DELETE")
-      ->required();
-  verb->add_option("path", given->path, "with its query, as it is sent")
-      ->required();
-  verb->add_option("--body", given->body, "TEXT, @FILE or @-: the bytes sent")
-      ->type_name("BODY");
-  add_setting(*verb, given->settings, "--secret-file",
+  verb.add_option("method", given->method, "GET, POST, PUT or DELETE")
+      .required();
+  verb.add_option("path", given->path, "with its query, as it is sent")
+      .required();
+  verb.add_option("--body", given->body, "TEXT, @FILE or @-: the bytes sent")
+      .shown_as("BODY");
+  add_setting(verb, given->settings, "--secret-file",
               "MACHINA_API_HMAC_SECRET_FILE",
               "else MACHINA_API_HMAC_SECRET or ..._FILE");
-  add_common(*verb, given->settings);
-  verb->callback([given, exit] { *exit = sign(*given); });
+  add_common(verb, given->settings);
+  verb.run([given] { return sign(*given); });
 }
 
 }  // namespace machina::cli

@@ -9,9 +9,6 @@
 #include <termios.h>
 #include <unistd.h>
 
-#include <CLI/App.hpp>
-#include <CLI/Config.hpp>
-#include <CLI/Formatter.hpp>
 #include <cerrno>
 #include <clocale>
 #include <csignal>
@@ -323,20 +320,20 @@ int top(const TopOptions& options) {
 
 }  // namespace
 
-void add_top(CLI::App& app, int* exit) {
+void add_top(Verb& app) {
   auto options = std::make_shared<TopOptions>();
-  CLI::App* verb = app.add_subcommand(
+  Verb verb = app.add_verb(
       "top", "A live view of queues, rates, workers and running jobs");
   add_duration(
-      *verb, "--interval", 200, 60'000, "s",
+      verb, "--interval", 200, 60'000, "s",
       [options](std::int64_t ms) {
         options->interval_s = static_cast<double>(ms) / 1000;
       },
       "between looks (1 s)");
-  verb->add_flag("--once", options->once,
-                 "print one frame and exit; so too where there is no terminal");
-  add_client_settings(*verb, options->settings);
-  verb->callback([options, exit] { *exit = top(*options); });
+  verb.add_flag("--once", options->once,
+                "print one frame and exit; so too where there is no terminal");
+  add_client_settings(verb, options->settings);
+  verb.run([options] { return top(*options); });
 }
 
 }  // namespace machina::cli

@@ -8,9 +8,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <CLI/App.hpp>
-#include <CLI/Config.hpp>
-#include <CLI/Formatter.hpp>
 #include <cerrno>
 #include <chrono>
 #include <cstdio>
@@ -546,51 +543,48 @@ int inspect(InspectOptions& options) {
 
 }  // namespace
 
-void add_wal(CLI::App& app, int* exit) {
-  CLI::App* wal = app.add_subcommand(
-      "wal", "Look at the log's files; changes none of them");
-  wal->require_subcommand(1);
+void add_wal(Verb& app) {
+  Verb wal =
+      app.add_verb("wal", "Look at the log's files; changes none of them");
+  wal.require_verb();
 
   auto settings = std::make_shared<Settings>();
-  CLI::App* verb = wal->add_subcommand(
-      "verify", "Check every byte of the log of a stopped server");
-  add_setting(*verb, settings, "--root", "MACHINA_ROOT", "the server's root");
-  add_common(*verb, settings);
+  Verb verb =
+      wal.add_verb("verify", "Check every byte of the log of a stopped server");
+  add_setting(verb, settings, "--root", "MACHINA_ROOT", "the server's root");
+  add_common(verb, settings);
   auto record = std::make_shared<std::string>();
-  verb->add_option("--record", *record,
-                   "note in this root's ops/ what was checked, where it is "
-                   "whole: doctor looks there")
-      ->type_name("ROOT");
-  verb->callback(
-      [settings, record, exit] { *exit = verify(*settings, *record); });
+  verb.add_option("--record", *record,
+                  "note in this root's ops/ what was checked, where it is "
+                  "whole: doctor looks there")
+      .shown_as("ROOT");
+  verb.run([settings, record] { return verify(*settings, *record); });
 
   auto options = std::make_shared<InspectOptions>();
-  verb = wal->add_subcommand("inspect", "Show what the log's records say");
+  verb = wal.add_verb("inspect", "Show what the log's records say");
   InspectFilter& filter = options->filter;
-  verb->add_option("file", options->file, "one segment; otherwise all");
-  add_setting(*verb, options->settings, "--root", "MACHINA_ROOT",
+  verb.add_option("file", options->file, "one segment; otherwise all");
+  add_setting(verb, options->settings, "--root", "MACHINA_ROOT",
               "the server's root; it may run");
-  verb->add_option("--from", filter.from, "the first lsn")
-      ->type_name("LSN")
-      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 62));
-  verb->add_option("--to", filter.to, "the last lsn")
-      ->type_name("LSN")
-      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 62));
-  verb->add_option("--job", options->job, "records of this job")
-      ->type_name("ID");
-  verb->add_option("--kind", filter.kind, "records of jobs of this kind");
-  verb->add_option("--request-id", filter.request_id,
-                   "records of jobs that this request submitted");
-  verb->add_option("--type", filter.type, "records of this type")
-      ->check(
-          CLI::IsMember({"enqueue", "grant", "end", "retry", "release", "block",
-                         "unblock", "cancel", "promote", "forget", "clock"}));
-  verb->add_option("--limit", filter.limit, "so many records")
-      ->check(CLI::Range(1, 1'000'000'000));
-  verb->add_flag("--payload", filter.payload,
-                 "with payloads, results and other data of jobs");
-  add_common(*verb, options->settings);
-  verb->callback([options, exit] { *exit = inspect(*options); });
+  verb.add_option("--from", filter.from, "the first lsn")
+      .shown_as("LSN")
+      .range(1, std::int64_t{1} << 62);
+  verb.add_option("--to", filter.to, "the last lsn")
+      .shown_as("LSN")
+      .range(1, std::int64_t{1} << 62);
+  verb.add_option("--job", options->job, "records of this job").shown_as("ID");
+  verb.add_option("--kind", filter.kind, "records of jobs of this kind");
+  verb.add_option("--request-id", filter.request_id,
+                  "records of jobs that this request submitted");
+  verb.add_option("--type", filter.type, "records of this type")
+      .one_of({"enqueue", "grant", "end", "retry", "release", "block",
+               "unblock", "cancel", "promote", "forget", "clock"});
+  verb.add_option("--limit", filter.limit, "so many records")
+      .range(1, 1'000'000'000);
+  verb.add_flag("--payload", filter.payload,
+                "with payloads, results and other data of jobs");
+  add_common(verb, options->settings);
+  verb.run([options] { return inspect(*options); });
 }
 
 }  // namespace machina::cli

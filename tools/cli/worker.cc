@@ -5,9 +5,6 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 
-#include <CLI/App.hpp>
-#include <CLI/Config.hpp>
-#include <CLI/Formatter.hpp>
 #include <cstdlib>
 
 #include "queue/job.h"
@@ -20,7 +17,7 @@ namespace {
 
 struct Given {
   std::shared_ptr<Settings> settings = std::make_shared<Settings>();
-  std::string server, name, kinds;
+  std::string server, name = "worker", kinds;
   int channel = -1, facts = -1;
 };
 
@@ -88,21 +85,20 @@ int worker(const Given& given) {
 
 }  // namespace
 
-void add_worker(CLI::App& app, int* exit) {
+void add_worker(Verb& app) {
   auto given = std::make_shared<Given>();
-  CLI::App* verb = app.add_subcommand("worker", "One worker of a pool");
-  verb->add_option("--server", given->server, "URL (not built yet)");
-  verb->add_option("--channel", given->channel, "descriptor to the spawner");
-  verb->add_option("--facts", given->facts, "descriptor to the pool");
-  verb->add_option("--name", given->name, "unique per process")
-      ->default_val("worker");
-  verb->add_option("--kinds", given->kinds, "patterns, by comma");
-  add_setting(*verb, given->settings, "--root", "MACHINA_ROOT",
+  Verb verb = app.add_verb("worker", "One worker of a pool");
+  verb.add_option("--server", given->server, "URL (not built yet)");
+  verb.add_option("--channel", given->channel, "descriptor to the spawner");
+  verb.add_option("--facts", given->facts, "descriptor to the pool");
+  verb.add_option("--name", given->name, "unique per process");
+  verb.add_option("--kinds", given->kinds, "patterns, by comma");
+  add_setting(verb, given->settings, "--root", "MACHINA_ROOT",
               "the server's root");
-  add_setting(*verb, given->settings, "--profile", "MACHINA_PROFILE",
+  add_setting(verb, given->settings, "--profile", "MACHINA_PROFILE",
               "dev or prod");
-  add_common(*verb, given->settings);
-  verb->callback([given, exit] { *exit = worker(*given); });
+  add_common(verb, given->settings);
+  verb.run([given] { return worker(*given); });
 }
 
 }  // namespace machina::cli
