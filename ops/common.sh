@@ -6,6 +6,8 @@ script=$(realpath "$0")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Another clone of the same source finds what this one has compiled.
 export CCACHE_BASEDIR=$PWD CCACHE_NOHASHDIR=1
+# It stays right with precompiled headers.
+export CCACHE_SLOPPINESS=pch_defines,time_macros
 
 # no_options "$@": for a script without options. -h and --help print its head
 # and end; anything else is refused, before anything is done.

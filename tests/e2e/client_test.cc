@@ -10,6 +10,7 @@
 #include <fstream>
 
 #include "tests/e2e/fixture.h"
+#include "tests/support/places.h"
 
 namespace machina::e2e {
 namespace {
@@ -501,8 +502,9 @@ TEST_P(Client, F28_AKindThatNobodyServesIsSaidAtOnce) {
 
 TEST(F28_Scripts, HelpDoesNothingElseAndUnknownOptionsAreRefused) {
   const auto run = [](const std::string& line, std::string* out) {
-    FILE* pipe =
-        popen(("cd " MACHINA_SOURCE_DIR " && " + line + " 2>&1").c_str(), "r");
+    FILE* pipe = popen(
+        ("cd " + std::string(kSourceDir) + " && " + line + " 2>&1").c_str(),
+        "r");
     char bytes[4096];
     out->clear();
     while (std::size_t n = fread(bytes, 1, sizeof bytes, pipe)) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "tests/e2e/fixture.h"
+#include "tests/support/places.h"
 
 namespace machina::e2e {
 namespace {
@@ -183,10 +184,10 @@ TEST_P(Front, F06_TheServerTakesTheDescriptorsThatItMayHave) {
   EXPECT_GT(shares["limit"], 300) << shares;
   EXPECT_NE(p().log().find("(were 300)"), std::string::npos);
   // Too few: no start, and it says how many are needed.
-  EXPECT_EQ(p().shell("ulimit -n 150; " + std::string(MACHINA_BINARY) +
-                      " serve --root " + p().root() +
-                      " --port 0 --workers 0 2>" + p().root() + "/why"),
-            2);
+  EXPECT_EQ(
+      p().shell("ulimit -n 150; " + std::string(kBinary) + " serve --root " +
+                p().root() + " --port 0 --workers 0 2>" + p().root() + "/why"),
+      2);
   const std::string why = read_file(p().root() + "/why");
   EXPECT_NE(why.find("LimitNOFILE"), std::string::npos) << why;
 }

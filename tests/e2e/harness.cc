@@ -1,4 +1,5 @@
 #include "tests/e2e/harness.h"
+#include "tests/support/places.h"
 
 #include <arpa/inet.h>
 #include <dirent.h>
@@ -186,7 +187,7 @@ Product::Product(Who who) : who_(who) {
   fs::create_directory(dir_ + "/home");
   // A copy, because a user may not be able to reach the build directory.
   binary_ = dir_ + "/machina";
-  fs::copy_file(MACHINA_BINARY, binary_);
+  fs::copy_file(kBinary, binary_);
   chmod(binary_.c_str(), 0755);
   chmod(dir_.c_str(), 0755);
   chmod(root_.c_str(), 0700);

@@ -18,6 +18,7 @@
 #include <thread>
 
 #include "tests/e2e/fixture.h"
+#include "tests/support/places.h"
 
 namespace machina::e2e {
 namespace {
@@ -248,10 +249,10 @@ TEST_P(Ops, WhatRootMakesIsTheOwners) {
   if (geteuid() != 0 || as_root()) GTEST_SKIP() << "needs root and a user";
   start_in_background();
   const std::string as_root_run =
-      std::string(MACHINA_BINARY) + " ops detect --root " + p().root() +
-      " >/dev/null && " + MACHINA_BINARY + " ops healthcheck --root " +
-      p().root() + " >/dev/null && " + MACHINA_BINARY + " ops kill --root " +
-      p().root() + " >/dev/null";
+      std::string(kBinary) + " ops detect --root " + p().root() +
+      " >/dev/null && " + kBinary + " ops healthcheck --root " + p().root() +
+      " >/dev/null && " + kBinary + " ops kill --root " + p().root() +
+      " >/dev/null";
   EXPECT_EQ(system(as_root_run.c_str()), 0);
   int seen = 0;
   for (const auto& file : fs::recursive_directory_iterator(p().root())) {
@@ -856,8 +857,8 @@ TEST_P(Ops, StartByForceEndsWhatRunsFirst) {
 TEST_P(Ops, TheLauncherIsTheUnitWhereItServesThisRoot) {
   const std::string bin = p().dir() + "/bin";
   const auto systemctl = [&](const std::string& root) {
-    const std::string serve = std::string(MACHINA_BINARY) + " serve --root " +
-                              root + " --port " + std::to_string(p().port()) +
+    const std::string serve = std::string(kBinary) + " serve --root " + root +
+                              " --port " + std::to_string(p().port()) +
                               " --workers 1";
     const std::string line =
         "case \"$*\" in *show*) echo LoadState=loaded; echo 'ExecStart={ "

@@ -6,6 +6,7 @@
 #include <fstream>
 
 #include "tests/e2e/fixture.h"
+#include "tests/support/places.h"
 
 namespace machina::e2e {
 namespace {
@@ -53,7 +54,7 @@ class Signing : public EndToEnd {
   }
   int sh(const std::string& line) {
     return p().shell("cd " + p().root() + " && S=" + secret_file_ +
-                     " U=" + p().url() + " M=" + MACHINA_BINARY +
+                     " U=" + p().url() + " M=" + kBinary +
                      " && export MACHINA_API_HMAC_SECRET_FILE=$S && " + line);
   }
   std::string secret_file_;

@@ -16,6 +16,7 @@
 #include <regex>
 
 #include "tests/e2e/fixture.h"
+#include "tests/support/places.h"
 
 namespace machina::e2e {
 namespace {
@@ -310,7 +311,7 @@ TEST_P(WatchTest, RulesAndDashboardUseOnlyWhatMetricsHas) {
   EXPECT_TRUE(std::regex_search(
       metrics,
       std::regex(R"re(machina_tool_ok_total\{aid="tool.shell"\} 1)re")));
-  const std::string ops = std::string(MACHINA_SOURCE_DIR) + "/ops/";
+  const std::string ops = std::string(kSourceDir) + "/ops/";
   for (const char* file :
        {"prometheus/machina.rules.yml", "grafana/machina.json"}) {
     int seen = 0;
@@ -357,7 +358,7 @@ TEST_P(WatchTest, PromtoolFindsNoFault) {
               "machina_tool_duration_ms_total metric names should not contain "
               "abbreviated units");
   }
-  const std::string ops = std::string(MACHINA_SOURCE_DIR) + "/ops/prometheus/";
+  const std::string ops = std::string(kSourceDir) + "/ops/prometheus/";
   for (const std::string& command :
        {"check config " + ops + "prometheus.yml",
         "test rules " + ops + "machina.test.yml"}) {
@@ -463,8 +464,8 @@ auto has(const std::string& text) {
 
 TEST_P(WatchTest, TopSurvivesResizeAndRestartAndGivesTheTerminalBack) {
   start();
-  std::vector<std::string> argv = {MACHINA_BINARY, "top",        "--server",
-                                   p().url(),      "--interval", "0.2"};
+  std::vector<std::string> argv = {kBinary,   "top",        "--server",
+                                   p().url(), "--interval", "0.2"};
   Terminal top(argv, 24, 80);
   EXPECT_TRUE(top.shows(has("RUNNING JOB"))) << top.read();
   p().submit({{"kind", "tool.shell"},
@@ -509,7 +510,7 @@ TEST_P(WatchTest, TopSurvivesResizeAndRestartAndGivesTheTerminalBack) {
 TEST_P(WatchTest, TopGivesTheTerminalBackHoweverItEnds) {
   start();
   for (int signal : {SIGINT, SIGTERM, SIGABRT}) {
-    Terminal top({MACHINA_BINARY, "top", "--server", p().url()}, 24, 80);
+    Terminal top({kBinary, "top", "--server", p().url()}, 24, 80);
     EXPECT_TRUE(top.shows(has("RUNNING JOB"))) << top.read();
     if (signal == SIGINT) {
       top.type("\x03");

@@ -20,6 +20,7 @@
 #include "queue/storage.h"
 #include "server/server.h"
 #include "tests/server/server_fixture.h"
+#include "tests/support/places.h"
 
 namespace machina::test {
 namespace {
@@ -157,7 +158,7 @@ TEST_F(JobInTheLog, IsThreeRecordsAndOneRow) {
 
 // The page that tells the story names files and functions; they exist.
 TEST_F(JobInTheLog, ThePageNamesWhatIsThere) {
-  const std::string tree = MACHINA_SOURCE_DIR;
+  const std::string tree = kSourceDir;
   std::stringstream page;
   page << std::ifstream(tree + "/docs/ARCHITECTURE.md").rdbuf();
   const std::string text = page.str();

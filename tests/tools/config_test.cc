@@ -1,5 +1,6 @@
 // Configuration: tools/config.h's promises by number, and the profiles' files.
 
+#include "tests/support/places.h"
 #include "tools/config.h"
 
 #include <gtest/gtest.h>
@@ -201,7 +202,7 @@ TEST(Config, DefaultsObeyTheirOwnRanges) {
 TEST(Config, ProfileFilesRepeatTheTable) {
   for (std::string profile : {"dev", "prod"}) {
     std::map<std::string, std::string> listed, known;
-    std::ifstream file(std::string(MACHINA_SOURCE_DIR) + "/profiles/" +
+    std::ifstream file(std::string(kSourceDir) + "/profiles/" +
                        profile + ".env");
     ASSERT_TRUE(file);
     for (std::string line; std::getline(file, line);) {
@@ -224,7 +225,7 @@ TEST(Config, F27_WhatHasNoReaderHasNoEffectYet) {
   namespace fs = std::filesystem;
   std::string source;
   for (const char* folder : {"queue", "server", "workers", "tools"}) {
-    const fs::path top = fs::path(MACHINA_SOURCE_DIR) / folder;
+    const fs::path top = fs::path(kSourceDir) / folder;
     for (const auto& entry : fs::recursive_directory_iterator(top)) {
       const std::string name = entry.path().filename().string();
       if (entry.path().extension() != ".cc" || name == "config.cc" ||
@@ -236,7 +237,7 @@ TEST(Config, F27_WhatHasNoReaderHasNoEffectYet) {
     }
   }
   // What pools are handed and what they read of it are in one file.
-  std::ifstream file(std::string(MACHINA_SOURCE_DIR) +
+  std::ifstream file(std::string(kSourceDir) +
                      "/tools/cli/pool_settings.cc");
   const std::string settings((std::istreambuf_iterator<char>(file)), {});
   source += settings.substr(settings.find("}  // namespace\n"));
