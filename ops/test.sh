@@ -11,16 +11,33 @@
 # system calls that the sandbox is there to deny.
 #
 # ops/test.sh --quick leaves the sanitizers out.
+# ops/test.sh --repeat N --folder F [--filter REGEX] runs the tests of tests/F, or
+# those whose name matches, N times in a row beside a busy loop on each core, and
+# stops at the first failure: a test that fails then fails by itself.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-quick=no
-case "${1-}" in
-  "") ;;
-  --quick) quick=yes ;;
-  -h | --help) script_help; exit 0 ;;
-  *) die_usage "\"$1\" is no option; there is only --quick" ;;
-esac
-[ $# -le 1 ] || die_usage "\"$2\" is one option too many; there is only --quick"
+quick=no repeat='' folder='' filter=.
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --quick) quick=yes ;;
+    -h | --help) script_help; exit 0 ;;
+    --repeat | --folder | --filter)
+      [ $# -ge 2 ] || die_usage "$1 needs a value; --help says more"
+      case "$1" in
+        --repeat) repeat=$2 ;;
+        --folder) folder=$2 ;;
+        --filter) filter=$2 ;;
+      esac
+      shift ;;
+    *) die_usage "\"$1\" is no option; --help lists them" ;;
+  esac
+  shift
+done
+if [ -n "$repeat$folder" ] || [ "$filter" != . ]; then
+  [[ $repeat =~ ^[1-9][0-9]{0,4}$ ]] || die_usage "--repeat must be 1 to 99999"
+  compgen -G "tests/$folder/*_test.cc" >/dev/null ||
+    die_usage "--folder \"$folder\": there is no tests/$folder with tests"
+fi
 jobs=$(nproc)
 started=$SECONDS
 
@@ -48,6 +65,22 @@ sanitized() {
   ctest --test-dir "build/$preset" -j "$jobs" --output-on-failure \
     --no-tests=error -L "^($labels)\$" -E "$except"
 }
+
+if [ -n "$repeat" ]; then
+  say "release: building the tests of $folder"
+  configure release -DMACHINA_WERROR=ON
+  cmake --build --preset release -j "$jobs" --target "test_$folder"
+  busy=()
+  for ((i = 0; i < jobs; i++)); do
+    timeout 6h bash -c 'while :; do :; done' &
+    busy+=($!)
+  done
+  trap 'kill "${busy[@]}" 2>/dev/null' EXIT
+  say "release: $repeat times the tests of $folder, beside $jobs busy loops"
+  ctest --test-dir build/release -j "$jobs" --output-on-failure \
+    --no-tests=error -L "^$folder\$" -R "$filter" --repeat "until-fail:$repeat"
+  exit
+fi
 
 if [ "$quick" = no ]; then
   sanitized asan '^$' queue sim server tools
