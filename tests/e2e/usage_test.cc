@@ -69,6 +69,73 @@ TEST_P(UsageE2e, F17_UsageIsTheTrees) {
       "unavailable");
 }
 
+// The code says whose fault an end was: the program's, the limits' or the
+// payload's. "sandbox" is for the machine alone.
+TEST_P(UsageE2e, F17_CodesSayWhoseFaultItWas) {
+  start({.workers = 1});
+  // How it ended, or what refused it.
+  const auto code = [&](const std::string& kind, const Json& payload,
+                        const Json& sandbox = Json::object()) {
+    const Answer answer = p().post("/v1/jobs", {{"kind", kind},
+                                                {"max_attempts", 1},
+                                                {"sandbox", sandbox},
+                                                {"payload", payload}});
+    if (answer.status != 201) return answer.json().value("code", "?");
+    const Json job = p().wait_end(answer.json()["id"]);
+    return job["state"].get<std::string>() + " " +
+           (job["error"].is_object() ? job["error"].value("code", "?") : "");
+  };
+  const auto run_of = [](const std::string& repo) {
+    return Json{{"repo", repo}, {"runner", "command"}, {"command", {"true"}}};
+  };
+  const auto with_file = [](const std::string& path) {
+    return Json{
+        {"files", {{path, "x"}}}, {"runner", "command"}, {"command", {"true"}}};
+  };
+  const std::string python = "python3";
+  // The program sends itself the signal of a spent budget.
+  EXPECT_EQ(
+      code("tool.shell",
+           {{"argv", {python, "-c", "import os; os.kill(os.getpid(), 24)"}}}),
+      "dead signal");
+  // The budget itself, over children that nobody waits for.
+  EXPECT_EQ(code("tool.shell",
+                 {{"argv",
+                   {python, "-c",
+                    "import os\nfor i in range(2):\n  if os.fork() == 0:\n"
+                    "    while True: pass\nwhile True: pass\n"}}},
+                 {{"cpu_ms", 1000}}),
+            "dead timeout");
+  // What no workspace can hold.
+  std::string deep = "a.py";
+  for (int i = 0; i < 80; ++i) deep = "d/" + deep;
+  EXPECT_EQ(code("test.run", with_file(deep)), "failed invalid_payload");
+  EXPECT_EQ(code("test.run", with_file(std::string(300, 'n'))),
+            "invalid-payload");
+  EXPECT_EQ(code("test.run", with_file("a"), {{"memory_mb", 1ll << 40}}),
+            "bad-request");
+  // Repositories: a name that no file system takes; objects that are gone.
+  const std::string repos = p().root() + "/repos/";
+  const std::string git = "git -c user.name=a -c user.email=a@localhost ";
+  ASSERT_EQ(
+      p().shell("set -e; git init -q -b main " + repos + "long; cd " + repos +
+                "long; b=$(echo hi | git hash-object -w --stdin); "
+                "n=$(printf 'n%.0s' $(seq 300)); "
+                "t=$(printf '100644 blob %s\\t%s\\n' $b $n | git mktree); "
+                "git update-ref refs/heads/main $(" +
+                git + "commit-tree -m x $t)"),
+      0)
+      << read_file(p().dir() + "/shell.log");
+  EXPECT_EQ(code("test.run", run_of("long")), "failed invalid_payload");
+  ASSERT_EQ(p().shell("set -e; git init -q -b main " + repos + "gone; cd " +
+                      repos + "gone; echo x >f; git add f; " + git +
+                      "commit -q -m x; rm -f .git/objects/$(git rev-parse "
+                      "HEAD:f | sed 's,^..,&/,')"),
+            0)
+      << read_file(p().dir() + "/shell.log");
+  EXPECT_EQ(code("test.run", run_of("gone")), "failed invalid_payload");
+}
+
 TEST_P(UsageE2e, F26_WorkersAreBusyUnderShortJobs) {
   start();
   ASSERT_TRUE(eventually([&] { return p().worker_pids().size() == 2; }, 15000));
