@@ -1,5 +1,4 @@
 #include "tests/e2e/harness.h"
-#include "tests/support/places.h"
 
 #include <arpa/inet.h>
 #include <dirent.h>
@@ -9,6 +8,7 @@
 #include <netinet/in.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -23,6 +23,8 @@
 #include <fstream>
 #include <sstream>
 #include <stdexcept>
+
+#include "tests/support/places.h"
 
 namespace machina::e2e {
 namespace {
@@ -171,6 +173,24 @@ Json Answer::json() const {
   return Json::parse(body, nullptr, /*allow_exceptions=*/false);
 }
 
+// A number below 1000 that no other product has now: its uids follow from it.
+// It is held by a lock for as long as `*held` is open.
+unsigned take_number(int* held) {
+  const std::string dir =
+      "/var/tmp/machina-e2e-numbers-" + std::to_string(geteuid());
+  fs::create_directories(dir);
+  for (unsigned n = 0; n < 1000; ++n) {
+    const int fd = open((dir + "/" + std::to_string(n)).c_str(),
+                        O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) == 0) {
+      *held = fd;
+      return n;
+    }
+    if (fd >= 0) close(fd);
+  }
+  std::abort();  // somebody runs a thousand of these at once
+}
+
 Product::Product(Who who) : who_(who) {
   // What the server leaves to itself (the pool) becomes ours to reap.
   prctl(PR_SET_CHILD_SUBREAPER, 1);
@@ -179,8 +199,9 @@ Product::Product(Who who) : who_(who) {
   dir_ = name;
   root_ = dir_ + "/root";
   port_ = free_port();
-  unsigned mine = static_cast<unsigned>(getpid()) % 1000;
-  slot_uid_base_ = 300000 + mine * kSlots;
+  const unsigned mine = take_number(&number_);
+  // One more than the slots: the uid below the first is the pool's.
+  slot_uid_base_ = 300001 + mine * (kSlots + 1);
   uid_ = geteuid();
   if (who == Who::user && uid_ == 0) uid_ = 64000 + mine;
   fs::create_directories(root_ + "/repos");
@@ -217,6 +238,7 @@ Product::~Product() {
   }
   std::error_code ignored;
   fs::remove_all(dir_, ignored);
+  close(number_);
 }
 
 pid_t Product::spawn(const std::vector<std::string>& args,
@@ -429,7 +451,10 @@ std::vector<std::string> Product::control_groups() const {
   for (const auto& [path, inode] : all_control_groups()) {
     const std::string name = fs::path(path).filename();
     const auto before = groups_before_.find(path);
-    if (seen_.count(std::atoi(name.c_str() + 8)) > 0 &&
+    const pid_t pid = std::atoi(name.c_str() + 8);
+    // Its number may have been given again, to a spawner of another product.
+    if (kill(pid, 0) == 0 && !owns(pid)) continue;
+    if (seen_.count(pid) > 0 &&
         (before == groups_before_.end() || before->second != inode)) {
       found.push_back(path);
     }

@@ -135,6 +135,7 @@ class Product {
   std::string dir_, root_, binary_;
   uid_t uid_ = 0;
   unsigned slot_uid_base_ = 0;
+  int number_ = -1;  // the lock that keeps our uids ours
   int port_ = 0;
   pid_t server_ = 0;
   Serve serve_;
