@@ -35,12 +35,139 @@ class Verdict : public EndToEnd {
     return p().submit(
         {{"kind", "patch.apply"}, {"max_attempts", 1}, {"payload", payload}});
   }
+  // The diff that makes these of a repository's files; an empty text: no file.
+  std::string edited(const std::string& name,
+                     const std::map<std::string, std::string>& files) {
+    const std::string repo = p().root() + "/repos/" + name;
+    for (const auto& [path, text] : files) {
+      std::ofstream(repo + "/" + path) << text;
+      if (text.empty()) EXPECT_EQ(sh("rm " + repo + "/" + path), 0);
+    }
+    EXPECT_EQ(sh("cd " + repo + "; git add -A; git diff --cached > " +
+                 p().dir() + "/the.diff; git reset -q --hard"),
+              0);
+    return read_file(p().dir() + "/the.diff");
+  }
   Json result(const std::string& id) {
     return p().wait_end(id, 120000)["result"];
   }
 
   const std::string kGit = "git -c user.name=E2E -c user.email=e2e@localhost";
 };
+
+// A case is gone: is it the diff that removes the test, or only something that
+// looks like it.
+TEST_P(Verdict, F01_ACaseIsExcusedByItsOwnDefinitionAlone) {
+  start();
+  struct Try {
+    std::string name;
+    std::map<std::string, std::string> files, edits;
+    Json test;
+    bool applied;
+    std::string id;
+  };
+  std::vector<Try> tries;
+  const auto add = [&](const std::string& name,
+                       const std::map<std::string, std::string>& files,
+                       const std::map<std::string, std::string>& edits,
+                       const Json& test, bool applied) {
+    make_repository(name, files);
+    Try one{name, files, edits, test, applied, ""};
+    one.id = submit(name, edited(name, edits), {{"test", test}});
+    tries.push_back(std::move(one));
+  };
+  const Json node = {{"runner", "node"}}, unittest = {{"runner", "unittest"}};
+  const std::string js =
+      "const {test, describe, it} = require('node:test');\n"
+      "test('alpha', () => {});\n";
+  const std::string beta = "test('beta', () => {});\n";
+  const std::string suite =
+      "describe('suite', () => {\n  it('beta', () => {});\n});\n";
+  add("node_removes", {{"a.test.js", js + beta}}, {{"a.test.js", js}}, node,
+      true);
+  add("node_suite", {{"a.test.js", js + suite}},
+      {{"a.test.js", js + "describe('other', () => {\n  it('beta', () => "
+                          "{});\n});\n"}},
+      node, true);
+  add("node_other", {{"a.test.js", js + suite + beta}},
+      {{"a.test.js", js + "if (0) describe('suite', () => {\n  it('beta', () "
+                          "=> {});\n});\n"}},
+      node, false);
+
+  const std::string two =
+      "import unittest\nclass A(unittest.TestCase):\n"
+      "    def test_x(self): pass\n    def test_k(self): pass\n";
+  const std::string one =
+      "import unittest\nclass A(unittest.TestCase):\n"
+      "    def test_k(self): pass\n";
+  add("unittest_removes", {{"test_a.py", two}}, {{"test_a.py", one}}, unittest,
+      true);
+  add("unittest_deletes", {{"test_a.py", two}, {"test_b.py", one}},
+      {{"test_a.py", ""}}, unittest, true);
+  const std::string other_class = "class B(A): pass\n";
+  add("unittest_class", {{"test_a.py", two + other_class}},
+      {{"test_a.py", two}}, unittest, true);
+  add("unittest_other_class",
+      {{"test_a.py", two + "class B(unittest.TestCase):\n"
+                           "    def test_x(self): pass\n"}},
+      {{"test_a.py", one + "class B(unittest.TestCase):\n"
+                           "    def test_x(self): pass\ndel B.test_x\n"}},
+      unittest, false);
+  ASSERT_EQ(sh("mkdir -p " + p().root() + "/repos/unittest_start/tests " +
+               p().root() + "/repos/unittest_elsewhere/tests"),
+            0);
+  Json start_there = unittest;
+  start_there["args"] = {"discover", "-s", "tests"};
+  add("unittest_start", {{"tests/test_a.py", two}}, {{"tests/test_a.py", one}},
+      start_there, true);
+  add("unittest_elsewhere",
+      {{"tests/test_a.py", two}, {"test_a.py", "x = 1\n"}},
+      {{"test_a.py", ""}, {"tests/test_a.py", two + "del A.test_x\n"}},
+      start_there, false);
+
+  const std::string text = "X = \"\"\"\nclass TestA: doc\n\"\"\"\n";
+  const std::string a =
+      "class TestA:\n    def test_a(self): pass\ndef test_k(): pass\n";
+  add("pytest_text", {{"test_a.py", text + a}},
+      {{"test_a.py", "X = \"\"\"\n\"\"\"\n" + a + "del TestA\n"}},
+      Json::object(), false);
+  add("pytest_class",
+      {{"test_a.py",
+        "class TestB:\n    def test_a(self): "
+        "pass\n" +
+            a}},
+      {{"test_a.py", a}}, Json::object(), true);
+  const std::string f = "def f():\n    \"\"\"\n    >>> 1\n    1\n    \"\"\"\n";
+  const std::string g = "def g():\n    \"\"\"\n    >>> 1\n    1\n    \"\"\"\n";
+  add("pytest_doctest", {{"m.py", f + g}}, {{"m.py", f}},
+      {{"args", {"--doctest-modules"}}}, true);
+
+  const std::string tap =
+      "echo 1..2; echo ok 1 - parser: a; echo ok 2 - parser: b\n";
+  add("tap", {{"t.sh", tap}, {"parser.txt", "x\n"}},
+      {{"parser.txt", ""}, {"t.sh", "echo 1..1; echo ok 1 - parser: a\n"}},
+      {{"runner", "tap"}, {"command", {"sh", "t.sh"}}}, false);
+  const std::string junit =
+      "echo '<testsuite><testcase classname=\"Parser\" name=\"a\"/>"
+      "<testcase classname=\"Parser\" name=\"b\"/></testsuite>' > r.xml\n";
+  add("junit", {{"t.sh", junit}, {"Parser.h", "x\n"}},
+      {{"Parser.h", ""},
+       {"t.sh",
+        "echo '<testsuite><testcase classname=\"Parser\" "
+        "name=\"a\"/></testsuite>' > r.xml\n"}},
+      {{"runner", "command"},
+       {"command", {"sh", "t.sh"}},
+       {"report", {{"format", "junit"}, {"path", "r.xml"}}}},
+      false);
+  for (const Try& each : tries) {
+    const Json got = result(each.id);
+    EXPECT_EQ(got.value("outcome", ""),
+              each.applied ? "applied" : "tests_failed")
+        << each.name << got.dump(1).substr(0, 3000);
+    if (each.applied || !got.contains("tests")) continue;
+    EXPECT_EQ(got["tests"]["missing"].size(), 1u) << each.name << got["tests"];
+  }
+}
 
 TEST_P(Verdict, F01_WhatASuiteDidNotReachIsNoYes) {
   start();

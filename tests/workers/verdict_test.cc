@@ -285,8 +285,8 @@ TEST(Verdict, F01_OnlyTheDiffThatRemovesATestExcusesThatItIsGone) {
 }
 
 TEST(Verdict, F01_AClassGoesWithItsLineAndNoOtherDoes) {
-  const TestPhase before =
-      phase({"p.a", "p.b"}, {{"b", "test_t.py\nbase.py\n3\nTestX::TestY\nb"}});
+  const TestPhase before = phase(
+      {"p.a", "p.b"}, {{"b", "test_t.py\nbase.py\n3\nTestX::TestY\nb\n2,0"}});
   const auto accepted = [&](const std::string& undo) {
     return judge(before, phase({"p.a"}), undo).accepted;
   };
@@ -294,30 +294,102 @@ TEST(Verdict, F01_AClassGoesWithItsLineAndNoOtherDoes) {
   EXPECT_TRUE(accepted(undo_of("test_t.py", line + "class TestX(Base):\n")));
   EXPECT_TRUE(accepted(undo_of("test_t.py", line + "class TestX:\n")));
   EXPECT_FALSE(accepted(undo_of("test_t.py", line + "class TestXX:\n")));
-  EXPECT_FALSE(accepted(undo_of("test_t.py", line + "    class TestX:\n")));
+  // Below an `if`: its line is known.
+  EXPECT_TRUE(accepted(undo_of("test_t.py", line + "    class TestX:\n")));
   EXPECT_FALSE(accepted(undo_of("test_t.py", line + "class TestY:\n")));
   EXPECT_TRUE(accepted(
       undo_of("base.py", "@@ -2,1 +2,2 @@\n x = 1\n+    async  def b (x):\n")));
+  // A text that looks like the class's line, or a class that stays there.
+  EXPECT_FALSE(accepted(
+      undo_of("test_t.py", "@@ -7,1 +7,2 @@\n x = 1\n+class TestX: doc\n")));
+  EXPECT_FALSE(accepted(undo_of("test_t.py",
+                                "@@ -1,2 +1,2 @@\n x = 1\n-class TestX(New):\n"
+                                "+class TestX(Base):\n")));
 }
 
-TEST(Verdict, F01_WithoutAPlaceTheIdNamesTheFile) {
-  TestPhase before = phase({"p.a"});
-  for (const char* id : {"tests.test_t.TestX::test_b", "tests.test_t::c[1]"}) {
+TEST(Verdict, F01_AClassWithinAClassGoesWithItsLineToo) {
+  const TestPhase before = phase(
+      {"p.a", "p.b"}, {{"b", "test_t.py\ntest_t.py\n9\nTestX::TestY\nb\n2,7"}});
+  const auto accepted = [&](const std::string& hunk) {
+    return judge(before, phase({"p.a"}), undo_of("test_t.py", hunk)).accepted;
+  };
+  EXPECT_TRUE(accepted("@@ -6,1 +6,2 @@\n x = 1\n+    class TestY:\n"));
+  EXPECT_FALSE(accepted("@@ -4,1 +4,2 @@\n x = 1\n+    class TestY:\n"));
+  // The same name in another class says nothing of this one.
+  EXPECT_FALSE(accepted("@@ -4,1 +4,2 @@\n x = 1\n+    def b(self):\n"));
+}
+
+TEST(Verdict, F01_ACallGoesWithTheLineThatNamesIt) {
+  const std::string where = "a.test.js\na.test.js\n4\nsuite\nit's b\n2";
+  const TestPhase before = phase({"p.a", "p.b"}, {{"b", where}});
+  const auto accepted = [&](const std::string& hunk,
+                            const std::string& path = "a.test.js") {
+    return judge(before, phase({"p.a"}), undo_of(path, hunk)).accepted;
+  };
+  const std::string line = "+  test(\"it's b\", () => {});\n";
+  EXPECT_TRUE(accepted("@@ -3,1 +3,2 @@\n x\n" + line));
+  EXPECT_TRUE(accepted("@@ -4,1 +4,2 @@\n test(\n+    `it's b`,\n"));
+  EXPECT_TRUE(accepted("@@ -1,1 +1,2 @@\n x\n+describe('suite', () => {\n"));
+  // Another line, another name, one that stays, and another file.
+  EXPECT_FALSE(accepted("@@ -7,1 +7,2 @@\n x\n" + line));
+  EXPECT_FALSE(accepted("@@ -3,1 +3,2 @@\n x\n+  test('it');\n"));
+  EXPECT_FALSE(accepted("@@ -3,2 +3,2 @@\n x\n-test(\"it's b\", g);\n" + line));
+  EXPECT_FALSE(accepted("@@ -7,1 +7,2 @@\n x\n+describe('suite', f);\n"));
+  EXPECT_FALSE(accepted("@@ -3,1 +3,2 @@\n x\n" + line, "b.test.js"));
+  // More lines than are kept excuse nothing.
+  std::string many = "@@ -0,0 +1,5004 @@\n";
+  for (int i = 0; i < 5003; ++i) many += "+''\n";
+  const TakenAway taken = read_taken_away(undo_of("a.test.js", many + line));
+  EXPECT_EQ(taken.gone.at("a.test.js").size(), kTakenLinesMax);
+}
+
+// Cases of which the run does not say where they are defined.
+TestPhase placeless(const std::vector<std::string>& more, bool id_is_module) {
+  TestPhase out = phase({"p.a"});
+  out.id_is_module = id_is_module;
+  for (const std::string& id : more) {
     Case one;
     one.id = id;
-    before.run.tests.suite.cases.push_back(one);
+    out.run.tests.suite.cases.push_back(one);
   }
-  const auto missing = [&](const std::string& path, const std::string& lines) {
-    return ids(judge(before, phase({"p.a"}),
-                     undo_of(path, "@@ -1,1 +1,2 @@\n x = 1\n+" + lines + "\n"))
-                   .missing);
+  return out;
+}
+
+std::string undo_of_deleted(const std::string& path) {
+  return "diff --git a/" + path + " b/" + path +
+         "\nnew file mode 100644\n--- /dev/null\n+++ b/" + path +
+         "\n@@ -0,0 +1 @@\n+import x\n";
+}
+
+TEST(Verdict, F01_WithoutAPlaceOnlyAModulesFileThatIsGoneExcuses) {
+  const TestPhase before =
+      placeless({"tests.test_t.TestX::test_b", "tests.test_t::c[1]"}, true);
+  const auto missing = [&](const std::string& undo) {
+    return judge(before, phase({"p.a"}), undo).missing.size();
   };
-  EXPECT_THAT(missing("tests/test_t.py", "def c(x):"),
-              ElementsAre("tests.test_t.TestX::test_b"));
-  EXPECT_THAT(missing("tests/test_t.py", "    def test_b(self):"),
-              ElementsAre("tests.test_t::c[1]"));
-  EXPECT_EQ(missing("test_t.py", "def c(x):").size(), 2u);
-  EXPECT_EQ(missing("tests/test_t2.py", "def c(x):").size(), 2u);
+  EXPECT_EQ(missing(undo_of_deleted("tests/test_t.py")), 0u);
+  for (const char* other :
+       {"test_t.py", "tests/test_t2.py", "tests/test_t.txt", "tests/test.py",
+        "tests/test_t.py.txt", "tests/test_t", "tests.py/test_t"}) {
+    EXPECT_EQ(missing(undo_of_deleted(other)), 2u) << other;
+  }
+  // A line may be another class's, or a text's.
+  const std::string hunk =
+      "@@ -1,1 +1,4 @@\n x = 1\n+def c(x):\n+class TestX:\n";
+  EXPECT_EQ(
+      missing(undo_of("tests/test_t.py", hunk + "+    def test_b(self):\n")),
+      2u);
+}
+
+TEST(Verdict, F01_AnIdThatOnlyLooksLikeAPathExcusesNothing) {
+  const TestPhase before = placeless(
+      {"parser: b", "Parser.Basic", "tests.test_t::c", "a.test.js::b"}, false);
+  for (const char* path : {"parser.txt", "Parser.h", "tests/test_t.py",
+                           "a.test.js", "parser", "Parser"}) {
+    const Gate gate = judge(before, phase({"p.a"}), undo_of_deleted(path));
+    EXPECT_EQ(gate.missing.size(), 4u) << path;
+    EXPECT_FALSE(gate.accepted) << path;
+  }
 }
 
 TEST(Verdict, F01_GitsOwnNamesAreRead) {

@@ -1008,10 +1008,18 @@ bool defines(std::string_view line, std::string_view word,
          std::string_view(" \t\r(:[").find(line[0]) != std::string_view::npos;
 }
 
+bool names_tests_in_quotes(std::string_view path) {
+  for (const char* end : {".js", ".mjs", ".cjs", ".ts", ".mts", ".cts"}) {
+    if (path.ends_with(end)) return true;
+  }
+  return false;
+}
+
 TakenAway read_taken_away(std::string_view undo) {
   TakenAway out;
   std::string from, to;  // of the diff as it stands: after and before the patch
   std::uint64_t old_left = 0, new_left = 0, old_at = 0, new_at = 0;
+  bool quoted = false;
   while (!undo.empty()) {
     const std::size_t end = undo.find('\n');
     const std::string_view line = undo.substr(0, end);
@@ -1021,8 +1029,10 @@ TakenAway read_taken_away(std::string_view undo) {
       const std::string_view text =
           line.substr(std::min<std::size_t>(1, line.size()));
       const std::string_view word = without_indent(text);
-      const bool kept = word.starts_with("def ") || word.starts_with("class ");
-      if (mark == '+' && kept)
+      const bool kept =
+          quoted ? text.find_first_of("'\"`") != text.npos
+                 : word.starts_with("def ") || word.starts_with("class ");
+      if (mark == '+' && kept && out.gone[to].size() < kTakenLinesMax)
         out.gone[to].push_back({new_at, std::string(text)});
       if (mark == '-' && kept)
         out.come[to].push_back({old_at, std::string(text)});
@@ -1042,6 +1052,7 @@ TakenAway read_taken_away(std::string_view undo) {
       if (from.empty() && !to.empty()) out.files.insert(to);
       if (to.empty()) to = from;
     } else if (line.starts_with("@@ -")) {
+      quoted = names_tests_in_quotes(to);
       std::string_view head = line.substr(4);
       const auto range = [&head](std::uint64_t& at, std::uint64_t& left) {
         at = number(head).value_or(0);

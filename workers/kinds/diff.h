@@ -72,17 +72,23 @@ Diff read_diff(std::string_view text, int strip = -1);
 
 // What a patch takes away, read from git's own diff that undoes it (with -M and
 // the prefixes a/ and b/): what that adds, the patch removed. Only lines that
-// begin with `def`, `async def` or `class` are kept.
+// begin with `def`, `async def` or `class` are kept, and of JavaScript those
+// that have a quote in them.
 struct TakenAway {
   struct Line {
     std::uint64_t number = 0;  // before the patch
     std::string text;          // with its indentation
   };
   std::set<std::string> files;  // deleted or renamed: the path from before
-  std::map<std::string, std::vector<Line>> gone;  // by path from before
+  // By path from before, in the order of the lines; at most kTakenLinesMax
+  // each: what is left out excuses nothing.
+  std::map<std::string, std::vector<Line>> gone;
   std::map<std::string, std::vector<Line>> come;  // the same; `number` after
 };
+constexpr std::size_t kTakenLinesMax = 5000;
 TakenAway read_taken_away(std::string_view undo);
+// Whether tests of such a file are calls with the name in quotes.
+bool names_tests_in_quotes(std::string_view path);
 // Whether such a line defines `name`: "def name(", "class name:", ...
 bool defines(std::string_view line, std::string_view word,
              std::string_view name);

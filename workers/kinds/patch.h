@@ -146,6 +146,9 @@ struct TestPhase {
   // Of a suite that is one case: what failed in it cannot be told from what
   // fails later.
   bool one_case = false;
+  // The run does not say where a case is defined, and its id may: a report of
+  // pytest's form has the module in it. Of no other id is a file believed.
+  bool id_is_module = false;
   std::string problem;  // what ended it, where it is not valid
   SuiteRun run;
 };
@@ -177,6 +180,8 @@ std::string shown(const CaseKey& key);  // "id", or "id#2" for a second one
 //   G2  One that is not there any more is excused only where the patch deletes
 //       or renames the file that it is in, or removes the line that defines it
 //       or its class, and adds no line that defines the name in that file.
+//       Which file and lines these are, the run says; else nothing is excused,
+//       but for a module's file that is gone (id_is_module).
 //   G3  A run after the patch that is not known to be complete, or that ended
 //       in a way that its report does not explain, is no yes. One before the
 //       patch excuses only what it saw fail. (verdict_test, F01_... F02_...)

@@ -63,96 +63,71 @@ Table table_of(const TestOutcome& tests, bool all) {
   return out;
 }
 
-bool has(const std::vector<TakenAway::Line>& lines, std::string_view word,
-         const std::string& name) {
-  return std::any_of(lines.begin(), lines.end(), [&](const auto& line) {
-    return defines(line.text, word, name);
-  });
+// Whether a line of this file defines `name`: as Python does with `word`, or in
+// quotes as JavaScript does.
+bool defines_in(const std::string& path, const std::string& line,
+                std::string_view word, const std::string& name) {
+  if (!names_tests_in_quotes(path)) return defines(line, word, name);
+  for (const char quote : {'\'', '"', '`'}) {
+    if (line.find(quote + name + quote) != std::string::npos) return true;
+  }
+  return false;
 }
 
-const std::vector<TakenAway::Line>& lines_of(
-    const std::map<std::string, std::vector<TakenAway::Line>>& all,
-    const std::string& path) {
-  static const std::vector<TakenAway::Line> kNone;
-  const auto at = all.find(path);
-  return at == all.end() ? kNone : at->second;
+// Whether the patch removes the line that defines `name` there, and adds none
+// that defines that name in the same file.
+bool line_is_gone(const TakenAway& taken, const std::string& path,
+                  std::uint64_t number, std::string_view word,
+                  const std::string& name) {
+  const auto gone = taken.gone.find(path);
+  if (number == 0 || name.empty() || gone == taken.gone.end()) return false;
+  // A call may have its name on the next line.
+  const std::uint64_t last = number + names_tests_in_quotes(path);
+  const auto defines_it = [&](const TakenAway::Line& line) {
+    return defines_in(path, line.text, word, name);
+  };
+  auto at = std::lower_bound(
+      gone->second.begin(), gone->second.end(), number,
+      [](const auto& line, std::uint64_t n) { return line.number < n; });
+  bool found = false;
+  for (; at != gone->second.end() && at->number <= last; ++at) {
+    found = found || defines_it(*at);
+  }
+  const auto come = taken.come.find(path);
+  return found &&
+         (come == taken.come.end() ||
+          std::none_of(come->second.begin(), come->second.end(), defines_it));
 }
 
-// Whether a line has the last name of "::suite > name" in quotes, as
-// JavaScript defines a test.
-bool quotes(const std::vector<TakenAway::Line>& lines,
-            const std::string& rest) {
-  const std::size_t last = rest.rfind(" > ");
-  if (!rest.starts_with("::") || rest.size() < 3) return false;
-  const std::string name =
-      rest.substr(last == std::string::npos ? 2 : last + 3);
-  return std::any_of(lines.begin(), lines.end(), [&](const auto& line) {
-    for (const char quote : {'\'', '"', '`'}) {
-      if (line.text.find(quote + name + quote) != std::string::npos) {
-        return true;
-      }
-    }
-    return false;
-  });
+// "tests.test_a::b" and "tests.test_a.TestB::c" are of tests/test_a.py.
+bool of_module(const std::string& id, const std::string& path) {
+  if (!path.ends_with(".py")) return false;
+  std::string module = path.substr(0, path.size() - 3);
+  std::replace(module.begin(), module.end(), '/', '.');
+  return id.starts_with(module + ".") || id.starts_with(module + "::");
 }
 
 // Whether the patch removes or renames the test that defines the case. Where
 // that cannot be told it is no.
 bool removed_by(const TakenAway& taken, const std::string& id,
-                const std::string& where) {
+                const std::string& where, bool id_is_module) {
   const DefinedAt at = read_where(where);
-  if (!at.file.empty()) {
-    if (taken.files.count(at.file) > 0) return true;
-    if (!at.definition.empty() && taken.files.count(at.definition) > 0) {
-      return true;
-    }
-    for (const auto& line : lines_of(taken.gone, at.definition)) {
-      if (line.number == at.line && defines(line.text, "def", at.name) &&
-          !has(lines_of(taken.come, at.definition), "def", at.name)) {
-        return true;
-      }
-    }
-    // A class that inherits its tests goes with its own line.
-    const std::string outer = at.classes.substr(0, at.classes.find("::"));
-    if (outer.empty()) return false;
-    for (const auto& line : lines_of(taken.gone, at.file)) {
-      if (line.text.starts_with("class ") &&
-          defines(line.text, "class", outer) &&
-          !has(lines_of(taken.come, at.file), "class", outer)) {
-        return true;
-      }
-    }
-    return false;
-  }
-  // The runner does not say where: "tests.test_a.TestB::test_c" is taken for
-  // tests/test_a.py, and for no other file.
-  // An id of node begins with the path itself.
-  const auto rest_in = [&id](const std::string& path) {
-    if (id.starts_with(path + "::")) return id.substr(path.size());
-    std::string dotted = path.substr(0, path.rfind('.'));
-    std::replace(dotted.begin(), dotted.end(), '/', '.');
-    const bool in = !dotted.empty() && id.starts_with(dotted) &&
-                    id.size() > dotted.size() &&
-                    (id[dotted.size()] == '.' || id[dotted.size()] == ':');
-    return in ? id.substr(dotted.size()) : "";
+  const auto file_is_gone = [&](const std::string& path) {
+    return taken.files.count(path) > 0;
   };
-  for (const std::string& path : taken.files) {
-    if (!rest_in(path).empty()) return true;
+  if (at.file.empty()) {
+    return id_is_module &&
+           std::any_of(taken.files.begin(), taken.files.end(),
+                       [&](const auto& path) { return of_module(id, path); });
   }
-  for (const auto& [path, lines] : taken.gone) {
-    std::string rest = rest_in(path);
-    if (rest.empty()) continue;
-    const bool quoted =
-        quotes(lines, rest) && !quotes(lines_of(taken.come, path), rest);
-    if (quoted) return true;
-    rest.resize(std::min(rest.size(), rest.find_first_of("[ ")));
-    const std::string name = rest.substr(rest.find_last_of(".:") + 1);
-    if (has(lines, "def", name) &&
-        !has(lines_of(taken.come, path), "def", name)) {
-      return true;
-    }
-  }
-  return false;
+  // A class that inherits its tests goes with its own line.
+  return file_is_gone(at.file) || file_is_gone(at.definition) ||
+         line_is_gone(taken, at.definition, at.line, "def", at.name) ||
+         std::any_of(at.classes.begin(), at.classes.end(),
+                     [&](const auto& outer) {
+                       return line_is_gone(taken, at.file, outer.line, "class",
+                                           outer.name);
+                     });
 }
 
 std::string cases_text(std::size_t n, const std::string& rest_one,
@@ -235,6 +210,10 @@ std::optional<End> run_test_phase(TestPhase& phase, const TestPayload& suite,
   host.log("== " + options.what + " ==\n");
   phase.ran = true;
   phase.one_case = !tells_cases(suite);
+  // Below another directory nobody knows what the ids are relative to.
+  phase.id_is_module = suite.runner == Runner::command &&
+                       suite.report == TestPayload::Format::junit &&
+                       suite.cwd.empty();
   phase.run = run_suite(suite, checkout, options, attempt, host);
   usage.add(phase.run.end.usage);
   const TestOutcome& tests = phase.run.tests;
@@ -291,7 +270,7 @@ class Comparison {
  public:
   Comparison(const TestPhase& before, const TestPhase& after, bool baseline,
              const TakenAway& taken, Gate& gate)
-      : taken_(taken), gate_(gate) {
+      : taken_(taken), gate_(gate), id_is_module_(before.id_is_module) {
     const Table base = baseline && before.ran
                            ? table_of(before.run.tests, tells(before))
                            : Table();
@@ -334,7 +313,8 @@ class Comparison {
       if (failed) return;
       // Passed before, was not reached before, or is new and not reached.
       if (then != nullptr && then->body == Outcome::skipped) return;
-      if (now == nullptr && removed_by(taken_, key.id, then->where)) {
+      if (now == nullptr &&
+          removed_by(taken_, key.id, then->where, id_is_module_)) {
         ++removed;
       } else {
         gate_.missing.push_back(key);
@@ -399,7 +379,7 @@ class Comparison {
         gate_.newly_failing.push_back({id, i, true});
       }
     }
-    if (gone > 0 && removed_by(taken_, id, then.back().where)) {
+    if (gone > 0 && removed_by(taken_, id, then.back().where, id_is_module_)) {
       removed += gone;
       return;
     }
@@ -411,6 +391,7 @@ class Comparison {
 
   const TakenAway& taken_;
   Gate& gate_;
+  const bool id_is_module_;
 };
 
 std::vector<std::string> shown_all(const std::vector<CaseKey>& keys) {

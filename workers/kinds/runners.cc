@@ -4,6 +4,8 @@
 #include <array>
 #include <utility>
 
+#include "workers/kinds/pytest_watch.h"
+
 namespace machina::kinds {
 namespace {
 
@@ -11,11 +13,13 @@ namespace {
 // what came of each case. It comes on standard input, so nothing of it lies
 // where `setup` could change it. Every outcome is one of unittest's own calls
 // of the result. Cases that a class or module did not let begin are told with
-// what that said; where others were not reached the exit code is 2.
+// what that said; where others were not reached the exit code is 2. Beside the
+// report goes the list of where its cases are defined (place_cases()).
 constexpr char kUnittest[] =
     R"py(import collections, os, re, sys, time, unittest
 
 REPORT = sys.argv[1]
+PLACES = r'''@PLACES@'''
 MAIN = os.getpid()
 sys.argv[:] = ["python3 -m unittest"] + sys.argv[2:]
 sys.path[0] = os.getcwd()
@@ -47,6 +51,10 @@ def name_of(test):
     return group, name or str(test)
 
 
+def origin(test):
+    return type(test), getattr(test, "_testMethodName", "")
+
+
 def tests_in(suite):
     try:
         parts = list(suite)
@@ -74,16 +82,17 @@ class Result(unittest.TextTestResult):
             notes = ["%d of its subtests failed" % broken]
         elif not ended and outcome == "passed":
             outcome, notes = "error", ["it ended without an outcome"]
-        self.cases.append((name, outcome, "\n".join(notes), time.monotonic() - since))
+        seconds = time.monotonic() - since
+        self.cases.append((name, outcome, "\n".join(notes), seconds, origin(test)))
         self.current = None
 
     def note(self, test, outcome, text=""):
         if self.current is None or type(test).__name__ == "_ErrorHolder":
             if outcome != "skipped":
-                self.cases.append((name_of(test), outcome, text, 0))
+                self.cases.append((name_of(test), outcome, text, 0, origin(test)))
             self.fixtures.append((name_of(test), outcome))
         elif type(test).__name__ == "_SubTest":
-            self.cases.append((name_of(test), outcome, text, 0))
+            self.cases.append((name_of(test), outcome, text, 0, origin(test.test_case)))
             self.current[4] += outcome in ("failed", "error")
         else:
             self.current[5] = True
@@ -146,17 +155,41 @@ class Runner(unittest.TextTestRunner):
                 stopped = True
                 continue
             for _ in range(count):
-                cases.append(((group, name), why[0], "%s: %s" % (why[1], why[0]), 0))
+                text = "%s: %s" % (why[1], why[0])
+                cases.append(((group, name), why[0], text, 0, origin(None)))
         result.stopped_early = stopped
         return result
 
 
+def create(path):
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    return os.fdopen(os.open(path, flags, 0o600), "w", encoding="utf-8")
+
+
+def place_of(kind, name):
+    try:
+        own = _inside(sys.modules[kind.__module__].__file__)
+        return _place(own, kind.__qualname__.split("."), name, getattr(kind, name))
+    except Exception:
+        return ""
+
+
+def write_places(cases):
+    # Imported now: before the run these names are the suite's to take.
+    exec(PLACES, globals())
+    with create(REPORT + ".where") as out:
+        out.write("<testsuite>\n")
+        for (group, name), _, _, _, test in cases:
+            out.write('<testcase classname="%s" name="%s"><skipped message="%s"/></testcase>\n'
+                      % (escaped(group), escaped(name), escaped(place_of(*test))))
+        out.write("</testsuite>\n")
+
+
 def write(cases):
     words = {"failed": "failure", "error": "error", "skipped": "skipped"}
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    with os.fdopen(os.open(REPORT, flags, 0o600), "w", encoding="utf-8") as out:
+    with create(REPORT) as out:
         out.write('<testsuites><testsuite name="unittest" tests="%d">\n' % len(cases))
-        for (group, name), outcome, text, seconds in cases:
+        for (group, name), outcome, text, seconds, _ in cases:
             out.write('<testcase classname="%s" name="%s" time="%.3f">'
                       % (escaped(group), escaped(name), seconds))
             if outcome in words:
@@ -168,6 +201,10 @@ def write(cases):
 program = unittest.main(module=None, argv=list(sys.argv), testRunner=Runner, exit=False)
 if os.getpid() != MAIN:
     os._exit(1)
+try:
+    write_places(program.result.cases)
+except Exception as error:
+    print("where the cases are defined is not known: %s" % error, file=sys.stderr)
 write(program.result.cases)
 if program.result.stopped_early:
     print("the run stopped before all tests had run", file=sys.stderr)
@@ -178,7 +215,8 @@ sys.exit(not program.result.wasSuccessful())
 // A reporter of node's own interface: it runs in the process of the runner and
 // not in those of the tests. A file that ends before its tests, or during them,
 // is node's own idea of a pass; here it is an error.
-constexpr char kNode[] = R"js(import { resolve } from 'node:path';
+constexpr char kNode[] = R"js(import { writeFileSync } from 'node:fs';
+import { resolve } from 'node:path';
 const top = '/work/repo/';
 const escaped = (text) => String(text)
   .replace(/[^\t\n\r\x20-\ud7ff\ue000-\ufffd\u{10000}-\u{10ffff}]/gu, '?')
@@ -186,15 +224,24 @@ const escaped = (text) => String(text)
 const known = new Map();
 const fileOf = (path) => {
   const key = path ?? '';
-  if (!known.has(key)) known.set(key, { names: [], begun: 0, ended: 0 });
+  if (!known.has(key)) known.set(key, { names: [], lines: [], begun: 0, ended: 0 });
   return known.get(key);
 };
 const shown = (path) => !path ? '' : path.startsWith(top) ? path.slice(top.length) : path;
 const whole = (data) => data.nesting === 0 && data.file !== undefined &&
   (data.name === data.file || resolve(data.name) === data.file);
-function testcase(file, name, outcome, message, ms) {
-  const open = `<testcase classname="${escaped(shown(file))}" name="${escaped(name)}"` +
-    ` time="${(Number(ms) || 0) / 1000}">`;
+const places = [];
+// Names that this form cannot hold are left out.
+function whereOf(data) {
+  const path = shown(data.file), { names, lines } = fileOf(data.file);
+  const outer = names.slice(0, data.nesting), name = data.name;
+  if (!data.file?.startsWith(top) || [...outer, name].some((n) => /\n|::/.test(n))) return '';
+  return [path, path, data.line, outer.join('::'), name, lines.slice(0, data.nesting)].join('\n');
+}
+function testcase(file, name, outcome, message, ms, where = '') {
+  const named = `<testcase classname="${escaped(shown(file))}" name="${escaped(name)}"`;
+  places.push(`${named}><skipped message="${escaped(where)}"/></testcase>\n`);
+  const open = `${named} time="${(Number(ms) || 0) / 1000}">`;
   const note = outcome === 'passed' ? '' : `<${outcome} message="${escaped(message.slice(-4000))}"/>`;
   return `${open}${note}</testcase>\n`;
 }
@@ -219,7 +266,7 @@ function ended(data, pass) {
   const why = (mark) => typeof data[mark] === 'string' ? `: ${data[mark]}` : '';
   if (marked('skip')) return testcase(data.file, name, 'skipped', `skip${why('skip')}`, ms);
   if (marked('todo')) return testcase(data.file, name, 'skipped', `todo${why('todo')}`, ms);
-  return testcase(data.file, name, pass ? 'passed' : 'failure', said(data.details), ms);
+  return testcase(data.file, name, pass ? 'passed' : 'failure', said(data.details), ms, whereOf(data));
 }
 export default async function* report(source) {
   yield '<?xml version="1.0" encoding="UTF-8"?>\n<testsuites><testsuite name="node">\n';
@@ -227,9 +274,10 @@ export default async function* report(source) {
     if (type === 'test:enqueue' && !whole(data)) {
       ++fileOf(data.file).begun;
     } else if (type === 'test:start') {
-      const { names } = fileOf(data.file);
-      names.length = data.nesting;
+      const { names, lines } = fileOf(data.file);
+      names.length = lines.length = data.nesting;
       names[data.nesting] = data.name;
+      lines[data.nesting] = data.line ?? 0;
     } else if (type === 'test:pass' || type === 'test:fail') {
       yield ended(data, type === 'test:pass');
     }
@@ -239,6 +287,9 @@ export default async function* report(source) {
       yield testcase(path, '(file)', 'error', `${file.begun - file.ended} of its tests began and did not end`, 0);
     }
   }
+  try {
+    writeFileSync('@RECORD@', `<testsuite>\n${places.join('')}</testsuite>\n`, { flag: 'wx' });
+  } catch { /* where the cases are defined is not known then */ }
   yield '</testsuite></testsuites>\n';
 }
 )js";
@@ -288,6 +339,8 @@ std::string all_runners() {
   return out;
 }
 
+std::string places_of(const std::string& report) { return report + ".where"; }
+
 std::string argument_problem(Runner runner, std::string_view argument) {
   const auto is = [&](std::string_view option) {
     return argument == option ||
@@ -321,7 +374,7 @@ RunnerCall call_runner(Runner runner, const std::vector<std::string>& args,
   };
   if (runner == Runner::unittest) {
     call.argv = {"python3", "-", report};
-    call.stdin_data = kUnittest;
+    call.stdin_data = filled(kUnittest, "@PLACES@", python_places());
     add(args);
     add(select);
   } else if (runner == Runner::ctest) {
@@ -331,7 +384,7 @@ RunnerCall call_runner(Runner runner, const std::vector<std::string>& args,
     if (!select.empty()) add({"-R", any_of(select)});
   } else if (runner == Runner::node) {
     call.file = file;
-    call.file_text = kNode;
+    call.file_text = filled(kNode, "@RECORD@", places_of(report));
     call.argv = {"node",
                  "--test",
                  "--test-reporter=file:///work/" + file,

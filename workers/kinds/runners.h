@@ -49,6 +49,9 @@ struct RunnerCall {
 RunnerCall call_runner(Runner runner, const std::vector<std::string>& args,
                        const std::vector<std::string>& select,
                        const std::string& report, const std::string& file);
+// Where unittest and node leave the list of where the cases of their report are
+// defined (pytest_watch.h), in the same order.
+std::string places_of(const std::string& report);
 // For a person where the program is not there: "python3 ... (Debian: ...)".
 std::string what_to_install(Runner runner, const std::string& program);
 

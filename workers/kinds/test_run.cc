@@ -417,6 +417,11 @@ class SuiteRunner {
           suite.error().code,
           exited + "; its report is not accepted: " + suite.error().what};
     }
+    if (payload_.runner == Runner::unittest ||
+        payload_.runner == Runner::node) {
+      const auto places = read_xml(places_of(report), nullptr, kParseMs);
+      if (places) place_cases(*suite, *places);
+    }
     return suite;
   }
 

@@ -147,6 +147,8 @@ void merge_rerun(TestOutcome& all, const Suite& rerun);
 // were not reached are added as missing; `where` of the others is filled in.
 // Sets suite.complete where none is missing.
 void expect_cases(TestOutcome& all, const Suite& record);
+// Fills in `where` alone, from such a record of the same run.
+void place_cases(Suite& suite, const Suite& record);
 void add_error(TestOutcome& all, const std::string& id,
                const std::string& message);
 bool passed(const TestOutcome& all);

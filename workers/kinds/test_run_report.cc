@@ -89,11 +89,28 @@ void merge_rerun(TestOutcome& all, const Suite& rerun) {
   }
 }
 
+namespace {
+
+auto by_id_and_number(Suite& suite) {
+  std::map<std::pair<std::string_view, std::uint32_t>, Case*> out;
+  for (Case& one : suite.cases)
+    out.emplace(std::pair(std::string_view(one.id), one.nth), &one);
+  return out;
+}
+
+}  // namespace
+
+void place_cases(Suite& suite, const Suite& record) {
+  const auto there = by_id_and_number(suite);
+  for (const Case& one : record.cases) {
+    const auto at = there.find({one.id, one.nth});
+    if (at != there.end()) at->second->where = one.message;
+  }
+}
+
 void expect_cases(TestOutcome& all, const Suite& record) {
   Suite& suite = all.suite;
-  std::map<std::pair<std::string_view, std::uint32_t>, Case*> there;
-  for (Case& one : suite.cases)
-    there.emplace(std::pair(std::string_view(one.id), one.nth), &one);
+  const auto there = by_id_and_number(suite);
   // A test may have given its case another name in the report. So one that
   // ended is held to be missing only where the report has too few.
   const bool too_few = suite.dropped == 0 && there.size() < record.skipped;
