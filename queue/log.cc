@@ -211,19 +211,19 @@ class Log::Impl {
   bool checkpoint_busy_ = false, checkpoint_done_ = false;
   std::vector<std::string> removals_;
   Manifest manifest_;
-  Lsn written_ = 0;                // by the log thread
-  std::uint64_t tail_bytes_ = 0;   // size of the segment being bound
+  Lsn written_ = 0;               // by the log thread
+  std::uint64_t tail_bytes_ = 0;  // size of the segment being bound
   Place tail_base_ = 0;
-  bool tail_held_ = false;         // its blocks are there
+  bool tail_held_ = false;  // its blocks are there
   std::vector<Held> held_;
   std::uint64_t spare_number_ = 0;
   bool spare_wanted_ = true;
-  std::string zeroing_;            // the held file that the keeper writes
+  std::string zeroing_;  // the held file that the keeper writes
   std::uint64_t hold_log_ = 0, hold_checkpoint_ = 0;  // what is to be held
-  std::uint64_t room_bytes_ = 0;   // of the checkpoint's room
-  bool room_refused_ = false;      // until the owner asks again
+  std::uint64_t room_bytes_ = 0;  // of the checkpoint's room
+  bool room_refused_ = false;     // until the owner asks again
   bool checkpoint_full_ = false;
-  Lsn checkpoint_lsn_ = 0;         // of the one under way, and the bytes that
+  Lsn checkpoint_lsn_ = 0;  // of the one under way, and the bytes that
   std::uint64_t checkpoint_grown_ = 0;  // it was to cover
   std::string lacking_why_;
   std::atomic<bool> lacking_{false}, stalled_{false};
@@ -256,18 +256,11 @@ Result<void> Log::Impl::start_manifest() {
   if (!lock) return lock.error();
   lock_ = std::move(*lock);
   if (options_.on_locked) options_.on_locked();
-  auto manifest = read_manifest(storage_);
+  auto manifest = find_manifest(storage_);
   if (!manifest) return manifest.error();
   if (*manifest) {
     manifest_ = **manifest;
     return {};
-  }
-  auto names = storage_.list("wal");
-  if (!names) return names.error();
-  for (const std::string& name : *names) {
-    if (name.ends_with(".seg") || name.ends_with(".ckpt"))
-      return Error{Code::corrupt,
-                   "wal/MANIFEST is missing, and wal/" + name + " is there"};
   }
   manifest_.log_uuid[0] = random_.next();
   manifest_.log_uuid[1] = random_.next();
@@ -283,8 +276,7 @@ Result<void> Log::Impl::sweep(bool tmp) {
     std::string full = "wal/" + name;
     bool stale = name.ends_with(tmp ? ".tmp" : ".ckpt");
     stale &= full != kManifestTmp && (full != kRoomName || !options_.hold);
-    for (const Held& held : held_)
-      stale &= full != held.name || !options_.hold;
+    for (const Held& held : held_) stale &= full != held.name || !options_.hold;
     for (const auto& checkpoint : manifest_.checkpoint)
       stale &= checkpoint.lsn == 0 || full != checkpoint_name(checkpoint.lsn);
     if (!stale) continue;
@@ -817,7 +809,8 @@ void Log::Impl::run_writer() {
     hold.unlock();
     write_batch();
     hold.lock();
-    if (stalled()) work_ready_.wait_for(hold, kStallPause, [&] { return stop_; });
+    if (stalled())
+      work_ready_.wait_for(hold, kStallPause, [&] { return stop_; });
   }
 }
 
@@ -963,9 +956,8 @@ Result<void> Log::Impl::run_checkpoint(const CheckpointJob& job) {
   }
   manifest.feature_incompat |= job.features;
   const Manifest::Checkpoint oldest = manifest.checkpoint[1];
-  auto written =
-      write_checkpoint(storage_, manifest, job.lsn, job.time_ms, job.image(),
-                       room);
+  auto written = write_checkpoint(storage_, manifest, job.lsn, job.time_ms,
+                                  job.image(), room);
   if (!written) return written.error();
   ++manifest.generation;
   manifest.checkpoint[1] = manifest.checkpoint[0];
@@ -1123,8 +1115,8 @@ Result<void> Log::Impl::make_spare() {
 Result<void> Log::Impl::zero_spare(const Held& spare) {
   // As durable the zeros go past the page cache, which would copy each of them
   // once more and keep it; they are as many bytes as the log itself writes.
-  auto file = storage_.open(spare.name, options_.direct ? OpenMode::durable
-                                                        : OpenMode::write);
+  auto file = storage_.open(
+      spare.name, options_.direct ? OpenMode::durable : OpenMode::write);
   if (!file) return file.error();
   BatchBuffer zeros;
   zeros.reserve(kSpareStepBytes, 0);
@@ -1153,9 +1145,9 @@ bool Log::Impl::pause_spare(const Held& spare) {
   }
   bool urgent = tail_offset_ > tail_bytes_ / 2;
   if (!urgent) keeper_ready_.wait_for(hold, kSparePause, [&] { return stop_; });
-  bool taken = std::none_of(
-      held_.begin(), held_.end(),
-      [&](const Held& held) { return held.name == spare.name; });
+  bool taken = std::none_of(held_.begin(), held_.end(), [&](const Held& held) {
+    return held.name == spare.name;
+  });
   if (taken || stop_ || poisoned()) zeroing_.clear();
   return !zeroing_.empty();
 }
@@ -1165,9 +1157,9 @@ void Log::Impl::run_keeper() {
     {
       std::unique_lock hold(mutex_);
       keeper_ready_.wait(hold, [this] {
-        return stop_ || (!poisoned() && (checkpoint_job_ ||
-                                         !removals_.empty() || wants_room() ||
-                                         wants_spare()));
+        return stop_ ||
+               (!poisoned() && (checkpoint_job_ || !removals_.empty() ||
+                                wants_room() || wants_spare()));
       });
       if (stop_) return;
     }
@@ -1352,8 +1344,8 @@ Result<void> Log::Impl::close() {
   if (poisoned())
     return Error{Code::io, "the log is poisoned: " + poison_cause()};
   if (stalled())
-    return Error{Code::full, "records that nobody was told of find no room: " +
-                                 room().why};
+    return Error{Code::full,
+                 "records that nobody was told of find no room: " + room().why};
   closed_ = true;
   Result<void> ok;
   if (!options_.fsync) ok = sync_unsynced();

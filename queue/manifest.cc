@@ -96,6 +96,19 @@ Result<std::optional<Manifest>> read_manifest(Storage& storage) {
   return std::optional<Manifest>(*manifest);
 }
 
+Result<std::optional<Manifest>> find_manifest(Storage& storage) {
+  auto manifest = read_manifest(storage);
+  if (!manifest || *manifest) return manifest;
+  auto names = storage.list("wal");
+  if (!names) return names.error();
+  for (const std::string& name : *names) {
+    if (name.ends_with(".seg") || name.ends_with(".ckpt"))
+      return Error{Code::corrupt,
+                   "wal/MANIFEST is missing, and wal/" + name + " is there"};
+  }
+  return manifest;
+}
+
 // The one before is kept as the file of the next, so that no room is needed
 // for it on a full disk.
 Result<void> write_manifest(Storage& storage, const Manifest& manifest) {

@@ -25,6 +25,9 @@ Result<Manifest> decode_manifest(std::span<const std::byte> bytes);
 
 // Nothing where there is no such file.
 Result<std::optional<Manifest>> read_manifest(Storage& storage);
+// The same of a log that is to be opened: corrupt where it is missing and what
+// it would name is there.
+Result<std::optional<Manifest>> find_manifest(Storage& storage);
 // The manifest to come, and room for it: what was the manifest before.
 constexpr char kManifestTmp[] = "wal/MANIFEST.tmp";
 // Durable when it returns: tmp, sync, exchange, sync_dir. Code::full: the

@@ -229,8 +229,8 @@ class Verifier {
                                           : "other";
     if (file.kind == "other") {
       file.verdict = LogFile::Verdict::unused;
-      file.note = name == "wal/LOCK"       ? "the servers' lock"
-                  : name == kManifestTmp   ? "the manifest before"
+      file.note = name == "wal/LOCK"     ? "the servers' lock"
+                  : name == kManifestTmp ? "the manifest before"
                   : name.starts_with("wal/held-") ||
                           name.starts_with("wal/spare-") ||
                           name.starts_with("wal/checkpoint-room")
@@ -818,6 +818,14 @@ Result<LogIdentity> log_identity(const std::string& dir) {
                 static_cast<unsigned long long>((*manifest)->log_uuid[0]),
                 static_cast<unsigned long long>((*manifest)->log_uuid[1]));
   return LogIdentity{text};
+}
+
+Result<void> examine_log(const std::string& dir) {
+  auto storage = open_posix_storage(dir);
+  auto manifest = storage ? find_manifest(**storage)
+                          : Result<std::optional<Manifest>>(storage.error());
+  if (manifest || manifest.error().code == Code::not_found) return {};
+  return manifest.error();
 }
 
 Result<LogReport> verify_files(const std::string& dir,

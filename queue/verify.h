@@ -71,6 +71,10 @@ struct LogIdentity {
 };
 Result<LogIdentity> log_identity(const std::string& dir);
 
+// Whether a start would come past the log's MANIFEST: what follows it is read
+// by the start alone. Good where no log is there. corrupt, newer, io.
+Result<void> examine_log(const std::string& dir);
+
 using LogProgress = std::function<void(std::uint64_t done, std::uint64_t of)>;
 
 // `dir` is <root>/queue. Checks every file below it. not_found: there is no

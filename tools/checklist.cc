@@ -137,6 +137,9 @@ class List {
            path() + " belongs to uid " + std::to_string(facts_.root_owner) +
                ", this is uid " + std::to_string(facts_.uid),
            "run doctor as the user that serves, or chown the root");
+    } else if (!facts_.root_fault.empty()) {
+      fail("root", facts_.root_fault,
+           "name the root by a path that nobody else can change");
     } else if ((facts_.root_mode & 077) != 0) {
       char mode[8];
       std::snprintf(mode, sizeof mode, "%04o", facts_.root_mode & 07777);
@@ -497,10 +500,10 @@ class List {
               std::to_string(facts_.disk_hard_bytes >> 20);
     }
     if (!facts_.disk_level.empty() && facts_.disk_level != "ok") {
-      return fail("disk",
-                  "level " + facts_.disk_level + ": " + facts_.disk_says + "; " +
-                      free,
-                  "make room, or a larger disk; it heals by itself");
+      return fail(
+          "disk",
+          "level " + facts_.disk_level + ": " + facts_.disk_says + "; " + free,
+          "make room, or a larger disk; it heals by itself");
     }
     if (facts_.disk_free_bytes < kDiskFailBytes ||
         facts_.disk_free_bytes < facts_.disk_bytes / 20) {

@@ -49,6 +49,7 @@ struct ProductionFacts {
   bool running_is_open = false;  // it asks for no credential
   std::int64_t uid = 0;  // of the server that runs, else of whoever asks
   bool root_there = false;
+  std::string root_fault;  // who could lead it elsewhere (tools/trust.h)
   std::int64_t root_owner = 0;
   int root_mode = 0;           // permission bits
   bool root_is_mount = false;  // a file system of its own

@@ -315,8 +315,11 @@ std::string complaint(const Variable& row, std::string_view text) {
       }
       if (text.empty()) return "must not be empty";
       break;
-    case Type::text:
     case Type::path:
+      // The rest of a shell variable that is not set is no place.
+      if (text.empty() && *row.fallback != '\0') return "must not be empty";
+      break;
+    case Type::text:
     case Type::list:
       break;
   }

@@ -8,6 +8,9 @@
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
+#include <set>
+#include <sstream>
 
 #include "tests/e2e/fixture.h"
 #include "tests/support/places.h"
@@ -126,6 +129,26 @@ TEST_P(Client, F23_WhatWasNamedIsNeverReplacedByAnother) {
   }
   EXPECT_EQ(
       p().run({"get", id, "--server", p().url()}, {{"MACHINA_ROOT", b}}).code,
+      0);
+  // What is left of a variable that is not set names nothing, and is no reason
+  // to speak to whoever is at the default address.
+  for (const auto& [args, env] :
+       std::vector<std::pair<std::vector<std::string>,
+                             std::map<std::string, std::string>>>{
+           {{"--server", ""}, {{"MACHINA_PORT", here}}},
+           {{"--root", ""}, {{"MACHINA_PORT", here}}},
+           {{}, {{"MACHINA_SERVER", ""}, {"MACHINA_PORT", here}}},
+           {{}, {{"MACHINA_ROOT", ""}, {"MACHINA_PORT", here}}}}) {
+    std::vector<std::string> all = {"enqueue", "noop"};
+    all.insert(all.end(), args.begin(), args.end());
+    const Ended empty = p().run(all, env);
+    EXPECT_EQ(empty.code, 2) << empty.out << empty.err;
+    EXPECT_TRUE(has(empty.err, "empty")) << empty.err;
+  }
+  EXPECT_EQ(jobs(), before);
+  EXPECT_EQ(
+      p().run({"get", id, "--server", p().url()}, {{"MACHINA_SERVER", ""}})
+          .code,
       0);
   const Ended none = p().run({"list"}, {{"MACHINA_PORT", "0"}});
   EXPECT_EQ(none.code, 2);
@@ -316,6 +339,82 @@ TEST_P(Client, F27_ACheckSaysWhatAStartWouldSay) {
             2);
 }
 
+// What lies in the root in the place of what a start opens there.
+TEST_P(Client, F27_ACheckLooksAtWhatAStartOpens) {
+  struct {
+    std::string make, names;
+    int code;
+  } const each[] = {
+      {"touch machina.sock", "machina.sock", 2},
+      {"mkdir machina.sock", "machina.sock", 2},
+      {"mkdir pool.lock", "pool.lock", 2},
+      {"mkdir -p patches/patches.db", "patches.db", 2},
+      {"touch patches", "patches", 2},
+      {"mkdir -p queue/wal; echo junk > queue/wal/0000000000000001.seg",
+       "MANIFEST", 65},
+  };
+  int n = 0;
+  for (const auto& [make, names, code] : each) {
+    const std::string root = p().dir() + "/r" + std::to_string(n++);
+    ASSERT_EQ(p().shell("mkdir -m 700 " + root + "; cd " + root +
+                        "; umask 077; " + make),
+              0);
+    for (const char* how : {"check", "start"}) {
+      std::vector<std::string> args = {"serve", "--root",    root, "--port",
+                                       "0",     "--workers", "1"};
+      if (std::string(how) == "check") args.push_back("--check");
+      // A pool that cannot start ends apart from its server.
+      if (std::string(how) == "start" && names == "pool.lock") continue;
+      const Ended ended = p().run(args, env(), 20000);
+      EXPECT_EQ(ended.code, code) << how << ": " << make << "\n" << ended.err;
+      EXPECT_TRUE(has(ended.err, names)) << how << ": " << ended.err;
+    }
+  }
+}
+
+// Two cases with one id are told apart by their number, whatever their order.
+TEST_P(Client, F29_TheTableFollowsACasesNumber) {
+  accept_only();
+  const auto one = [](int nth, const char* outcome) {
+    Json out = {{"id", "t::a"}, {"outcome", outcome}};
+    if (nth > 1) out["nth"] = nth;
+    return out;
+  };
+  const Json lease = leased({{"kind", "patch.play"}});
+  const Json before = {{"missing", 3},
+                       {"passed", 1},
+                       {"cases", {one(1, "failed"), one(2, "passed")}}};
+  const Json after = {{"cases", {one(2, "failed"), one(1, "passed")}}};
+  const Answer done =
+      p().post("/v1/leases/" + lease["token"].get<std::string>() + "/complete",
+               {{"result",
+                 {{"outcome", "tests_failed"},
+                  {"tests",
+                   {{"before", before},
+                    {"after", after},
+                    {"newly_failing", {"t::a#2"}},
+                    {"newly_passing", {"t::a"}}}}}}});
+  ASSERT_EQ(done.status, 200) << done.body;
+  const Ended shown =
+      cli({"patch", "show", lease["job"]["id"].get<std::string>()});
+  EXPECT_EQ(shown.code, 0) << shown.err;
+  std::istringstream lines(shown.out);
+  std::vector<std::vector<std::string>> rows;
+  for (std::string line; std::getline(lines, line);) {
+    if (!line.starts_with("t::a")) continue;
+    std::istringstream words(line);
+    rows.emplace_back(std::istream_iterator<std::string>(words),
+                      std::istream_iterator<std::string>());
+  }
+  using Row = std::vector<std::string>;
+  ASSERT_EQ(rows.size(), 2u) << shown.out;
+  EXPECT_EQ(std::set(rows.begin(), rows.end()),
+            (std::set<Row>{{"t::a", "failed", "passed", "passes", "now"},
+                           {"t::a#2", "passed", "failed", "fails", "newly"}}))
+      << shown.out;
+  EXPECT_TRUE(has(shown.out, "3 missing")) << shown.out;
+}
+
 TEST_P(Client, F27_EvidenceIsWhatWasCheckedAndNotATouchedFile) {
   accept_only();
   p().submit({{"kind", "ext.a"}});
@@ -404,12 +503,32 @@ TEST_P(Client, F21_TheClientsSocketIsReachedByTrustedWaysOnly) {
            {"list", "--root", way + "/link"},
            {"list", "--server", way + "/link/machina.sock"},
            {"ops", "detect", "--root", way + "/link"},
+           {"wal", "verify", "--root", way + "/link"},
+           {"wal", "inspect", "--root", way + "/link"},
+           {"serve", "--check", "--root", p().root(), "--port-file",
+            way + "/port"},
            {"serve", "--check", "--root", way + "/link"}}) {
     const Ended ended = p().run(args);
     EXPECT_EQ(ended.code, 2) << args[0] << ended.out << ended.err;
     EXPECT_TRUE(has(ended.err, way + " may be written by others (mode 0777)"))
         << ended.err;
   }
+  const Ended logged = p().run({"serve", "--check", "--root", p().root()},
+                               {{"MACHINA_LOG_FILE", way + "/server.log"}});
+  EXPECT_EQ(logged.code, 2) << logged.err;
+  EXPECT_TRUE(has(logged.err, "MACHINA_LOG_FILE: its path: ")) << logged.err;
+  const Ended doctor = p().run(
+      {"doctor", "--profile", "prod", "--root", way + "/link"}, env(), 60000);
+  EXPECT_TRUE(has(doctor.out, way + " may be written by others (mode 0777)"))
+      << doctor.out;
+  EXPECT_EQ(p().stop_server(), 0);
+  const Ended recorded = p().run(
+      {"wal", "verify", "--root", p().root(), "--record", way + "/link"});
+  EXPECT_EQ(recorded.code, 2) << recorded.err;
+  EXPECT_TRUE(has(recorded.err, "--record: ")) << recorded.err;
+  EXPECT_FALSE(fs::exists(p().root() + "/ops/wal.verified"));
+  std::string why;
+  ASSERT_TRUE(p().restart(&why)) << why;
   ASSERT_EQ(p().shell("chmod 755 " + way), 0);
   EXPECT_EQ(p().run({"list", "--root", way + "/link"}).code, 0);
 }
@@ -442,6 +561,20 @@ TEST_P(Client, F28_IdsInPartHelpDurationsAndQuiet) {
   EXPECT_EQ(cli({"cancel", id.substr(24)}).code, 0);
   EXPECT_EQ(state(id), "cancelled");
   EXPECT_EQ(cli({"retry", id.substr(24)}).code, 0);
+  std::string upper = id;
+  for (char& c : upper) c = static_cast<char>(::toupper(c));
+  EXPECT_EQ(cli({"get", upper}).code, 0);
+  const Ended after = cli({"enqueue", "ext.c", "--depends-on", id.substr(24),
+                           "--depends-on", other, "--json"});
+  EXPECT_EQ(after.code, 0) << after.err;
+  EXPECT_EQ(Json::parse(after.out)["depends_on"], Json({id, other}));
+  EXPECT_EQ(cli({"enqueue", "ext.c", "--depends-on", "fedcba9876"}).code, 4);
+  const Ended story = cli({"wal", "inspect", "--job", id.substr(24)});
+  EXPECT_EQ(story.code, 0) << story.err;
+  EXPECT_EQ(story.out, cli({"wal", "inspect", "--job", upper}).out);
+  EXPECT_TRUE(has(story.out, id) && !has(story.out, other + " ")) << story.out;
+  EXPECT_EQ(cli({"wal", "inspect", "--job", id.substr(0, 6)}).code, 2);
+  EXPECT_EQ(cli({"wal", "inspect", "--job", "fedcba9876"}).code, 2);
   EXPECT_EQ(cli({"get", "fedcba9876"}).code, 4);
   EXPECT_TRUE(has(cli({"get", "fedcba9876"}).err, "machina list"));
 
@@ -464,6 +597,9 @@ TEST_P(Client, F28_IdsInPartHelpDurationsAndQuiet) {
        std::vector<std::vector<std::string>>{{"help"},
                                              {"help", "enqueue"},
                                              {"help", "ops", "start"},
+                                             {"help", "help"},
+                                             {"ops", "help"},
+                                             {"ops", "help", "start"},
                                              {"-h"},
                                              {"list", "-h"},
                                              {"wal", "verify", "-h"},

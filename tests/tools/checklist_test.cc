@@ -173,6 +173,7 @@ TEST_F(ChecklistTest, EachItemCanBeMadeToComplain) {  // K2
        }},
       {"root", kFail, [](S, F f) { f.root_there = false; }},
       {"root", kFail, [](S, F f) { f.root_owner = 1; }},
+      {"root", kFail, [](S, F f) { f.root_fault = "led elsewhere"; }},
       {"root", kFail, [](S, F f) { f.root_mode = 0750; }},
       {"root_file_system", kFail,
        [](S, F f) { f.file_system_trusted = false; }},

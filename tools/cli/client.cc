@@ -47,9 +47,18 @@ Result<std::string> server_of(const Config& config) {
   };
   const int address = std::max(near("MACHINA_HOST"), near("MACHINA_PORT"));
   const int root = near("MACHINA_ROOT");
-  const std::string& server = config.text("MACHINA_SERVER");
-  if (!server.empty() && near("MACHINA_SERVER") >= std::max(root, address)) {
-    return server;
+  const int server = near("MACHINA_SERVER");
+  if (server > 0 && server >= std::max(root, address)) {
+    // The rest of a shell variable that is not set. It names no server, and
+    // somebody meant one.
+    if (config.text("MACHINA_SERVER").empty()) {
+      return Error{Code::invalid,
+                   "MACHINA_SERVER (" +
+                       config.values().find("MACHINA_SERVER")->second.origin +
+                       "): it is empty; name a server (--server) or its root "
+                       "(--root), or leave it out"};
+    }
+    return config.text("MACHINA_SERVER");
   }
   const std::string socket = root_socket(config.text("MACHINA_ROOT"));
   const bool by_root = root > 0 && root >= address;

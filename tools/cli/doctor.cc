@@ -35,6 +35,7 @@
 #include "tools/cli/start_conditions.h"
 #include "tools/ops.h"
 #include "tools/root.h"
+#include "tools/trust.h"
 
 namespace machina::cli {
 namespace {
@@ -508,6 +509,9 @@ void look_at_root(const std::string& root, ProductionFacts* facts) {
   struct stat status {};
   if (::stat(root.c_str(), &status) == 0 && S_ISDIR(status.st_mode)) {
     facts->root_there = true;
+    if (auto ok = check_trusted("MACHINA_ROOT", root, true); !ok) {
+      facts->root_fault = ok.error().what;
+    }
     facts->root_owner = status.st_uid;
     facts->root_mode = static_cast<int>(status.st_mode & 07777);
     facts->root_is_mount = is_mount(root);

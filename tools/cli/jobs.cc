@@ -167,10 +167,13 @@ Result<std::string> enqueue_body(const EnqueueOptions& options) {
   return text + ",\"payload\":" + *payload + "}";
 }
 
-int enqueue(const EnqueueOptions& options) {
+int enqueue(EnqueueOptions options) {
+  int exit = kOk;
+  for (std::string& id : options.depends_on) {
+    if (!resolve_id(*options.settings, false, &id, &exit)) return exit;
+  }
   auto body = enqueue_body(options);
   if (!body) return fail(kUsage, body.error().what);
-  int exit = kOk;
   Client::Request request;
   request.method = "POST";
   request.path = "/v1/jobs";
@@ -232,7 +235,8 @@ void add_enqueue(Verb& app) {
   verb.add_option("--concurrency-limit", options->concurrency_limit,
                   "how many (1)")
       .range(1, 10'000);
-  verb.add_option("--depends-on", options->depends_on, "ids of jobs");
+  verb.add_option("--depends-on", options->depends_on,
+                  "ids of jobs, or parts of them that no other has");
   verb.add_option("--label", options->labels, "K=V");
   verb.add_option("--min-level", options->min_level, "L0..L4");
   verb.add_flag("--wait", options->wait,

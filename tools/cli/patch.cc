@@ -3,10 +3,12 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <functional>
 #include <iostream>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 
 #include "tools/cli/cli.h"
 #include "tools/cli/show.h"
@@ -249,67 +251,66 @@ Result<Json> job_of(const SubmitOptions& options) {
 
 // --- the verdict -------------------------------------------------------------
 
-// Cases by name and number: two of one name are two cases.
-using Cases = std::map<std::pair<std::string, int>, std::string>;
+// Outcomes by "id", or "id#2" for the second of that id, as the lists of the
+// verdict name them. The cases' own order says nothing: failures come first.
+using Cases = std::map<std::string, std::string>;
 
 Cases cases_of(const Json& tests, const char* when,
-               std::vector<std::pair<std::string, int>>* order) {
+               const std::function<void(const std::string&)>& seen) {
   Cases cases;
   auto run = tests.find(when);
   if (run == tests.end() || !run->is_object()) return cases;
-  std::map<std::string, int> times;
   for (const auto& one : run->value("cases", Json::array())) {
     if (!one.is_object()) continue;
-    const std::string id = text_of(one, "id");
-    const std::pair<std::string, int> key{id, times[id]++};
-    cases[key] = text_of(one, "outcome");
-    if (std::find(order->begin(), order->end(), key) == order->end()) {
-      order->push_back(key);
-    }
+    const std::string nth = text_of(one, "nth");
+    const std::string key =
+        text_of(one, "id") + (nth.empty() || nth == "1" ? "" : "#" + nth);
+    cases.emplace(key, text_of(one, "outcome"));
+    seen(key);
   }
   return cases;
 }
 
 void show_cases(const Json& tests, bool all) {
-  std::vector<std::pair<std::string, int>> order;
-  const Cases after = cases_of(tests, "after", &order);
-  const Cases before = cases_of(tests, "before", &order);
+  std::vector<std::string> order;
+  std::set<std::string> known;
+  const auto seen = [&](const std::string& key) {
+    if (known.insert(key).second) order.push_back(key);
+  };
+  const Cases after = cases_of(tests, "after", seen);
+  const Cases before = cases_of(tests, "before", seen);
   std::map<std::string, std::string> notes;
   for (auto [member, note] : {std::pair{"newly_failing", "fails newly"},
                               {"newly_passing", "passes now"},
                               {"failing_again", "fails as before the patch"},
                               {"missing", "missing"}}) {
     for (const auto& one : tests.value(member, Json::array())) {
-      const std::string id =
+      const std::string key =
           one.is_string() ? one.get<std::string>() : text_of(one, "id");
-      notes.emplace(id, note);
-      const std::pair<std::string, int> key{id, 0};
-      if (std::find(order.begin(), order.end(), key) == order.end()) {
-        order.push_back(key);
-      }
+      notes.emplace(key, note);
+      seen(key);
     }
   }
   if (order.empty()) return;
-  const auto at = [](const Cases& cases,
-                     const std::pair<std::string, int>& key) {
+  const auto at = [](const Cases& cases, const std::string& key) {
     auto found = cases.find(key);
     return found == cases.end() ? std::string("-") : found->second;
   };
-  const auto plain = [&](const std::pair<std::string, int>& key) {
-    return at(after, key) == "passed" && notes.count(key.first) == 0;
+  const auto plain = [&](const std::string& key) {
+    return at(after, key) == "passed" && notes.count(key) == 0;
   };
   // What decides the verdict first.
   std::stable_sort(order.begin(), order.end(),
                    [&](const auto& a, const auto& b) {
-                     return std::pair(notes.count(a.first) == 0, plain(a)) <
-                            std::pair(notes.count(b.first) == 0, plain(b));
+                     return std::pair(notes.count(a) == 0, plain(a)) <
+                            std::pair(notes.count(b) == 0, plain(b));
                    });
   Table table({"CASE", "BEFORE", "AFTER", "WHAT"});
   std::size_t shown = 0;
   for (const auto& key : order) {
     if (!all && shown == kCasesShown) break;
-    auto note = notes.find(key.first);
-    table.add({key.first, at(before, key), at(after, key),
+    auto note = notes.find(key);
+    table.add({key, at(before, key), at(after, key),
                note == notes.end() ? "" : note->second});
     ++shown;
   }
@@ -443,10 +444,11 @@ int follow(const Settings& settings, const std::string& id,
   return state == "succeeded" ? kOk : kNotSucceeded;
 }
 
-int submit(const SubmitOptions& options) {
+int submit(SubmitOptions options) {
+  int exit = kOk;
+  if (!resolve_id(*options.settings, true, &options.parent, &exit)) return exit;
   auto body = job_of(options);
   if (!body) return fail(kUsage, body.error().what);
-  int exit = kOk;
   Client::Request request;
   request.method = "POST";
   request.path = "/v1/jobs";

@@ -1,5 +1,7 @@
 #include "tools/cli/pool_settings.h"
 
+#include "tools/trust.h"
+
 namespace machina::cli {
 namespace {
 
@@ -47,9 +49,14 @@ SayOptions say_options(const Config& config, const std::string& component) {
   return say;
 }
 
+Result<void> check_log_file(const std::string& path) {
+  return check_trusted("its path", path, false, false);
+}
+
 Result<std::unique_ptr<LineFile>> log_file(const Config& config) {
   const std::string& path = config.text("MACHINA_LOG_FILE");
   if (path.empty()) return std::unique_ptr<LineFile>();
+  if (auto ok = check_log_file(path); !ok) return ok.error();
   return LineFile::open(
       path, static_cast<std::uint64_t>(config.number("MACHINA_LOG_MAX_BYTES")),
       static_cast<std::uint64_t>(config.number("MACHINA_LOG_TOTAL_BYTES")));

@@ -22,6 +22,8 @@ std::vector<std::string> repo_roots(const Config& config,
                                     const std::string& root);
 // How lines look, and where the server's go (null: to standard error).
 SayOptions say_options(const Config& config, const std::string& component);
+// Whether nobody else could lead the lines elsewhere (tools/trust.h).
+Result<void> check_log_file(const std::string& path);
 Result<std::unique_ptr<LineFile>> log_file(const Config& config);
 // The whole environment of a pool, and of a worker.
 std::vector<std::string> pool_environment(const Config& config);

@@ -18,6 +18,7 @@
 #include "tools/ops.h"
 #include "tools/promises.h"
 #include "tools/root.h"
+#include "tools/trust.h"
 #include "workers/kinds/kinds.h"
 
 namespace machina::cli {
@@ -190,6 +191,10 @@ int serve(const ServeOptions& options) {
   if (!refusals.empty()) return kUsage;
   for (const auto& line : config->open_secrets()) {
     std::cerr << "warning: " << line << "\n";
+  }
+  if (!options.port_file.empty()) {
+    auto ok = check_trusted("--port-file", options.port_file, false, false);
+    if (!ok) return fail(kUsage, ok.error().what);
   }
   if (options.check) return check(options, *config);
   if (manager.sockets.empty()) {

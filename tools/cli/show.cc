@@ -35,6 +35,23 @@ std::string hex_of(const std::string& text) {
 
 }  // namespace
 
+bool is_short_id(const std::string& text) {
+  const std::size_t size = hex_of(text).size();
+  return size >= kShortIdMin && size < 32;
+}
+
+bool is_part_of_id(const std::string& part, const std::string& id) {
+  const std::string digits = hex_of(part), hex = hex_of(id);
+  return hex.starts_with(digits) || hex.ends_with(digits);
+}
+
+std::string whole_id(const std::string& text) {
+  std::string id = hex_of(text);
+  if (id.size() != 32) return text;
+  for (std::size_t at : {20, 16, 12, 8}) id.insert(at, "-");
+  return id;
+}
+
 std::string text_of(const Json& object, const char* name) {
   if (!object.is_object()) return "";
   auto found = object.find(name);
@@ -57,7 +74,8 @@ bool is_final(const std::string& state) {
 std::string counts_of(const Json& run) {
   std::string line;
   if (!run.is_object()) return line;
-  for (const char* name : {"passed", "failed", "errors", "flaky", "skipped"}) {
+  for (const char* name :
+       {"passed", "failed", "errors", "missing", "flaky", "skipped"}) {
     auto found = run.find(name);
     if (found == run.end() || !found->is_number_integer()) continue;
     const bool shown = *found != 0 || std::string_view(name) == "passed";
@@ -179,8 +197,8 @@ bool fetch_pages(const Settings& settings, const std::string& path,
 
 bool resolve_id(const Settings& settings, bool patches, std::string* id,
                 int* exit, bool* none) {
-  const std::string part = hex_of(*id);
-  if (part.size() < kShortIdMin || part.size() >= 32) return true;
+  *id = whole_id(*id);
+  if (!is_short_id(*id)) return true;
   const char* member = patches ? "patches" : "jobs";
   const char* name = patches ? "patch_id" : "id";
   std::vector<std::string> found;
@@ -194,8 +212,7 @@ bool resolve_id(const Settings& settings, bool patches, std::string* id,
     }
     for (const auto& entry : page[member]) {
       const std::string whole = text_of(entry, name);
-      const std::string hex = hex_of(whole);
-      if ((hex.starts_with(part) || hex.ends_with(part)) &&
+      if (is_part_of_id(*id, whole) &&
           std::find(found.begin(), found.end(), whole) == found.end()) {
         found.push_back(whole);
       }

@@ -51,6 +51,11 @@ bool fetch_pages(const Settings& settings, const std::string& path,
 constexpr std::size_t kShortIdMin = 4;
 // So many entries are looked at for them.
 constexpr int kShortIdLookMax = 20'000;
+// Whether it has so many of an id's digits, and not all of them.
+bool is_short_id(const std::string& text);
+bool is_part_of_id(const std::string& part, const std::string& id);
+// As the server writes it, where `text` has all digits of an id; else `text`.
+std::string whole_id(const std::string& text);
 // Makes *id whole, if it is a part of one: of a job, or with `patches` of a
 // patch. A text that can be no part is left as it is, for the server to refuse.
 // False: there is none or there are several, and *exit says so. With `none`

@@ -1,5 +1,6 @@
 #include "tools/cli/start_conditions.h"
 
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <filesystem>
@@ -8,6 +9,7 @@
 #include "queue/verify.h"
 #include "server/server.h"
 #include "tools/cli/ops_common.h"
+#include "tools/cli/pool_settings.h"
 #include "tools/ops.h"
 #include "tools/promises.h"
 #include "tools/root.h"
@@ -21,7 +23,7 @@ namespace fs = std::filesystem;
 constexpr long kAskMs = 3000;  // a server that runs
 // The last slot, so that a pool of the same host is not in the way.
 constexpr int kTrialSlot = 63;
-constexpr int kLocked = 75;
+constexpr int kLocked = 75, kDamaged = 65;
 
 class TempDir {
  public:
@@ -61,6 +63,39 @@ Result<void> check_port(const Config& config, const Detected* running) {
     return {};
   }
   return listening_fault(can_listen(host, port));
+}
+
+// What lies in a root in the place of what a start opens or makes there.
+Result<void> check_files(const std::string& root, bool no_pool) {
+  struct Place {
+    const char* name;
+    mode_t type;
+    const char* is;
+    bool follow;
+  };
+  constexpr Place kPlaces[] = {
+      {"machina.sock", S_IFSOCK, "a socket", false},
+      {"patches", S_IFDIR, "a directory", true},
+      {"patches/patches.db", S_IFREG, "a regular file", true},
+      {"pool.lock", S_IFREG, "a regular file", false},
+  };
+  for (const Place& place : kPlaces) {
+    if (no_pool && std::string_view(place.name) == "pool.lock") continue;
+    const std::string path = root + "/" + place.name;
+    struct stat status {};
+    if ((place.follow ? ::stat(path.c_str(), &status)
+                      : ::lstat(path.c_str(), &status)) != 0) {
+      continue;
+    }
+    const bool is = (status.st_mode & S_IFMT) == place.type;
+    if (is && ::access(path.c_str(), R_OK | W_OK) == 0) continue;
+    return Error{Code::invalid,
+                 "MACHINA_ROOT: " + path +
+                     (is ? " cannot be read and written by this user; chown it"
+                         : std::string(" is there and is not ") + place.is +
+                               ", which a start needs there; move it away")};
+  }
+  return {};
 }
 
 // Of a server that runs the workers have proven a level, and they stay; else
@@ -137,10 +172,11 @@ StartFault place_fault(const Settings& settings, const Config& config,
   }
   const std::string& log = config.text("MACHINA_LOG_FILE");
   if (!log.empty()) {
-    if (auto ok = LineFile::examine(log); !ok) {
-      return fault(log_file_fault(ok.error().what));
-    }
+    auto ok = check_log_file(log);
+    if (ok) ok = LineFile::examine(log);
+    if (!ok) return fault(log_file_fault(ok.error().what));
   }
+  if (auto ok = check_files(path, no_pool); !ok) return fault(ok.error().what);
   auto found = detect(path);
   const Detected* running = found && found->serve ? &*found : nullptr;
   if (running != nullptr) {
@@ -148,6 +184,8 @@ StartFault place_fault(const Settings& settings, const Config& config,
   } else if (auto free = hold_log(path + "/queue");
              !free && free.error().code == Code::conflict) {
     return {kLocked, free.error().what};
+  } else if (auto log = examine_log(path + "/queue"); !log) {
+    return {kDamaged, log.error().what};
   }
   // Before the address: libuv, once it has begun, closes in every child of a
   // fork the numbers that its pipes have here, which are others' in a spawner.

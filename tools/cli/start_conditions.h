@@ -26,8 +26,10 @@ struct StartFault {
 };
 // Whether a server with these settings would start just now on its root, or
 // take over from the one that runs there (*takes_over: its process, else 0):
-// root, log file, the log's lock, address, and in the prod profile whether a
-// sandbox reaches the level that jobs ask for. Changes nothing. An empty `what`
+// root, what lies in it in the place of what a start opens there, log file, the
+// log's lock and MANIFEST, address, and in the prod profile whether a sandbox
+// reaches the level that jobs ask for. What only reading all of a log or a
+// database would show is left to the start. Changes nothing. An empty `what`
 // is a yes. With `no_pool` the workers are started elsewhere and not tried.
 StartFault place_fault(const Settings& settings, const Config& config,
                        bool unsafe_fs, bool no_pool, long* takes_over);

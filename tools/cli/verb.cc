@@ -87,21 +87,23 @@ int run_command_line(int argc, char** argv, const char* about,
   machina.require_verb();
   add(machina);
 
-  // `machina help ops start` is `machina ops start --help`.
+  // Said here, because the parser would only say that a verb is missing. Where
+  // a verb may stand, `help` asks for help: `machina help ops start` and
+  // `machina ops help start` are `machina ops start --help`.
   std::vector<std::string> words(argv + 1, argv + argc);
-  if (!words.empty() && words.front() == "help") {
-    words.erase(words.begin());
-    std::erase_if(words, [](const auto& word) { return word[0] == '-'; });
-    words.emplace_back("--help");
-  }
-
-  // Said here, because the parser would only say that a verb is missing.
+  bool help = false;
   CLI::App* at = &app;
   std::string path = "machina";
-  for (const std::string& word : words) {
+  for (std::size_t i = 0; i < words.size();) {
+    const std::string word = words[i];
     if (word.starts_with('-')) break;
     auto verbs = at->get_subcommands([](CLI::App*) { return true; });
     if (verbs.empty()) break;
+    if (word == "help") {
+      help = true;
+      words.erase(words.begin() + static_cast<std::ptrdiff_t>(i));
+      continue;
+    }
     auto named = std::find_if(
         verbs.begin(), verbs.end(),
         [&](const CLI::App* verb) { return verb->get_name() == word; });
@@ -111,6 +113,12 @@ int run_command_line(int argc, char** argv, const char* about,
     }
     at = *named;
     path += " " + at->get_name();
+    ++i;
+  }
+  if (help) {
+    std::erase_if(words,
+                  [](const auto& word) { return word.starts_with('-'); });
+    words.emplace_back("--help");
   }
   try {
     std::reverse(words.begin(), words.end());  // as the parser takes them

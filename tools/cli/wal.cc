@@ -8,6 +8,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstdio>
@@ -21,6 +22,7 @@
 #include "queue/verify.h"
 #include "server/signature.h"
 #include "tools/cli/cli.h"
+#include "tools/cli/show.h"
 #include "tools/ops.h"
 #include "tools/root.h"
 #include "tools/trust.h"
@@ -69,7 +71,11 @@ std::string rfc3339(Millis ms) {
 Result<std::string> queue_dir(const Settings& settings, std::string* root) {
   auto config = load(settings);
   if (!config) return Error{Code::invalid, ""};  // said already
-  std::string socket = root_socket(config->text("MACHINA_ROOT"));
+  const std::string& named = config->text("MACHINA_ROOT");
+  if (auto ok = check_trusted("MACHINA_ROOT", named, true); !ok) {
+    return ok.error();
+  }
+  std::string socket = root_socket(named);
   *root = socket.substr(0, socket.rfind('/'));
   struct stat info {};
   if (::stat(root->c_str(), &info) != 0 || !S_ISDIR(info.st_mode)) {
@@ -336,6 +342,8 @@ void print_text(const LogReport& report, const Replayed& replayed) {
 // and of a copy of ROOT's log <ROOT>/ops/backup.taken.
 Result<void> record_verified(const std::string& to, const std::string& root,
                              const std::string& dir, const LogReport& report) {
+  // As it was named: what a link leads to says nothing of whose the link is.
+  if (auto ok = check_trusted("--record", to, true); !ok) return ok;
   char* real = ::realpath(to.c_str(), nullptr);
   if (real == nullptr) {
     return Error{Code::invalid,
@@ -343,7 +351,6 @@ Result<void> record_verified(const std::string& to, const std::string& root,
   }
   const std::string target = real;
   std::free(real);
-  if (auto ok = check_trusted("--record", target, true); !ok) return ok;
   auto checked = log_identity(dir);
   if (!checked) return checked.error();
   auto live = log_identity(target + "/queue");
@@ -501,11 +508,39 @@ bool print_record(const RecordLine& line, bool whole) {
   return std::cout.good();
 }
 
+// The one job of these files whose id has that part.
+Result<JobId> whole_job(const std::string& path, const std::string& part) {
+  constexpr std::size_t kShown = 5;
+  std::vector<std::string> found;
+  auto end = inspect_log(path, InspectFilter(), [&](const RecordLine& line) {
+    if (line.id.is_nil()) return true;
+    std::string id = to_string(line.id);
+    if (is_part_of_id(part, id) &&
+        std::find(found.begin(), found.end(), id) == found.end()) {
+      found.push_back(std::move(id));
+    }
+    return found.size() <= kShown;
+  });
+  if (!end) return end.error();
+  if (found.size() == 1) return *parse_job_id(found.front());
+  std::string candidates;
+  for (const auto& id : found)
+    candidates += (candidates.empty() ? "" : ", ") + id;
+  return Error{Code::invalid,
+               found.empty() ? "--job: no job of these records has an id that "
+                               "begins or ends with \"" +
+                                   part + "\""
+                             : "--job: \"" + part +
+                                   "\" is a part of several "
+                                   "ids: " +
+                                   candidates + "; give more of it"};
+}
+
 int inspect(InspectOptions& options) {
   InspectFilter& filter = options.filter;
   if (!options.job.empty()) {
-    filter.job = parse_job_id(options.job);
-    if (!filter.job) {
+    filter.job = parse_job_id(whole_id(options.job));
+    if (!filter.job && !is_short_id(options.job)) {
       return fail(kUsage, "--job: " + harmless(options.job) + " is no job id");
     }
   }
@@ -530,6 +565,11 @@ int inspect(InspectOptions& options) {
     return fail(kUsage, harmless(path) +
                             " is no segment (....seg); without a file all of "
                             "--root is shown");
+  }
+  if (!options.job.empty() && !filter.job) {
+    auto id = whole_job(path, options.job);
+    if (!id) return fail(exit_for(id.error()), id.error().what);
+    filter.job = *id;
   }
   auto end = inspect_log(path, filter, [&](const RecordLine& line) {
     return options.settings->json ? print_record_json(line)
@@ -572,7 +612,10 @@ void add_wal(Verb& app) {
   verb.add_option("--to", filter.to, "the last lsn")
       .shown_as("LSN")
       .range(1, std::int64_t{1} << 62);
-  verb.add_option("--job", options->job, "records of this job").shown_as("ID");
+  verb.add_option("--job", options->job,
+                  "records of this job; a part of its id that no other in the "
+                  "log has will do")
+      .shown_as("ID");
   verb.add_option("--kind", filter.kind, "records of jobs of this kind");
   verb.add_option("--request-id", filter.request_id,
                   "records of jobs that this request submitted");
