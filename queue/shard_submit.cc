@@ -19,12 +19,11 @@ Overload(Fs...) -> Overload<Fs...>;
 
 // What the log needs for these, at most.
 std::uint64_t log_bytes(const NewJob& job) {
-  std::uint64_t bytes = 256 + job.kind.size() + job.queue.size() +
-                        job.tenant.size() + job.payload.size() +
-                        job.dedup_key.size() + job.sandbox.size() +
-                        job.traceparent.size() + job.request_id.size() +
-                        job.concurrency_key.size() +
-                        2 * sizeof(JobId) * job.depends_on.size();
+  std::uint64_t bytes =
+      256 + job.kind.size() + job.queue.size() + job.tenant.size() +
+      job.payload.size() + job.dedup_key.size() + job.sandbox.size() +
+      job.traceparent.size() + job.request_id.size() +
+      job.concurrency_key.size() + 2 * sizeof(JobId) * job.depends_on.size();
   for (const auto& [key, value] : job.labels)
     bytes += 8 + key.size() + value.size();
   return bytes;
@@ -177,8 +176,6 @@ void ShardImpl::enqueue(const CallPtr& call, EnqueueCommand command,
         view.waiting_for_concurrency =
             look && look->view.waiting_for_concurrency;
       }
-    } else if (!one && item.finished_ms != 0) {
-      view.state = item.state;
     } else if (one || !core_.live(item.id)) {
       want_view(call.get(), i, item.id);
     } else if (item.answer == Answer::duplicate) {

@@ -379,6 +379,7 @@ void HeadParser::Impl::header() {
       break;
     case 15:
       if (is("idempotency-key")) {
+        head->has_idempotency_key = true;
         take(kIdempotencyKey, "Idempotency-Key", &head->idempotency_key, v);
       } else if (is("x-machina-nonce")) {
         take(kNonce, "X-Machina-Nonce", &head->nonce, v);

@@ -50,7 +50,8 @@ struct Head {
   bool has_length = false;
   std::uint64_t length = 0;
   bool expect_continue = false;
-  bool has_origin = false;  // also an empty one
+  bool has_origin = false;           // also an empty one
+  bool has_idempotency_key = false;  // the same
   std::string_view host, origin, authorization, content_type, prefer,
       idempotency_key, request_id, traceparent, signature_ts, nonce, signature;
 };

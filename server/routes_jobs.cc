@@ -31,18 +31,42 @@ struct ListPage final : PendingExtra {
   std::string query;  // without its cursor
 };
 
-bool valid_traceparent(std::string_view text) {
-  // version-traceid-parentid-flags, lower-case hex (W3C Trace Context).
-  if (text.size() != 55) return false;
+// version-traceid-parentid-flags, lower-case hex (W3C Trace Context); empty
+// where it is none. A version to come may have more behind a dash, which says
+// nothing to this one.
+std::string_view known_traceparent(std::string_view text) {
+  constexpr std::size_t kKnown = 55;
+  const bool more =
+      text.size() > kKnown && !text.starts_with("00") && text[kKnown] == '-';
+  if (text.size() != kKnown && !more) return {};
+  text = text.substr(0, kKnown);
   for (std::size_t i = 0; i < text.size(); ++i) {
     bool dash = i == 2 || i == 35 || i == 52;
     char c = text[i];
     bool hex = (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f');
-    if (dash ? c != '-' : !hex) return false;
+    if (dash ? c != '-' : !hex) return {};
   }
-  return text.substr(0, 2) != "ff" &&
-         text.substr(3, 32).find_first_not_of('0') != text.npos &&
-         text.substr(36, 16).find_first_not_of('0') != text.npos;
+  const bool good = text.substr(0, 2) != "ff" &&
+                    text.substr(3, 32).find_first_not_of('0') != text.npos &&
+                    text.substr(36, 16).find_first_not_of('0') != text.npos;
+  return good ? text : std::string_view();
+}
+
+// A client that sent the header meant a key; what filled it in had none.
+bool empty_key(const Head& head) {
+  return head.has_idempotency_key && head.idempotency_key.empty();
+}
+constexpr char kEmptyKey[] = "it is empty; name a key, or leave the header out";
+
+// What a dedup key remembers of a job that is past its retention, beside the
+// state.
+void append_end(JsonWriter& json, const std::string& kind,
+                const ItemAnswer& answer) {
+  json.key("kind").string(kind);
+  json.key("attempt").number(answer.attempt);
+  json.key("created_at").time(created_ms(answer.id));
+  json.key("finished_at").time(answer.finished_ms);
+  json.key("past_retention").boolean(true);
 }
 
 bool is_ndjson(std::string_view content_type) {
@@ -134,9 +158,7 @@ bool Service::no_members(const Exchange& call) {
 
 JobContext Service::context_of(const Exchange& call) {
   JobContext context{options_, clock_};
-  if (valid_traceparent(call.head.traceparent)) {
-    context.traceparent = call.head.traceparent;
-  }
+  context.traceparent = known_traceparent(call.head.traceparent);
   Pending* pending = call.peer.connection.pending(call.sequence);
   context.request_id =
       std::string_view(pending->request_id, pending->request_id_bytes);
@@ -192,6 +214,10 @@ void Service::post_run_sync(const Exchange& call) {
 void Service::enqueue_one(const Exchange& call, const JsonValue& json,
                           Millis wait_ms, std::uint8_t form) {
   JobContext context = context_of(call);
+  if (empty_key(call.head)) {
+    return refuse(call.peer, call.sequence,
+                  bad_field("Idempotency-Key", kEmptyKey));
+  }
   if (call.head.idempotency_key.size() > kDedupKeyBytesMax) {
     return refuse(
         call.peer, call.sequence,
@@ -230,9 +256,18 @@ void Service::enqueued(Peer& peer, std::uint64_t sequence, Pending& pending,
   pending.job = answer.id;
   bool duplicate = answer.answer == Answer::duplicate;
   if (pending.stage == kEnqueueForm) {
-    std::string body =
-        "{\"ok\":true,\"id\":\"" + to_string(answer.id) +
-        (duplicate ? "\",\"deduplicated\":true}" : "\",\"queued\":true}");
+    std::string body;
+    JsonWriter json(body);
+    json.begin_object();
+    json.key("ok").boolean(true);
+    json.key("id").id(answer.id);
+    json.key(duplicate ? "deduplicated" : "queued").boolean(true);
+    if (!response.views.empty() && response.views.front().past_retention) {
+      const JobView& view = response.views.front();
+      json.key("state").string(name(view.state));
+      append_end(json, view.kind, answer);
+    }
+    json.end_object();
     return reply(peer, sequence, 200, body);
   }
   if (response.views.empty()) {
@@ -260,7 +295,7 @@ void Service::enqueued(Peer& peer, std::uint64_t sequence, Pending& pending,
 // An array, or a job a line. What can be read goes to the shard in one
 // command: one commit; the rest is answered with its problem.
 void Service::enqueue_many(const Exchange& call, bool lines) {
-  if (!call.head.idempotency_key.empty()) {
+  if (call.head.has_idempotency_key) {
     return refuse(call.peer, call.sequence,
                   bad_field("Idempotency-Key",
                             "it names one job; give each job of a bulk "
@@ -356,7 +391,9 @@ void Service::enqueued_many(Peer& peer, std::uint64_t sequence,
         json.key("id").id(answer.id);
         json.key("state").string(name(answer.state));
         json.key("duplicate").boolean(duplicate);
-        if (at < bulk.names.size() && !served(bulk.names[at].first)) {
+        if (at < response.views.size() && response.views[at].past_retention) {
+          append_end(json, bulk.names[at].first, answer);
+        } else if (!is_final(answer.state) && !served(bulk.names[at].first)) {
           json.key("served").boolean(false);
         }
       } else {

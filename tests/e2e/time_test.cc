@@ -391,10 +391,20 @@ TEST_P(Keys, F11_AKeyThatOutlivesItsJobTellsTheTruth) {
       EXPECT_EQ(job["id"], id) << bulk.body;
       EXPECT_EQ(job["state"], end) << bulk.body;
       EXPECT_EQ(job["duplicate"], true) << bulk.body;
+      EXPECT_EQ(job["kind"], "ext.e") << bulk.body;
+      EXPECT_EQ(job["past_retention"], true) << bulk.body;
+      EXPECT_TRUE(job["created_at"].is_string()) << bulk.body;
+      EXPECT_TRUE(job["finished_at"].is_string()) << bulk.body;
+      EXPECT_FALSE(job.contains("served")) << bulk.body;
     }
     Answer short_form = p().post("/enqueue", request);
     EXPECT_EQ(short_form.json()["deduplicated"], true) << short_form.body;
     EXPECT_EQ(short_form.json()["id"], id) << short_form.body;
+    EXPECT_EQ(short_form.json()["state"], end) << short_form.body;
+    EXPECT_EQ(short_form.json()["kind"], "ext.e") << short_form.body;
+    EXPECT_EQ(short_form.json()["past_retention"], true) << short_form.body;
+    EXPECT_TRUE(short_form.json()["finished_at"].is_string())
+        << short_form.body;
     Ended cli = p().run({"enqueue", "ext.e", "--payload", R"({"x":1})",
                          "--dedup-key", key, "--server", p().url()});
     EXPECT_NE(cli.out.find(end), std::string::npos) << cli.out << cli.err;

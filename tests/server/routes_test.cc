@@ -410,6 +410,18 @@ TEST_F(JobRoutes, F22_AParameterTwiceIsRefused) {
       400);
 }
 
+TEST_F(JobRoutes, F11_AnEmptyIdempotencyKeyIsRefused) {
+  Client c = tcp();
+  for (const char* header : {"Idempotency-Key:", "Idempotency-Key: \t "}) {
+    for (const char* body : {R"({"kind":"a"})", R"([{"kind":"a"}])"}) {
+      Reply r = c.post("/v1/jobs", body, std::string(header) + "\r\n");
+      EXPECT_EQ(r.status, 400) << r.body;
+      EXPECT_NE(r.body.find("Idempotency-Key: it "), std::string::npos)
+          << r.body;
+    }
+  }
+}
+
 TEST_F(JobRoutes, F22_AnInvalidTraceparentIsDropped) {
   Client c = tcp();
   const std::string id(32, '4'), parent(16, '7'), zero(32, '0');
@@ -420,6 +432,12 @@ TEST_F(JobRoutes, F22_AnInvalidTraceparentIsDropped) {
   };
   const std::string good = "00-" + id + "-" + parent + "-01";
   EXPECT_EQ(kept(good), good);
+  // A version to come may have more, which is not kept.
+  const std::string next = "01" + good.substr(2);
+  EXPECT_EQ(kept(next), next);
+  EXPECT_EQ(kept(next + "-what-comes"), next);
+  EXPECT_TRUE(kept(next + "x").is_null());
+  EXPECT_TRUE(kept(good + "-x").is_null());
   for (const std::string& bad :
        {"00-" + zero + "-" + parent + "-01",
         "00-" + id + "-" + zero.substr(16) + "-01",
