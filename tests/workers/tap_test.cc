@@ -60,6 +60,8 @@ TEST(TapTest, F03_WhatIsNotWholeIsNone) {
       {"ok 1\n1..1\nok 2\n", "a test after the plan"},
       {"1..2\nok 1\nBail out! no database\nok 2\n", "no database"},
       {"1..1\n    ok 1 - in\n    Bail out!\n", "Bail out!"},
+      {"1..1\nok 1\n  Bail out! odd\n", "Bail out! odd"},
+      {"1..1\nok 1\n\t Bail out! tab\n", "Bail out! tab"},
       {"1..0 # SKIP x\nok 1\n", "the plan is 1..0"},
       {"TAP version 15\n1..1\nok 1\n", "version"},
       {"1..1\nok 1 - a\n  ---\n  message: x\n", "yaml"},

@@ -170,11 +170,14 @@ class TapReader {
       return;
     }
     if (text.starts_with('#')) return take_comment(text);
+    // Whatever stands before it, as prove reads it.
+    const std::string_view word =
+        line.substr(std::min(line.size(), line.find_first_not_of(" \t\v\f")));
+    if (word.starts_with("Bail out!")) {
+      return fail("it says \"" + std::string(utf8_head(word, 200)) + "\"");
+    }
     if (indent % kIndent != 0) return;
     const std::size_t level = indent / kIndent;
-    if (text.starts_with("Bail out!")) {
-      return fail("it says \"" + std::string(utf8_head(text, 200)) + "\"");
-    }
     if (text == "}" && levels_.size() > 1 && level + 2 == levels_.size() &&
         levels_.back().opened) {
       const Point point = *levels_.back().opened;
