@@ -85,6 +85,91 @@ TEST(JunitTest, F03_WhatDidNotRunHasNotPassed) {
   EXPECT_EQ(suite->cases[1].outcome, Outcome::error);
 }
 
+TEST(JunitTest, F02_AReportThatContradictsItselfIsNone) {
+  const std::string one = "<testcase classname='a' name='b'/>";
+  const std::string prefix = "<x:testcase xmlns:x='u' name='b'/>";
+  for (const auto& [xml, why] :
+       std::vector<std::pair<std::string, std::string>>{
+           {"<testsuite name='s' tests='10' failures='0'>" + one +
+                "</testsuite>",
+            "\"s\" counts 10 tests and lists 1"},
+           {"<testsuites tests='3'><testsuite>" + one +
+                "</testsuite><testsuite>" + one + "</testsuite></testsuites>",
+            "counts 3 tests and lists 2"},
+           {"<testsuite tests='4' skipped='2'>" + one + "</testsuite>",
+            "counts 4 tests and lists 1"},
+           {"<testsuite tests='1' failures='1'>" + one + "</testsuite>",
+            "counts 1 failures or errors and lists 0"},
+           {"<testsuites errors='2'><testsuite errors='2'>" + one +
+                "</testsuite></testsuites>",
+            "counts 2 failures or errors and lists 0"},
+           {"<testsuite><properties><failure/></properties>" + one +
+                "</testsuite>",
+            "it has a <failure> where none can be"},
+           {"<testsuite><testcase name='b'><properties><failure/></properties>"
+            "</testcase></testsuite>",
+            "it has a <failure> where none can be"},
+           {"<testsuite>" + prefix + one + "</testsuite>",
+            "names with a prefix"}}) {
+    const auto suite = parse(xml);
+    ASSERT_FALSE(suite) << xml;
+    EXPECT_THAT(suite.error().what, HasSubstr(why)) << xml;
+  }
+  // Of a suite itself: one more case.
+  const auto suite = parse(
+      "<testsuites><testsuite name='q' errors='1'><error message='setUpClass'>"
+      "no</error></testsuite><testsuite>" +
+      one + "</testsuite></testsuites>");
+  ASSERT_TRUE(suite) << suite.error().what;
+  EXPECT_EQ(suite->passed, 1u);
+  ASSERT_EQ(suite->errors, 1u);
+  EXPECT_EQ(suite->cases[0].id, "q::(suite)");
+  EXPECT_EQ(suite->cases[0].message, "setUpClass\nno");
+}
+
+// What tools count is not always their list of cases.
+TEST(JunitTest, F02_CountsOfKnownToolsAreTaken) {
+  for (const std::string xml :
+       {// pytest: the teardown, and each subtest, counts too
+        "<testsuites><testsuite name='pytest' tests='5' errors='1'><testcase "
+        "name='a'><error message='failed on teardown with x'/></testcase>"
+        "</testsuite></testsuites>",
+        "<testsuite name='mine' tests='2' errors='1'><testcase name='a'><error "
+        "message='failed on teardown with x'/></testcase></testsuite>",
+        // gtest
+        "<testsuites tests='2' failures='1' disabled='1' errors='0'><testsuite "
+        "name='A' tests='2' failures='1' disabled='1' skipped='0' errors='0'>"
+        "<testcase name='x' status='run' result='completed' classname='A'>"
+        "<failure message='1'/><failure message='2'/></testcase><testcase "
+        "name='DISABLED_y' status='notrun' result='suppressed' classname='A'/>"
+        "</testsuite></testsuites>",
+        // jest-junit, go-junit-report, surefire
+        "<testsuites name='jest tests' tests='2' failures='0' errors='0'>"
+        "<testsuite name='u' errors='0' failures='0' skipped='1' tests='2'>"
+        "<testcase classname='a' name='a'/><testcase classname='b' name='b'>"
+        "<skipped/></testcase></testsuite></testsuites>",
+        "<testsuites tests='3' failures='1'><testsuite name='p' tests='2' "
+        "failures='1'><testcase name='a'><failure/></testcase><testcase "
+        "name='b'/></testsuite><testsuite name='q' tests='1'><testcase "
+        "name='c'/></testsuite></testsuites>",
+        "<testsuite tests='3' errors='0' skipped='1' failures='1' flakes='1'>"
+        "<properties/><testcase name='a'><flakyFailure><stackTrace/>"
+        "<system-out/></flakyFailure></testcase><testcase name='b'><failure/>"
+        "<rerunFailure/></testcase></testsuite>",
+        // Catch2 and doctest count assertions
+        "<testsuites><testsuite name='x' errors='0' failures='2' tests='40' "
+        "hostname='tbd'><testcase name='a'><failure/><failure/></testcase>"
+        "</testsuite></testsuites>",
+        "<testsuites><testsuite name='x' errors='0' failures='0' tests='40'>"
+        "<testcase name='a' status='run'/></testsuite></testsuites>",
+        // no counts, or no numbers
+        "<testsuite><testcase name='a'/></testsuite>",
+        "<testsuite tests='' failures='x'><testcase name='a'/></testsuite>"}) {
+    const auto suite = parse(xml);
+    EXPECT_TRUE(suite) << suite.error().what << "\n" << xml;
+  }
+}
+
 TEST(JunitTest, F30_MessagesAndNamesAreCutBetweenCharacters) {
   for (int pad = 0; pad < 3; ++pad) {
     std::string many(static_cast<std::size_t>(pad), 'x');

@@ -7,12 +7,14 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 #include <unordered_map>
+#include <utility>
 
 #include "queue/utf8.h"
 
@@ -68,6 +70,13 @@ Outcome outcome_of_status(std::string_view status) {
   return Outcome::error;
 }
 
+// An attribute that counts; absent or no number: nothing is said.
+std::uint32_t count_of(const char* text) {
+  std::uint32_t n = 0;
+  std::from_chars(text, text + std::strlen(text), n);
+  return n;
+}
+
 class Reader {
  public:
   explicit Reader(XML_Parser parser) : parser_(parser) {
@@ -83,7 +92,7 @@ class Reader {
   std::string frames() && { return std::move(frames_).take(); }
 
  private:
-  void stop(const char* why) {
+  void stop(const std::string& why) {
     if (problem_.empty()) problem_ = why;
     XML_StopParser(parser_, XML_FALSE);
   }
@@ -107,20 +116,112 @@ class Reader {
     if (self.depth_ == 1) {
       self.saw_root_ = std::strcmp(element, "testsuites") == 0 ||
                        std::strcmp(element, "testsuite") == 0;
-      if (!self.saw_root_) self.stop("its root is not testsuites");
+      if (!self.saw_root_) return self.stop("its root is not testsuites");
+      self.begin_suite(attributes);
+    } else if (const char* colon = std::strrchr(element, ':');
+               colon != nullptr && is_ours(colon + 1)) {
+      self.stop("it has names with a prefix, \"" +
+                std::string(std::string_view(element).substr(0, 100)) + "\"");
+    } else if (std::strcmp(element, "testsuite") == 0 && !self.in_case_) {
+      self.begin_suite(attributes);
     } else if (std::strcmp(element, "testcase") == 0) {
       if (self.in_case_) return self.stop("it has a case inside a case");
+      ++self.levels_.back().has.tests;
       self.begin_case(attributes);
     } else if (self.in_case_ && self.depth_ == self.case_depth_ + 1) {
       self.note(element, attributes);
+    } else if (one_of(element, {"failure", "error"})) {
+      self.take_suite_failure(element, attributes);
     }
   }
 
-  static void on_end(void* data, const char* element) {
+  static bool is_ours(std::string_view name) {
+    return one_of(name, {"testsuites", "testsuite", "testcase", "failure",
+                         "error", "skipped"});
+  }
+
+  struct Counts {
+    std::uint32_t tests = 0, broken = 0, skipped = 0;
+  };
+  struct Level {
+    std::string name;
+    Counts says, has;
+    std::uint32_t teardowns = 0;  // that failed: pytest counts them as tests
+    int depth = 0;
+    // `tests` counts something else: assertions (Catch2 is known by its
+    // hostname, doctest by cases that are all "run") or subtests (pytest).
+    bool other_tests = false, like_doctest = false;
+  };
+
+  void begin_suite(const char** attributes) {
+    Level level;
+    level.name = utf8_head(attribute(attributes, "name"), kCaseIdBytesMax);
+    level.says.tests = count_of(attribute(attributes, "tests"));
+    // Not their sum: an error may be counted as a failure too.
+    level.says.broken = std::max(count_of(attribute(attributes, "failures")),
+                                 count_of(attribute(attributes, "errors")));
+    for (const char* skips : {"skipped", "disabled", "skip", "ignored"}) {
+      level.says.skipped += count_of(attribute(attributes, skips));
+    }
+    level.depth = depth_;
+    level.other_tests =
+        level.name == "pytest" ||
+        std::strcmp(attribute(attributes, "hostname"), "tbd") == 0;
+    level.like_doctest = *attribute(attributes, "disabled") == '\0' &&
+                         *attribute(attributes, "skipped") == '\0';
+    levels_.push_back(std::move(level));
+  }
+
+  // A suite may list more than it counts, and leave out what it skipped.
+  void end_suite() {
+    const Level level = std::move(levels_.back());
+    levels_.pop_back();
+    const Counts& says = level.says;
+    const Counts& has = level.has;
+    const std::uint32_t unlisted =
+        says.skipped - std::min(says.skipped, has.skipped);
+    const bool doctest = level.like_doctest && has.tests > 0;
+    const std::string suite = "its suite \"" + level.name + "\" counts ";
+    if (!level.other_tests && !doctest &&
+        says.tests > std::uint64_t{has.tests} + level.teardowns + unlisted) {
+      stop(suite + std::to_string(says.tests) + " tests and lists " +
+           std::to_string(has.tests));
+    }
+    if (says.broken > has.broken) {
+      stop(suite + std::to_string(says.broken) + " failures or errors and " +
+           "lists " + std::to_string(has.broken));
+    }
+    if (levels_.empty()) return;
+    Level& outer = levels_.back();
+    outer.has.tests += has.tests;
+    outer.has.broken += has.broken;
+    outer.has.skipped += has.skipped;
+    outer.teardowns += level.teardowns;
+    outer.other_tests = outer.other_tests || level.other_tests;
+    outer.like_doctest = outer.like_doctest && level.like_doctest;
+  }
+
+  // Of a whole suite (setUpClass and the like): a case of its own.
+  void take_suite_failure(const char* element, const char** attributes) {
+    if (in_case_ || levels_.empty() || levels_.back().depth + 1 != depth_) {
+      return stop("it has a <" + std::string(element) + "> where none can be");
+    }
+    ++levels_.back().has.tests;  // node's own reporter counts it
+    static const char* kNone[] = {nullptr};
+    begin_case(kNone);
+    nameless_ = false;
+    case_.id = levels_.back().name + "::(suite)";
+    note(element, attributes);
+  }
+
+  static void on_end(void* data, const char*) {
     auto& self = *static_cast<Reader*>(data);
-    --self.depth_;
+    const int depth = self.depth_--;
     if (self.depth_ < self.text_depth_) self.into_ = nullptr;
-    if (std::strcmp(element, "testcase") == 0) self.end_case();
+    if (self.in_case_ && depth == self.case_depth_) self.end_case();
+    if (!self.levels_.empty() && depth == self.levels_.back().depth) {
+      self.end_suite();
+    }
   }
 
   static void on_text(void* data, const char* text, int size) {
@@ -148,6 +249,9 @@ class Reader {
     case_.id = std::string(utf8_head(case_.id, kCaseIdBytesMax));
     not_run_ = std::strcmp(attribute(attributes, "status"), "notrun") == 0;
     status_ = outcome_of_status(attribute(attributes, "status"));
+    levels_.back().like_doctest =
+        levels_.back().like_doctest &&
+        std::strcmp(attribute(attributes, "status"), "run") == 0;
     if (status_ == Outcome::passed) {
       status_ = outcome_of_status(attribute(attributes, "result"));
     }
@@ -181,6 +285,9 @@ class Reader {
                       {"properties", "system-out", "system-err", "flakyFailure",
                        "flakyError", "rerunFailure", "rerunError"})) {
       if (what.starts_with("system-")) collect_into(output_);
+      if (what.starts_with("flaky") || what.starts_with("rerun")) {
+        ++levels_.back().has.broken;
+      }
       return;
     }
     std::string message(attribute(attributes, "message"));
@@ -195,11 +302,14 @@ class Reader {
                 ">, which is no outcome that is known";
     }
     noted_ = true;
+    Counts& has = levels_.back().has;
+    ++(what == "skipped" ? has.skipped : has.broken);
     const bool stronger = case_.outcome == Outcome::passed ||
                           outcome == Outcome::error ||
                           case_.outcome == Outcome::skipped;
     if (outcome == Outcome::error && says_teardown(message)) {
       case_.teardown = true;
+      ++levels_.back().teardowns;
     } else if (case_.body == Outcome::passed || outcome == Outcome::error ||
                case_.body == Outcome::skipped) {
       case_.body = outcome;
@@ -229,6 +339,11 @@ class Reader {
     in_case_ = false;
     into_ = nullptr;
     if (!noted_) case_.outcome = case_.body = status_;
+    Counts& has = levels_.back().has;
+    if (!noted_ && status_ == Outcome::skipped) ++has.skipped;
+    if (!noted_ && status_ != Outcome::passed && status_ != Outcome::skipped) {
+      ++has.broken;
+    }
     if (nameless_ && (case_.outcome == Outcome::passed ||
                       case_.outcome == Outcome::skipped)) {
       return;
@@ -252,6 +367,7 @@ class Reader {
   Case case_;
   std::unordered_map<std::string, std::uint32_t> seen_;  // cases of each id
   std::string last_id_;
+  std::vector<Level> levels_;  // the suites that are open
   Outcome status_ = Outcome::passed;
   int depth_ = 0, text_depth_ = 0, case_depth_ = 0;
   bool saw_root_ = false, in_case_ = false, not_run_ = false;

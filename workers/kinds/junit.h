@@ -21,6 +21,10 @@
 //       child element that is not known is an error. (junit_test, F02_...)
 //   J4  One that ctest could not run (status "notrun": no executable, no
 //       required file) is an error, as its exit code says. (F03_...)
+//   J5  A report that contradicts itself is none: a suite that counts more
+//       tests, failures or errors than it lists, an outcome where none can be,
+//       names with a prefix. A failure of a whole suite is a case, "(suite)".
+//       (F02_...)
 
 #pragma once
 
