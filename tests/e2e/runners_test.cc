@@ -117,14 +117,15 @@ TEST_P(Runners, F03_UnittestAndNode) {
   expect_none(left, "left no report");
   expect_none(stopped, "stopped before all of its cases had run");
   expect_none(none, "no test ran");
-  expect_cases(node, "failed",
-               {"passed t/a.test.js::suite # 1 > same",
-                "passed t/a.test.js::suite # 1 > same",
-                "failed t/a.test.js::suite # 1 > a?b\nc",
-                "skipped t/a.test.js::suite # 1 > later",
-                "skipped t/a.test.js::suite # 1 > soon",
-                "passed t/a.test.js::outer > inner",
-                "passed t/a.test.js::outer", "error t/b.test.js::(file)"});
+  expect_cases(
+      node, "failed",
+      {"passed t/a.test.js::suite # 1 > same",
+       "passed t/a.test.js::suite # 1 > same",
+       "failed t/a.test.js::suite # 1 > a?b\nc",
+       "skipped t/a.test.js::suite # 1 > later",
+       "skipped t/a.test.js::suite # 1 > soon",
+       "passed t/a.test.js::outer > inner", "passed t/a.test.js::outer",
+       "error t/b.test.js::(file)", "error node"});
   expect_cases(node_good, "succeeded", {"passed a.js::x"});
   expect_none(node_none, "no test ran");
 }
@@ -143,7 +144,7 @@ TEST_P(Runners, F03_CtestAndTap) {
                       {"args", {"--test-dir", "b"}},
                       {"files", {{"CMakeLists.txt", lists}}}};
   Json some = ctest, nothing = ctest, nowhere = ctest;
-  some["select"] = {"good", "o.f"};
+  some["select"] = {"good"};
   nothing["select"] = {"x"};
   nowhere.erase("args");
   const std::string all = run(ctest), good = run(some), none = run(nothing),
@@ -185,6 +186,86 @@ TEST_P(Runners, F03_CtestAndTap) {
   expect_none(skipped, "no test ran");
   expect_none(bail, "Bail out! why");
   expect_none(absent, "\\\"nosuchprogram\\\" is not in the sandbox");
+}
+
+// ctest's report says nothing of tests that it did not come to, nor of names
+// that it does not know.
+TEST_P(Runners, F01_WhatCtestDoesNotReachIsMissing) {
+  start();
+  const std::string lists =
+      "cmake_minimum_required(VERSION 3.20)\nproject(x NONE)\n"
+      "enable_testing()\nadd_test(NAME a COMMAND sh ${CMAKE_SOURCE_DIR}/a.sh)\n"
+      "add_test(NAME \"b <&> (x)\" COMMAND true)\n"
+      "add_test(NAME off COMMAND true)\n"
+      "set_tests_properties(off PROPERTIES DISABLED 1)\n";
+  const Json preset = {
+      {"version", 4},
+      {"configurePresets",
+       {{{"name", "d"}, {"generator", "Unix Makefiles"}, {"binaryDir", "b"}}}},
+      {"testPresets",
+       {{{"name", "d"},
+         {"configurePreset", "d"},
+         {"execution", {{"stopOnFailure", true}}}}}}};
+  const auto ctest = [&](const std::string& a, const Json& more) {
+    Json payload = {{"runner", "ctest"},
+                    {"retries", 1},
+                    {"setup", {{"cmake", "-S", ".", "-B", "b"}}},
+                    {"args", {"--preset", "d"}},
+                    {"files",
+                     {{"CMakeLists.txt", lists},
+                      {"CMakePresets.json", preset.dump()},
+                      {"a.sh", a}}}};
+    payload.update(more);
+    return run(payload);
+  };
+  const std::string stops = ctest("exit 1", Json::object());
+  // The whole suite passes when it runs again; the first run stands.
+  const std::string again =
+      ctest("test -e /work/repo/k && exit 0; : >/work/repo/k; exit 1",
+            Json::object());
+  const std::string good = ctest("exit 0", Json::object());
+  const std::string stride =
+      ctest("exit 0", {{"args", {"--test-dir", "b", "-I", "1,3,2"}}});
+  const std::string unknown = ctest(
+      "exit 0", {{"args", {"--test-dir", "b"}}, {"select", {"a", "nope"}}});
+  expect_cases(stops, "failed",
+               {"failed a", "missing b <&> (x)", "missing off", "error ctest"});
+  expect_cases(again, "failed",
+               {"flaky a", "missing b <&> (x)", "missing off", "error ctest"});
+  expect_cases(good, "succeeded",
+               {"passed a", "passed b <&> (x)", "skipped off"});
+  expect_cases(stride, "succeeded", {"passed a", "skipped off"});
+  expect_none(unknown, "select: no test is named nope");
+}
+
+// A process of node's that leaves may have had tests to come.
+TEST_P(Runners, F01_ATestFileOfNodesThatLeavesIsNoYes) {
+  start();
+  const std::string test = "const {test} = require('node:test');\n";
+  const auto node = [&](const std::string& script) {
+    return run(
+        {{"runner", "node"},
+         {"files",
+          {{"a.test.js", test + script},
+           {"b.test.js", test + "test('known', () => { throw 1; });"}}}});
+  };
+  const std::vector<std::string> leaves = {
+      node("test('a', () => {}); setTimeout(() => process.exit(0), 50);\n"
+           "setTimeout(() => test('b', () => { throw 1; }), 5000);"),
+      node("test('a', () => { throw 1; }).then(() => setTimeout(() => "
+           "process.exit(1), 50));\n"),
+      node("test('a', () => {}).then(() => setTimeout(() => "
+           "process.kill(process.pid, 'SIGKILL'), 50));\n"),
+      node("process.exit(1);")};
+  const std::string ends = node(
+      "test('a', () => {}); process.on('beforeExit', () => {});\n"
+      "require('node:child_process').execFileSync(process.execPath, ['-e', "
+      "'']);");
+  for (const std::string& id : leaves) {
+    expect_none(id, "which tests there are is not known of a.test.js");
+  }
+  expect_cases(ends, "failed",
+               {"passed a.test.js::a", "failed b.test.js::known"});
 }
 
 // A suite of which one case fails already: the patch that breaks another one is

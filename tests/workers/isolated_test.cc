@@ -227,6 +227,63 @@ TEST_F(IsolatedTest, F02_CasesWithOneIdAreAllListed) {
       << job.end;
 }
 
+// The second run says that what failed passes, and then crashes.
+TEST_F(IsolatedTest, F02_ARerunIsBelievedAsAFirstRunIs) {
+  const std::string again = "if test -e k; then ";
+  const std::string bad = "; exit 9; fi; : >k; ";
+  const auto command = [](const std::string& script, const json& more) {
+    json out = {{"runner", "command"},
+                {"command", {"sh", "-c", script}},
+                {"retries", 2}};
+    out.update(more);
+    return out;
+  };
+  const auto xml = [](const std::string& inner) {
+    return "echo '<testsuite><testcase name=\"a\">" + inner +
+           "</testcase></testsuite>' >r.xml";
+  };
+  const json junit = {{"report", {{"format", "junit"}, {"path", "r.xml"}}}};
+  const std::string not_ok = "echo 1..1; echo not ok 1 - a; exit 1";
+  const std::vector<std::pair<std::map<std::string, std::string>, json>> runs =
+      {{{{"t", ""}},
+        command(again + xml("") + bad + xml("<failure/>") + "; exit 1", junit)},
+       {{{"t", ""}},
+        command(again + "echo 1..1; echo ok 1 - a" + bad + not_ok,
+                {{"runner", "tap"}})},
+       {{{"conftest.py",
+          "import os\n"
+          "again = os.path.exists('k')\n"
+          "open('k', 'w').close()\n"
+          "def pytest_unconfigure():\n"
+          "    if again: os._exit(3)\n"},
+         {"test_a.py",
+          "import conftest\ndef test_a(): assert conftest.again\n"}},
+        {{"retries", 2}}},
+       {{{"test_a.py",
+          "import os, unittest\n"
+          "again = os.path.exists('k')\n"
+          "open('k', 'w').close()\n"
+          "class T(unittest.TestCase):\n"
+          "    def test_a(self): assert again\n"
+          "    def test_b(self):\n"
+          "        if again: self._outcome.result.stop()\n"
+          "    def test_c(self): pass\n"}},
+        {{"runner", "unittest"}, {"retries", 2}}}};
+  for (const auto& [files, more] : runs) {
+    const auto job = run_files(files, more);
+    EXPECT_EQ(job.state, "failed") << more << job.end;
+    EXPECT_EQ(job.end["result"]["flaky"], 0) << more << job.end;
+    EXPECT_EQ(job.end["result"]["failed"], 1) << more << job.end;
+  }
+  // One that ends as it should is believed.
+  const auto good =
+      run_files({{"t", ""}}, command(again + xml("") + "; exit 0; fi; : >k; " +
+                                         xml("<failure/>") + "; exit 1",
+                                     junit));
+  EXPECT_EQ(good.state, "succeeded") << good.end;
+  EXPECT_EQ(good.end["result"]["flaky"], 1) << good.end;
+}
+
 TEST_F(IsolatedTest, FlakyTestsAreToldApartFromBrokenOnes) {
   const auto job = run_files({{"test_a.py",
                                "import os\n"

@@ -402,6 +402,29 @@ TEST_F(KindsTest, F03_RunnersAndTheirMembersBelongTogether) {
   EXPECT_EQ(with(R"("runner":"ctest","args":["--output-on-failure"])"), "");
 }
 
+TEST_F(KindsTest, F01_APytestThatStopsEarlyIsNoCommandWithAReport) {
+  const auto with = [&](const std::string& command, bool report = true) {
+    return check(
+        "test.run",
+        R"({"files":{"t":""},"runner":"command","command":)" + command +
+            (report ? R"(,"report":{"format":"junit","path":"r"}})" : "}"));
+  };
+  for (const char* stops :
+       {R"(["python3","-m","pytest","-x"])", R"(["pytest","-qx","t"])",
+        R"(["/usr/bin/python3.11","-B","-m","pytest","--maxfail=1"])",
+        R"(["py.test","--exitfirst"])", R"(["pytest","--sw"])"}) {
+    EXPECT_THAT(with(stops), StartsWith("command: ")) << stops;
+    EXPECT_EQ(with(stops, false), "") << stops;
+  }
+  for (const char* good :
+       {R"(["python3","-m","pytest","-q","--junitxml=r"])",
+        R"(["pytest","-k","x","-nx"])", R"(["pytest","--","-x"])",
+        R"(["python3","x.py","-x"])", R"(["python3","-m"])", R"(["make","-x"])",
+        R"(["pytest","-",""])"}) {
+    EXPECT_EQ(with(good), "") << good;
+  }
+}
+
 TEST_F(KindsTest, F03_TheReportOfACommandIsAFileOfTheWorkTree) {
   const auto with = [&](const std::string& report) {
     return check("test.run",

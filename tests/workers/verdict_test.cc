@@ -63,7 +63,7 @@ TestPhase phase(const std::vector<std::string>& cases,
               "\"/></testcase>";
   }
   out.run.tests.suite = parse(report);
-  expect_cases(out.run.tests, parse(record));
+  expect_cases(out.run.tests.suite, parse(record));
   return out;
 }
 

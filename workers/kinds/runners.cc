@@ -214,9 +214,20 @@ sys.exit(not program.result.wasSuccessful())
 
 // A reporter of node's own interface: it runs in the process of the runner and
 // not in those of the tests. A file that ends before its tests, or during them,
-// is node's own idea of a pass; here it is an error.
-constexpr char kNode[] = R"js(import { writeFileSync } from 'node:fs';
-import { resolve } from 'node:path';
+// is node's own idea of a pass; here it is an error. It is also loaded first in
+// each process of a test file, and notes how that ended: one that left by
+// itself may have had tests to come.
+constexpr char kNode[] = R"js('use strict';
+const { resolve } = require('node:path');
+const fs = require('node:fs');
+const ends = __filename + '.ends';
+if (process.env.NODE_TEST_CONTEXT && require('node:worker_threads').isMainThread) {
+  const [parent, path] = [process.ppid, resolve(process.argv[1] ?? '')];
+  const { appendFileSync } = fs;
+  process.once('beforeExit', () => {
+    try { appendFileSync(ends, JSON.stringify([parent, path]) + '\n'); } catch {}
+  });
+}
 const top = '/work/repo/';
 const escaped = (text) => String(text)
   .replace(/[^\t\n\r\x20-\ud7ff\ue000-\ufffd\u{10000}-\u{10ffff}]/gu, '?')
@@ -224,7 +235,7 @@ const escaped = (text) => String(text)
 const known = new Map();
 const fileOf = (path) => {
   const key = path ?? '';
-  if (!known.has(key)) known.set(key, { names: [], lines: [], begun: 0, ended: 0 });
+  if (!known.has(key)) known.set(key, { names: [], lines: [], begun: 0, ended: 0, run: false, told: false });
   return known.get(key);
 };
 const shown = (path) => !path ? '' : path.startsWith(top) ? path.slice(top.length) : path;
@@ -254,6 +265,7 @@ function ended(data, pass) {
   const file = fileOf(data.file);
   const ms = data.details?.duration_ms;
   if (whole(data)) {
+    file.told = true;
     return pass
       ? testcase(data.file, '(file)', 'error', 'the file ended before any test of it was reported', ms)
       : testcase(data.file, '(file)', 'error', said(data.details), ms);
@@ -268,11 +280,18 @@ function ended(data, pass) {
   if (marked('todo')) return testcase(data.file, name, 'skipped', `todo${why('todo')}`, ms);
   return testcase(data.file, name, pass ? 'passed' : 'failure', said(data.details), ms, whereOf(data));
 }
-export default async function* report(source) {
+function drained() {
+  try {
+    return new Set(fs.readFileSync(ends, 'utf8').split('\n').filter(Boolean).map((line) => JSON.parse(line))
+      .filter(([parent]) => parent === process.pid).map(([, path]) => path));
+  } catch { return new Set(); }
+}
+module.exports = async function* report(source) {
   yield '<?xml version="1.0" encoding="UTF-8"?>\n<testsuites><testsuite name="node">\n';
   for await (const { type, data } of source) {
-    if (type === 'test:enqueue' && !whole(data)) {
-      ++fileOf(data.file).begun;
+    if (type === 'test:enqueue') {
+      if (whole(data)) fileOf(data.file).run = true;
+      else ++fileOf(data.file).begun;
     } else if (type === 'test:start') {
       const { names, lines } = fileOf(data.file);
       names.length = lines.length = data.nesting;
@@ -282,16 +301,19 @@ export default async function* report(source) {
       yield ended(data, type === 'test:pass');
     }
   }
+  const natural = drained();
   for (const [path, file] of known) {
     if (file.begun > file.ended) {
       yield testcase(path, '(file)', 'error', `${file.begun - file.ended} of its tests began and did not end`, 0);
+    } else if (file.run && !file.told && !natural.has(path)) {
+      yield testcase(path, '(file)', 'error', 'its process left before its event loop was empty (process.exit?): tests that it had not declared by then are not known', 0);
     }
   }
   try {
-    writeFileSync('@RECORD@', `<testsuite>\n${places.join('')}</testsuite>\n`, { flag: 'wx' });
+    fs.writeFileSync('@RECORD@', `<testsuite>\n${places.join('')}</testsuite>\n`, { flag: 'wx' });
   } catch { /* where the cases are defined is not known then */ }
   yield '</testsuite></testsuites>\n';
-}
+};
 )js";
 
 constexpr std::array<std::pair<Runner, std::string_view>, 6> kNames = {{
@@ -319,6 +341,29 @@ std::string any_of(const std::vector<std::string>& names) {
 }
 
 }  // namespace
+
+// A preset may make it quiet: then nothing is listed, and nothing is believed.
+const char kListCtest[] = R"sh(
+echo '<testsuite>'
+ctest "$@" -N | sed -n '/^ *Test *#[0-9]*: / {
+  s/^ *Test *#[0-9]*: //
+  s/ (Disabled)$//
+  s/&/\&amp;/g
+  s/</\&lt;/g
+  s/"/\&quot;/g
+  s|.*|<testcase name="&"><skipped/></testcase>|
+  p
+}'
+echo '</testsuite>'
+)sh";
+
+std::vector<std::string> ctest_list(std::vector<std::string> args,
+                                    const std::vector<std::string>& select) {
+  if (!select.empty()) {
+    args.insert(args.end(), {"-R", any_of(select)});
+  }
+  return args;
+}
 
 std::string_view name(Runner runner) {
   return kNames[static_cast<std::size_t>(runner)].second;
@@ -365,6 +410,35 @@ std::string argument_problem(Runner runner, std::string_view argument) {
   return "";
 }
 
+std::string command_problem(const std::vector<std::string>& command) {
+  const auto base = [](const std::string& path) {
+    return path.substr(path.rfind('/') + 1);
+  };
+  std::size_t at = 0;
+  if (!command.empty() && base(command[0]).starts_with("python")) {
+    while (at < command.size() && command[at] != "-m") ++at;
+    ++at;
+  }
+  if (at >= command.size() ||
+      (base(command[at]) != "pytest" && base(command[at]) != "py.test")) {
+    return "";
+  }
+  for (++at; at < command.size() && command[at] != "--"; ++at) {
+    const std::string& one = command[at];
+    // "-x" may stand among other letters that take no value.
+    const std::size_t other = one.find_first_not_of("lqsv", 1);
+    const bool x = one.size() > 1 && one[0] == '-' &&
+                   other != std::string::npos && one[other] == 'x';
+    if (x || one == "--exitfirst" || one.starts_with("--maxfail") ||
+        one == "--sw" || one.starts_with("--stepwise")) {
+      return "\"" + one +
+             "\" leaves cases out, and the report does not say so; the runner "
+             "pytest knows which there are";
+    }
+  }
+  return "";
+}
+
 RunnerCall call_runner(Runner runner, const std::vector<std::string>& args,
                        const std::vector<std::string>& select,
                        const std::string& report, const std::string& file) {
@@ -379,13 +453,13 @@ RunnerCall call_runner(Runner runner, const std::vector<std::string>& args,
     add(select);
   } else if (runner == Runner::ctest) {
     call.argv = {"ctest"};
-    add(args);
+    add(ctest_list(args, select));
     add({"--no-tests=error", "--output-on-failure", "--output-junit", report});
-    if (!select.empty()) add({"-R", any_of(select)});
   } else if (runner == Runner::node) {
     call.file = file;
     call.file_text = filled(kNode, "@RECORD@", places_of(report));
     call.argv = {"node",
+                 "--require=/work/" + file,
                  "--test",
                  "--test-reporter=file:///work/" + file,
                  "--test-reporter-destination=" + report,

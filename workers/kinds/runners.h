@@ -39,6 +39,10 @@ std::string all_runners();  // "pytest, unittest, ..."
 // and what lets it end before all cases were reached.
 std::string argument_problem(Runner runner, std::string_view argument);
 
+// The same of a command whose report is read: an option of pytest's that ends
+// the run at the first failure, which the report does not show.
+std::string command_problem(const std::vector<std::string>& command);
+
 struct RunnerCall {
   std::vector<std::string> argv;
   std::string stdin_data;
@@ -52,6 +56,14 @@ RunnerCall call_runner(Runner runner, const std::vector<std::string>& args,
 // Where unittest and node leave the list of where the cases of their report are
 // defined (pytest_watch.h), in the same order.
 std::string places_of(const std::string& report);
+// Prints the tests that `ctest` with these arguments would run, as JUnit: a
+// script for "sh -c", and the arguments that it takes.
+extern const char kListCtest[];
+std::vector<std::string> ctest_list(std::vector<std::string> args,
+                                    const std::vector<std::string>& select);
+// The end of the id of a file of node's that ended before all of its tests
+// could be known.
+inline constexpr std::string_view kNodeFile = "::(file)";
 // For a person where the program is not there: "python3 ... (Debian: ...)".
 std::string what_to_install(Runner runner, const std::string& program);
 

@@ -130,6 +130,10 @@ void read_suite(Fields& fields, TestPayload& out) {
     }
   }
   read_report_member(fields, out);
+  if (out.report != TestPayload::Format::none) {
+    const std::string why = command_problem(out.command);
+    if (!why.empty()) fields.fail("command", why);
+  }
 }
 
 Result<TestPayload> parse_test(const std::string& payload,
@@ -303,8 +307,8 @@ class SuiteRunner {
   End run_runner() {
     host_.progress(options_.percent, options_.what);
     if (payload_.runner == Runner::pytest) return run_pytest();
-    if (options_.list_only) return {};
-    return tells_cases(payload_) ? run_reported() : run_command();
+    if (tells_cases(payload_)) return run_reported();
+    return options_.list_only ? End{} : run_command();
   }
 
   // --- a runner that leaves a report ---
@@ -323,36 +327,101 @@ class SuiteRunner {
     }
     run_.reported = true;
     tests_.suite = std::move(*suite);
-    tests_.suite.complete = tests_.suite.dropped == 0;
+    const std::string contrary = contradiction(tests_.suite, ran);
+    const std::string lost = unreached(tests_.suite);
     for (int i = 0; i < options_.retries && again(); ++i) {
       host_.progress(90, "running the suite again");
       sandbox::StepResult again;
       suite = reported_once(again);
       if (End end = ended(again, who()); end.code != EndCode::none) return end;
-      if (suite) merge_rerun(tests_, *suite);
+      // It is judged as the first run is: one that crashed says nothing.
+      if (suite && contradiction(*suite, again).empty() &&
+          unreached(*suite).empty()) {
+        merge_rerun(tests_, *suite);
+      }
     }
-    judge_reported(ran);
+    if (contrary.empty() && lost.empty()) return {};
+    add_error(tests_, who(),
+              (contrary.empty() ? lost : contrary) + "\n" + tail(said(ran)));
+    tests_.suite.complete = false;
+    run_.reported = contrary.empty();
     return {};
   }
 
-  // The report and the exit code have to say the same.
-  void judge_reported(const sandbox::StepResult& ran) {
-    Suite& s = tests_.suite;
-    const bool failing = s.failed + s.errors + tests_.flaky > 0;
+  // The report and the exit code have to say the same. Empty: they do.
+  std::string contradiction(const Suite& s,
+                            const sandbox::StepResult& ran) const {
+    const bool failing = s.failed + s.errors > 0;
     const std::string exited = "exited with " + std::to_string(ran.exit_code);
-    std::string why;
     if (payload_.runner == Runner::unittest && ran.exit_code == 2) {
-      why = "the run stopped before all of its cases had run";
-    } else if (!failing && s.passed == 0) {
-      why = exited + ", and no test ran";
-    } else if (ran.exit_code != 0 && !failing) {
-      why = exited + ", though its report has no failure";
-    } else if (ran.exit_code == 0 && failing) {
-      why = exited + ", though its report has failures";
+      return "the run stopped before all of its cases had run";
     }
-    if (why.empty()) return;
-    add_error(tests_, who(), why + "\n" + tail(said(ran)));
-    s.complete = run_.reported = false;
+    if (!failing && s.passed == 0) return exited + ", and no test ran";
+    if (ran.exit_code != 0 && !failing) {
+      return exited + ", though its report has no failure";
+    }
+    if (ran.exit_code == 0 && failing) {
+      return exited + ", though its report has failures";
+    }
+    return "";
+  }
+
+  // Of a runner that tells what there is to run: what it did not come to.
+  std::string unreached(const Suite& s) const {
+    if (payload_.runner == Runner::ctest) {
+      if (!unknown_.empty()) {
+        return "select: no test is named " + some_ids(unknown_);
+      }
+      if (s.missing > 0) return "ended before it reached " + missing_in(s);
+      if (!s.complete) return "gave no whole list of its tests (ctest -N)";
+    }
+    if (payload_.runner == Runner::node) {
+      std::vector<std::string> files;
+      for (const Case& one : s.cases) {
+        if (one.outcome == Outcome::error && one.id.ends_with(kNodeFile)) {
+          files.push_back(one.id.substr(0, one.id.size() - kNodeFile.size()));
+        }
+      }
+      if (!files.empty()) {
+        return "which tests there are is not known of " + some_ids(files);
+      }
+    }
+    return "";
+  }
+
+  static std::string missing_in(const Suite& s) {
+    std::vector<std::string> ids;
+    for (const Case& one : s.cases) {
+      if (one.outcome == Outcome::missing) ids.push_back(one.id);
+    }
+    return std::to_string(s.missing) +
+           (s.missing == 1 ? " case: " : " cases: ") + some_ids(ids);
+  }
+
+  // The tests that ctest is about to run: a preset may end the run at the
+  // first failure, and the report does not say so.
+  Result<Suite> list_ctest() {
+    sandbox::Step list = project_step({"/bin/sh", "-c", kListCtest, "list"});
+    const auto argv = ctest_list(payload_.args, payload_.select);
+    list.argv.insert(list.argv.end(), argv.begin(), argv.end());
+    list.merge_stderr = false;
+    const auto ran = step(std::move(list), false);
+    if (ran.ended != sandbox::Ended::exited || ran.truncated) {
+      return Error{Code::unavailable, "it did not end by itself"};
+    }
+    auto record = parse(ran.out, false, kParseMs);
+    unknown_.clear();
+    if (!record) return record;
+    for (const std::string& name : payload_.select) {
+      const bool there =
+          record->dropped > 0 ||
+          std::any_of(record->cases.begin(), record->cases.end(),
+                      [&](const Case& one) {
+                        return one.id == utf8_head(name, kCaseIdBytesMax);
+                      });
+      if (!there) unknown_.push_back(name);
+    }
+    return record;
   }
 
   // One run, from an empty place for its report to what the report says.
@@ -366,7 +435,7 @@ class SuiteRunner {
       call.argv = payload_.command;
     } else {
       call = call_runner(payload_.runner, payload_.args, payload_.select,
-                         "/work/" + report, kOwnDir + fresh_name() + ".mjs");
+                         "/work/" + report, kOwnDir + fresh_name() + ".cjs");
     }
     // What was there before the run is not its report; a name that nobody knows
     // needs its directory alone.
@@ -385,6 +454,8 @@ class SuiteRunner {
         return put.error();
       }
     }
+    Result<Suite> record = Error{Code::not_found, "there is no list"};
+    if (payload_.runner == Runner::ctest) record = list_ctest();
     sandbox::Step one = project_step(call.argv);
     one.stdin_data = std::move(call.stdin_data);
     one.merge_stderr = from_file;
@@ -422,6 +493,8 @@ class SuiteRunner {
       const auto places = read_xml(places_of(report), nullptr, kParseMs);
       if (places) place_cases(*suite, *places);
     }
+    suite->complete = payload_.runner != Runner::ctest && suite->dropped == 0;
+    if (record) expect_cases(*suite, *record);
     return suite;
   }
 
@@ -503,7 +576,7 @@ class SuiteRunner {
     // Also of a run that was killed: what it was to reach is not known to pass.
     const auto record =
         read_xml(paths.record, nullptr, at_end ? kParseAfterEndMs : kParseMs);
-    if (record) expect_cases(tests_, *record);
+    if (record) expect_cases(tests_.suite, *record);
     if (at_end || options_.list_only) return end;
     if (!run_.reported) {
       const bool missing =
@@ -517,23 +590,31 @@ class SuiteRunner {
                     tail(ran.out));
       return {};
     }
+    const std::string what = doubt(tests_.suite, ran, record.has_value());
     for (int i = 0; i < options_.retries && again(); ++i) {
       host_.progress(90, "running what failed again");
       sandbox::StepResult again;
-      suite = pytest_once(Paths(), true, again, why);
+      const Paths others;
+      suite = pytest_once(others, true, again, why);
       if (!why.empty()) return not_put();
       end = ended(again, "pytest");
       if (end.code != EndCode::none) return end;
-      if (suite) merge_rerun(tests_, *suite);
+      if (!suite) continue;
+      // It is judged as the first run is: one that crashed says nothing.
+      const auto list = read_xml(others.record, nullptr, kParseMs);
+      if (list) expect_cases(*suite, *list);
+      if (doubt(*suite, again, list.has_value()).empty()) {
+        merge_rerun(tests_, *suite);
+      }
     }
-    judge_pytest(ran, record.has_value());
+    if (!what.empty()) add_error(tests_, "pytest", what + "\n" + tail(ran.out));
     return {};
   }
 
-  // What the report does not explain is an error of the run.
-  void judge_pytest(const sandbox::StepResult& ran, bool listed) {
-    const Suite& s = tests_.suite;
-    const bool failures = s.failed + s.errors + tests_.flaky > 0;
+  // What the report does not explain; or empty.
+  static std::string doubt(const Suite& s, const sandbox::StepResult& ran,
+                           bool listed) {
+    const bool failures = s.failed + s.errors > 0;
     const bool ran_some = failures || s.passed > 0;
     std::string what;
     if (ran.exit_code != (failures ? 1 : 0) || !ran_some) {
@@ -548,19 +629,14 @@ class SuiteRunner {
       }
     }
     if (s.missing > 0) {
-      std::vector<std::string> ids;
-      for (const Case& one : s.cases) {
-        if (one.outcome == Outcome::missing) ids.push_back(one.id);
-      }
       what += (what.empty() ? "ended before it reached " : "; did not reach ") +
-              std::to_string(s.missing) +
-              (s.missing == 1 ? " case: " : " cases: ") + some_ids(ids);
+              missing_in(s);
     } else if (!s.complete) {
       what += std::string(what.empty() ? "left" : "; left") +
               (listed ? " more cases than can be compared"
                       : " no list of the cases that it was to reach");
     }
-    if (!what.empty()) add_error(tests_, "pytest", what + "\n" + tail(ran.out));
+    return what;
   }
 
   // `why`: not empty where Machina's own part could not be put in place.
@@ -674,6 +750,7 @@ class SuiteRunner {
   TestOutcome& tests_ = run_.tests;
   Usage usage_;
   const std::string cache_ = kOwnDir + fresh_name();
+  std::vector<std::string> unknown_;  // of `select`, not in ctest's list
   bool setup_failed_ = false;
 };
 

@@ -145,8 +145,8 @@ struct TestOutcome {
 void merge_rerun(TestOutcome& all, const Suite& rerun);
 // Takes in what the run was to reach (pytest_watch.h): cases that are in it and
 // were not reached are added as missing; `where` of the others is filled in.
-// Sets suite.complete where none is missing.
-void expect_cases(TestOutcome& all, const Suite& record);
+// Sets `complete` where none is missing.
+void expect_cases(Suite& suite, const Suite& record);
 // Fills in `where` alone, from such a record of the same run.
 void place_cases(Suite& suite, const Suite& record);
 void add_error(TestOutcome& all, const std::string& id,
@@ -171,7 +171,8 @@ struct SuiteOptions {
   int retries = 0;
   int percent = 10;  // progress while it runs
   std::string what = "running the tests";
-  // pytest alone: runs nothing and says which cases there are (all missing).
+  // Says which cases there are: pytest runs nothing (all are missing), the
+  // others run once.
   bool list_only = false;
   // Whether what failed is to run again. Absent: while anything failed.
   std::function<bool(const TestOutcome&)> again;

@@ -108,8 +108,7 @@ void place_cases(Suite& suite, const Suite& record) {
   }
 }
 
-void expect_cases(TestOutcome& all, const Suite& record) {
-  Suite& suite = all.suite;
+void expect_cases(Suite& suite, const Suite& record) {
   const auto there = by_id_and_number(suite);
   // A test may have given its case another name in the report. So one that
   // ended is held to be missing only where the report has too few.
