@@ -258,6 +258,24 @@ TEST_P(Verdict, F04_IdsThatChangeAreNamedInTheReason) {
   EXPECT_NE(reason.find("test_a::test_a[at-"), std::string::npos) << reason;
 }
 
+TEST_P(Verdict, F04_IdsThatChangeAreNamedWithEveryRunner) {
+  start();
+  make_repository("ids",
+                  {{"m.py", "X = 1\n"},
+                   {"test_a.py",
+                    "import random, string, unittest\n"
+                    "w = ''.join(random.choices(string.ascii_letters, k=9))\n"
+                    "class T(unittest.TestCase):\n"
+                    "    def test_b(self):\n"
+                    "        with self.subTest(w=w): pass\n"}});
+  const Json got = result(submit("ids", change("m.py", "X = 1", "X = 2"),
+                                 {{"test", {{"runner", "unittest"}}}}));
+  EXPECT_EQ(got["outcome"], "tests_failed") << got.dump(1);
+  const std::string reason = got["reason"];
+  EXPECT_NE(reason.find("change from run to run"), std::string::npos) << reason;
+  EXPECT_NE(reason.find("test_a.T::test_b (w='"), std::string::npos) << reason;
+}
+
 MACHINA_BOTH(Verdict);
 
 }  // namespace

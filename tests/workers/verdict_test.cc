@@ -202,6 +202,20 @@ TEST(Verdict, F02_ARetryDecidesOnTheCaseThatItRan) {
   EXPECT_FALSE(passed(after_rerun({"f.a", "f.a", "f.a"}, {"p.a"})));
 }
 
+TEST(Verdict, F01_WhatPassesOnlyWhenItRunsAgainIsNamed) {
+  TestPhase after = phase({"p.a", "f.b"});
+  merge_rerun(after.run.tests, phase({"p.b"}).run.tests.suite);
+  after.alone = true;
+  Gate gate = judge(phase({"p.a", "p.b"}), after);
+  EXPECT_TRUE(gate.accepted);
+  EXPECT_EQ(gate.reason,
+            "1 case failed and passed when it was run again without the "
+            "others: t::b");
+  after.alone = false;
+  gate = judge(phase({"p.a", "p.b"}), after);
+  EXPECT_THAT(gate.reason, HasSubstr("when it was run again: t::b"));
+}
+
 TEST(Verdict, F02_OnlyWhatHasANameIsACase) {
   Suite suite = parse(
       "<testcase time='0'/><testcase classname='' name=' '/>"

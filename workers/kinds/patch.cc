@@ -220,19 +220,6 @@ class PatchRun {
                           host_, usage_);
   }
 
-  // The base's cases once more, without running them: whether ids stay.
-  MaybeEnd list_again(TestPhase& phase) {
-    if (payload_.test->runner != Runner::pytest) {
-      return std::nullopt;
-    }
-    SuiteOptions options;
-    options.timeout_ms = std::min(left(), kListMs);
-    options.percent = 90;
-    options.what = "listing the cases before the patch again";
-    options.list_only = true;
-    return run_phase(phase, base_, options);
-  }
-
   MaybeEnd test() {
     if (payload_.baseline) {
       SuiteOptions options;
@@ -260,7 +247,10 @@ class PatchRun {
                        read_taken_away(applied_.reverse_diff));
     if (ids_may_change(gate)) {
       TestPhase listed;
-      if (auto end = list_again(listed)) return end;
+      if (auto end = list_again(listed, *payload_.test, base_, left(), attempt_,
+                                host_, usage_)) {
+        return end;
+      }
       note_changing_ids(gate, listed);
     }
     if (!gate.accepted) {

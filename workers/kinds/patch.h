@@ -149,6 +149,7 @@ struct TestPhase {
   // The run does not say where a case is defined, and its id may: a report of
   // pytest's form has the module in it. Of no other id is a file believed.
   bool id_is_module = false;
+  bool alone = false;   // what failed ran again without the other cases
   std::string problem;  // what ended it, where it is not valid
   SuiteRun run;
 };
@@ -163,6 +164,12 @@ std::optional<End> run_test_phase(TestPhase& phase, const TestPayload& suite,
                                   const SuiteOptions& options,
                                   const Attempt& attempt, Host& host,
                                   Usage& usage);
+// The cases of the commit that the first run was of, once more: whether ids
+// stay. Listed by pytest, run again by the others. `ran` stays false where that
+// gave no list.
+std::optional<End> list_again(TestPhase& listed, const TestPayload& suite,
+                              const Checkout& checkout, Millis left_ms,
+                              const Attempt& attempt, Host& host, Usage& usage);
 // One case in two runs: its id, and which of those with that id.
 struct CaseKey {
   std::string id;
@@ -196,6 +203,9 @@ struct Gate {
 };
 Gate judge_patch(const TestPhase& before, const TestPhase& after, bool baseline,
                  const TakenAway& taken);
+// Which cases passed only when they ran again, or empty: the patch may have
+// made them depend on what ran before.
+std::string flaky_note(const TestPhase& after);
 // A gate that says no where ids come and go: the reason, with ids, or empty.
 // `listed`: the cases of the same commit as `before`, listed once more; what is
 // not in it again is proven to change. Null: it could not be listed, and ids

@@ -214,6 +214,7 @@ std::optional<End> run_test_phase(TestPhase& phase, const TestPayload& suite,
   phase.id_is_module = suite.runner == Runner::command &&
                        suite.report == TestPayload::Format::junit &&
                        suite.cwd.empty();
+  phase.alone = suite.runner == Runner::pytest;
   phase.run = run_suite(suite, checkout, options, attempt, host);
   usage.add(phase.run.end.usage);
   const TestOutcome& tests = phase.run.tests;
@@ -245,6 +246,28 @@ std::optional<End> run_test_phase(TestPhase& phase, const TestPayload& suite,
       break;
   }
   return std::move(phase.run.end);
+}
+
+std::optional<End> list_again(TestPhase& listed, const TestPayload& suite,
+                              const Checkout& checkout, Millis left_ms,
+                              const Attempt& attempt, Host& host,
+                              Usage& usage) {
+  if (!tells_cases(suite)) return std::nullopt;
+  SuiteOptions options;
+  options.timeout_ms = std::min(left_ms, kListMs);
+  options.percent = 90;
+  options.what = "listing the cases before the change again";
+  options.list_only = true;
+  if (auto end = run_test_phase(listed, suite, checkout, options, attempt, host,
+                                usage)) {
+    return end;
+  }
+  // A run that did not reach all of its cases is no list.
+  if (suite.runner != Runner::pytest &&
+      !(listed.run.reported && listed.run.tests.suite.complete)) {
+    listed = TestPhase();
+  }
+  return std::nullopt;
 }
 
 std::string shown(const CaseKey& key) {
@@ -479,6 +502,18 @@ void note_changing_ids(Gate& gate, const TestPhase& listed) {
   if (!why.empty()) gate.reason = why + "; " + gate.reason;
 }
 
+std::string flaky_note(const TestPhase& after) {
+  std::vector<std::string> flaky;
+  for (const Case& one : after.run.tests.suite.cases) {
+    if (one.outcome != Outcome::flaky) continue;
+    flaky.push_back(shown({one.id, one.nth, false}));
+  }
+  if (flaky.empty()) return "";
+  return cases_text(flaky.size(), "failed and passed when it was run again",
+                    "failed and passed when they were run again") +
+         (after.alone ? " without the others: " : ": ") + some_ids(flaky);
+}
+
 Gate judge_patch(const TestPhase& before, const TestPhase& after, bool baseline,
                  const TakenAway& taken) {
   Gate gate;
@@ -522,6 +557,10 @@ Gate judge_patch(const TestPhase& before, const TestPhase& after, bool baseline,
       note(std::to_string(dropped) +
            " cases more than can be compared: run fewer with `select`");
     }
+  }
+  if (const std::string flaky = flaky_note(after);
+      gate.accepted && !flaky.empty()) {
+    note(flaky);
   }
   if (gate.accepted && compared.still_failing > 0) {
     // Accepted, and no praise: these say nothing about the patch.

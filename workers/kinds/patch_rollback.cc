@@ -913,6 +913,9 @@ class RollbackRun {
                                    " again, as before the patch"
                              : "the tests gave no whole verdict, of files that "
                                "are all those from before the patch";
+      if (const std::string flaky = flaky_note(after_); !flaky.empty()) {
+        gate_.reason += "; " + flaky;
+      }
       return std::nullopt;
     }
     if (at_base_.out_of_time) {
@@ -925,21 +928,16 @@ class RollbackRun {
           at_base_.problem + kNoTime);
     }
     std::string ids;
-    if (ids_may_change(gate_) && suite_->runner == Runner::pytest) {
+    if (ids_may_change(gate_)) {
       TestPhase listed;
-      SuiteOptions options;
-      options.timeout_ms = std::min(left(), kListMs);
-      options.percent = 88;
-      options.what = "listing the cases before the rollback again";
-      options.list_only = true;
       Checkout checkout = base_;
       checkout.commit = tip_;
       checkout.pack = pack_;
-      if (auto end = run_test_phase(listed, *suite_, checkout, options,
-                                    attempt_, host_, usage_)) {
+      if (auto end = list_again(listed, *suite_, checkout, left(), attempt_,
+                                host_, usage_)) {
         return end;
       }
-      ids = changing_ids(gate_, &listed);
+      ids = changing_ids(gate_, listed.ran ? &listed : nullptr);
       if (!ids.empty()) ids += "; ";
     }
     if (after_.valid && gate_.newly_failing.empty()) {
