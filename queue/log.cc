@@ -44,8 +44,10 @@ std::uint64_t room_for(std::uint64_t used) {
 }
 
 // Records that a held file of `bytes` takes for certain, each of at most
-// `record` bytes.
+// `record` bytes: none where one of that size is more than the whole file.
 std::uint64_t room_in(std::uint64_t bytes, std::uint64_t record) {
+  if (kSegmentDataOffset + room_for(kBatchHeaderBytes + record) > bytes)
+    return 0;
   std::uint64_t lost = kSegmentDataOffset + kBlockBytes +
                        std::min(bytes / 8, std::max(record, kWasteBytes));
   return bytes > lost ? bytes - lost : 0;
@@ -286,14 +288,16 @@ Result<void> Log::Impl::sweep(bool tmp) {
 }
 
 // What an earlier start held is held on: on a full disk it is all there is.
+// The spare is told by its name: on a small file system a unit is as large.
 Result<void> Log::Impl::adopt() {
   if (!options_.hold) return {};
   auto names = storage_.list("wal");
   if (!names) return names.error();
+  bool any_spare = false;
   for (const std::string& name : *names) {
     bool room = "wal/" + name == kRoomName;
-    bool held = (name.starts_with("held-") || name.starts_with("spare-")) &&
-                name.ends_with(".tmp");
+    bool spare = name.starts_with("spare-");
+    bool held = (name.starts_with("held-") || spare) && name.ends_with(".tmp");
     if (!room && !held) continue;
     auto file = storage_.open("wal/" + name, OpenMode::write);
     if (!file) return file.error();
@@ -305,8 +309,10 @@ Result<void> Log::Impl::adopt() {
     if (room) room_bytes_ = whole ? *size : 0;
     if (room || !whole || *size < unit_bytes() || *size % kBlockBytes != 0)
       continue;
-    const bool spare = options_.spares && options_.fsync &&
-                       *size == pad_to(options_.segment_bytes, kBlockBytes);
+    spare = spare && options_.spares && options_.fsync &&
+            *size == pad_to(options_.segment_bytes, kBlockBytes);
+    // One is enough; sweep() gives back what others took.
+    if (spare && std::exchange(any_spare, true)) continue;
     held_.push_back({"wal/" + name, *size, spare, false});
     spare_number_ = std::max<std::uint64_t>(
         spare_number_,
@@ -893,8 +899,9 @@ bool Log::Impl::fits(std::uint64_t bytes, std::uint64_t keep) const {
   const std::uint64_t record =
       std::min<std::uint64_t>(bytes, options_.batch_bytes_max);
   std::uint64_t room = tail_room();
-  if (bytes > room) room = 0;  // what is left of it is lost
-  for (const Held& held : held_) room += room_in(held.bytes, record);
+  const bool tail = bytes <= room;
+  if (!tail) room = 0;  // what is left of it is lost
+  for (const Held& held : held_) room += room_in(held.bytes, tail ? 0 : record);
   return room >= bytes && room - bytes >= keep;
 }
 

@@ -271,6 +271,31 @@ TEST_P(Disk, F05_OnAFullDiskEndsAreTakenUploadsAreNotAndItIsSaid) {
   EXPECT_EQ(p().log().find("poison"), std::string::npos) << end_of(p().log());
 }
 
+// A unit of what is held is as large as a segment on so small a file system.
+TEST_P(Disk, F01_StartsOfAnIdleRootHoldNoMoreEachTime) {
+  if (!mount(160)) GTEST_SKIP() << "no disk to fill: " << why_;
+  Serve quiet;
+  quiet.workers = 0;
+  quiet.env["MACHINA_WAL_FSYNC"] = "1";
+  start(quiet);
+  const auto held = [&] {
+    int files = 0;
+    for (const auto& entry : fs::directory_iterator(p().root() + "/wal")) {
+      const std::string name = entry.path().filename();
+      files += name.starts_with("held-") || name.starts_with("spare-");
+    }
+    return files;
+  };
+  for (int i = 0; i < 16; ++i) {
+    ASSERT_TRUE(eventually([&] { return held() >= 2; }, 10'000)) << i;
+    p().kill_server();
+    restart();
+  }
+  EXPECT_LE(held(), 3);  // one of each, and one that is being made
+  EXPECT_EQ(level(), "ok");
+  EXPECT_TRUE(takes_jobs());
+}
+
 INSTANTIATE_TEST_SUITE_P(, Disk, testing::Values(Who::root), identity);
 
 }  // namespace

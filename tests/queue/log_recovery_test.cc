@@ -704,6 +704,77 @@ TEST(FullDisk, F05_AStartOnAFullDiskHasTheRoomThatWasHeld) {
   }
 }
 
+// Where a unit is as large as a spare (a small file system) as elsewhere.
+TEST(FullDisk, F01_StartsOfAnIdleRootKeepTheSameFiles) {
+  for (int segment_kib : {128, 20 << 10}) {
+    for (bool fsync : {true, false}) {
+      LogOptions options = holding_log(fsync);
+      options.segment_bytes = static_cast<std::uint64_t>(segment_kib) << 10;
+      Journal j(10, options);
+      std::vector<std::string> first;
+      for (int start = 0; start < 20; ++start) {
+        ASSERT_TRUE(j.open()) << j.error.what;
+        j.log->hold(100 << 10, 16 << 10);
+        j.settle();
+        EXPECT_FALSE(j.log->lacking());
+        auto names = j.disk.list("wal");
+        ASSERT_TRUE(names);
+        if (start == 0) first = *names;
+        EXPECT_EQ(*names, first) << "start " << start;
+        j.kill();
+      }
+    }
+  }
+}
+
+// Left behind by an earlier program, or by an end between two steps.
+TEST(FullDisk, F01_AStartGivesBackWhatIsHeldTooMuch) {
+  Journal j(11, holding_log());
+  ASSERT_TRUE(j.open());
+  j.log->hold(64 << 10, 16 << 10);
+  j.settle();
+  j.kill();
+  for (int n = 0; n < 14; ++n) {
+    for (const char* kind : {"held-", "spare-"}) {
+      auto file = j.disk.open(
+          "wal/" + std::string(kind) + std::to_string(100 + n) + ".tmp",
+          OpenMode::create);
+      ASSERT_TRUE(file);
+      ASSERT_TRUE((*file)->allocate(j.options.segment_bytes));
+    }
+  }
+  ASSERT_TRUE(j.open()) << j.error.what;
+  j.log->hold(64 << 10, 16 << 10);
+  j.settle();
+  auto names = j.disk.list("wal");
+  ASSERT_TRUE(names);
+  int units = 0, spares = 0;
+  for (const std::string& name : *names) {
+    units += name.starts_with("held-");
+    spares += name.starts_with("spare-");
+  }
+  EXPECT_LE(units, 1 + 4);
+  EXPECT_EQ(spares, 1);
+}
+
+// Several files have the room together, and none for the whole record.
+TEST(FullDisk, F02_WhatNoHeldFileCanTakeIsNotSaidToFit) {
+  for (std::size_t record : {130'000, 150'000, 240'000}) {
+    LogOptions options = holding_log(false);
+    options.batch_bytes_max = 256 << 10;
+    Journal j(12, options);
+    ASSERT_TRUE(j.open());
+    j.log->hold(800 << 10, 16 << 10);
+    j.settle();
+    j.disk.set_quota(j.disk.bytes_used());
+    ASSERT_GE(j.log->room().held, 3 * record);
+    EXPECT_FALSE(j.log->fits(record, 0)) << record;
+    EXPECT_TRUE(j.log->fits(60'000, 0));
+    ASSERT_TRUE(j.put(1, 60'000));
+    EXPECT_FALSE(j.log->stalled());
+  }
+}
+
 Record with_key(std::uint64_t n) {
   Record record = numbered(n);
   auto& job = std::get<EnqueueRecord>(record.body).job;
@@ -788,9 +859,8 @@ TEST(Features, F31_ABitFromTheFutureIsNewerAndNothingIsTouched) {
   ASSERT_TRUE(header);
   header->feature_incompat |= std::uint64_t{1} << 63;
   std::vector<std::byte> copy(kSegmentHeaderBytes);
-  encode_segment_header(
-      &*header,
-      std::span<std::byte, kSegmentHeaderBytes>(copy.data(), copy.size()));
+  encode_segment_header(&*header, std::span<std::byte, kSegmentHeaderBytes>(
+                                      copy.data(), copy.size()));
   j.disk.overwrite(name, 0, copy);
   j.disk.overwrite(name, kSegmentHeaderBytes, copy);
   auto before = j.disk.digest();
