@@ -19,6 +19,7 @@
 #include <thread>
 
 #include "tests/workers/sandbox_fixture.h"
+#include "workers/sandbox/launch.h"
 #include "workers/sandbox/output.h"
 
 namespace machina::sandbox {
@@ -152,6 +153,46 @@ import pwd; print(pwd.getpwuid(os.getuid()).pw_name)
            "gcc -O1 m.c -o m && ./m");
     EXPECT_EQ(r.out, "built\n") << shown(r);
   });
+}
+
+// Installed, upgraded by a rename and removed while the slot's keeper lives: a
+// job that begins afterwards sees it, though one before it has looked there.
+TEST_P(SandboxTest, F03_AJobSeesTheHostsFilesAsTheyAreAtItsStart) {
+  char name[] = "/usr/local/machina-test-XXXXXX";
+  if (mkdtemp(name) == nullptr) GTEST_SKIP() << "/usr/local is not ours";
+  const std::string dir = name;
+  fs::create_directories(dir + "/lib/deep");
+  for (const char* below : {"", "/lib", "/lib/deep"}) {
+    fs::permissions(dir + below, fs::perms(0777));
+  }
+  with([&] {
+    const auto put = [&](const std::string& file, const char* text) {
+      std::ofstream(dir + file) << text;
+      fs::permissions(dir + file, fs::perms(0666));
+    };
+    put("/lib/deep/replaced", "old\n");
+    put("/lib/deep/removed", "old\n");
+    Stand stand;
+    const auto seen = [&] {
+      auto session = stand.open();
+      return sh(*session, "cd " + dir +
+                              "/lib && ls deep; cat deep/replaced; "
+                              "cat deep/removed || echo none; "
+                              "cat deep/new || echo none; "
+                              "cat later/new || echo none")
+          .out;
+    };
+    EXPECT_EQ(seen(), "removed\nreplaced\nold\nold\nnone\nnone\n");
+    put("/lib/deep/new", "new\n");
+    put("/replaced", "new\n");
+    fs::rename(dir + "/replaced", dir + "/lib/deep/replaced");
+    fs::remove(dir + "/lib/deep/removed");
+    fs::create_directory(dir + "/lib/later");
+    fs::permissions(dir + "/lib/later", fs::perms(0777));
+    put("/lib/later/new", "new\n");
+    EXPECT_EQ(seen(), "new\nreplaced\nnew\nnone\nnew\nnew\n");
+  });
+  fs::remove_all(dir);
 }
 
 TEST_P(SandboxTest, SignalsHaveTheirDefaults) {

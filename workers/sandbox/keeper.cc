@@ -414,7 +414,6 @@ class Keeper {
 void keeper_main(Host& host, int slot, int channel, const KeeperLink& link,
                  int slots) {
   if (host.cgroups.join(slot)) _exit(2);
-  host.own_inodes = make_host_tree(host);
   if (host.sub_uid != 0 && enter_subids(host, slot)) _exit(3);
   Keeper(host, slot, channel, link, slots).run();
 }

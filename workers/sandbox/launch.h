@@ -14,6 +14,7 @@
 #include <sys/types.h>
 
 #include <algorithm>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -36,7 +37,6 @@ struct Host {
   Bpf allow, deny;  // empty: not to be installed
   Cgroups cgroups;
   std::vector<std::string> mounts;  // where the host had any at our start
-  bool own_inodes = false;          // make_host_tree() has succeeded
   MechWire mechs[kMechs];
   PidsBound pids;   // of all slots together
   Level level = 0;  // of the mechanisms alone; the canary has the last word
@@ -48,6 +48,11 @@ struct Host {
   bool active(Mech m) const { return mech(m).state == 0; }
   bool forced_off(const char* name) const;
 };
+
+// The pool's end of a spawner that has said it is there: its process, its two
+// sockets, and how long it may take for an answer.
+std::unique_ptr<Spawner> spawner_at(pid_t pid, int control, int events,
+                                    int answer_ms);
 
 // Asks the kernel; runs before any slot exists.
 Host find_host(const SpawnerOptions& options);
@@ -102,13 +107,6 @@ struct Inside {
   int scratch = -1;  // /work, to ask how full it is
   int landlock = -1;
 };
-
-// As root, in the keeper: the files that its sandboxes are shown, as inodes
-// that neither the host nor another slot opens. A lock, a lease or a watch that
-// a job puts on one holds against its own slot alone, and a pipe or a socket
-// that lies there leads nowhere. False where the kernel gives none: then they
-// are shown the host's own.
-bool make_host_tree(const Host& host);
 
 Failure build_root(const Host& host, const Ground& ground, Inside* inside);
 

@@ -28,7 +28,7 @@ namespace {
 
 constexpr std::uint64_t kReadOnly =
     MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV;
-// Where a keeper has the host's tree with other inodes. Every /proc has it.
+// Where the host's tree is with other inodes. Every /proc has it.
 constexpr char kHostTree[] = "/proc/fs";
 constexpr char kNothing[] = "nothing";  // an empty directory of the new root
 
@@ -55,7 +55,9 @@ int bind_fd(int dir, const char* from, const char* to, std::uint64_t attrs) {
 }
 
 int bind(const char* from, const char* to, std::uint64_t attrs) {
-  return bind_fd(AT_FDCWD, from, to, attrs);
+  if (attrs) return bind_fd(AT_FDCWD, from, to, attrs);
+  // One call where no flags are to be there first: there are many of these.
+  return mount(from, to, nullptr, MS_BIND | MS_REC, nullptr) < 0 ? errno : 0;
 }
 
 int make_dir(const char* path, mode_t mode = 0755) {
@@ -71,8 +73,8 @@ int write_new(const char* path, const std::string& text) {
   return error;
 }
 
-// An overlay of `lower` alone at `to`. Without an upper layer the kernel wants
-// two lower ones.
+// An overlay of `lower` alone at `to`, read-only. Without an upper layer the
+// kernel wants two lower ones.
 int overlay_at(const std::string& to, const std::string& lower,
                const std::string& empty) {
   const int context = fsopen("overlay", FSOPEN_CLOEXEC);
@@ -82,7 +84,7 @@ int overlay_at(const std::string& to, const std::string& lower,
   if (fsconfig(context, FSCONFIG_SET_STRING, "lowerdir", layers.c_str(), 0) ==
           0 &&
       fsconfig(context, FSCONFIG_CMD_CREATE, nullptr, nullptr, 0) == 0) {
-    made = fsmount(context, FSMOUNT_CLOEXEC, 0);
+    made = fsmount(context, FSMOUNT_CLOEXEC, kReadOnly);
   }
   if (made < 0 ||
       move_mount(made, "", AT_FDCWD, to.c_str(), MOVE_MOUNT_F_EMPTY_PATH) < 0) {
@@ -93,15 +95,10 @@ int overlay_at(const std::string& to, const std::string& lower,
   return error;
 }
 
-// Read-only at `to`.
-int bind_host(const Host& host, const std::string& path, const char* to) {
-  return bind(((host.own_inodes ? kHostTree : "") + path).c_str(), to,
-              kReadOnly);
-}
-
 // Read-only copy of a host file, directory or symbolic link, absent where the
-// host has none.
-int copy_in(const Host& host, const std::string& path) {
+// host has none. `tree` is what lies before the path where the host's files are
+// shown as other inodes.
+int copy_in(const std::string& tree, const std::string& path) {
   const char* to = path.c_str() + 1;  // relative: the new root is our cwd
   struct stat st {};
   if (lstat(path.c_str(), &st) < 0) return errno == ENOENT ? 0 : errno;
@@ -117,7 +114,8 @@ int copy_in(const Host& host, const std::string& path) {
   } else {
     return 0;
   }
-  return bind_host(host, path, to);
+  // A tree of our own has the flags already, and what is bound keeps them.
+  return bind((tree + path).c_str(), to, tree.empty() ? kReadOnly : 0);
 }
 
 // --- in the order in which build_root calls them ---
@@ -132,15 +130,40 @@ int new_root() {
   return make_dir(kNothing, 0555);
 }
 
-int programs(const Host& host) {
+// As root: the files that the job is shown, as inodes that neither the host nor
+// another job opens. A lock, a lease or a watch that it puts on one holds
+// against itself alone, and a pipe or a socket that lies there leads nowhere.
+// Made for each sandbox: an overlay goes on showing what was once looked up in
+// it, whatever becomes of that on the host. Returns what lies before a path
+// there: nothing where the kernel makes none, and the host's own are shown.
+//
+// What is mounted elsewhere an overlay of the root directory does not show: it
+// is laid over likewise, and where that fails the host's is bound there.
+std::string host_tree(const Host& host) {
+  if (!host.root || overlay_at(kHostTree, "/", kNothing) != 0) return "";
+  for (const std::string& path : host.mounts) {
+    const bool shown = path.starts_with("/usr") || path.starts_with("/lib") ||
+                       path.starts_with("/bin") || path.starts_with("/sbin") ||
+                       path.starts_with("/etc/");
+    if (!shown) continue;
+    const std::string to = kHostTree + path;
+    struct stat st {};
+    if (stat(path.c_str(), &st) < 0) continue;
+    if (S_ISDIR(st.st_mode) && overlay_at(to, path, kNothing) == 0) continue;
+    (void)bind(path.c_str(), to.c_str(), kReadOnly);
+  }
+  return kHostTree;
+}
+
+int programs(const std::string& tree) {
   for (const char* path :
        {"/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"}) {
-    if (const int error = copy_in(host, path)) return error;
+    if (const int error = copy_in(tree, path)) return error;
   }
   return 0;
 }
 
-int own_etc(const Host& host, const Ground& ground) {
+int own_etc(const std::string& tree, const Ground& ground) {
   const std::string uid = std::to_string(ground.uid);
   const std::string gid = std::to_string(ground.gid);
   std::string passwd, group;
@@ -175,7 +198,7 @@ int own_etc(const Host& host, const Ground& ground) {
                            "/etc/ssl/certs",       "/etc/ssl/openssl.cnf",
                            "/etc/java-17-openjdk", "/etc/fonts",
                            "/etc/matplotlibrc"}) {
-    if (!error) error = copy_in(host, name);
+    if (!error) error = copy_in(tree, name);
   }
   return error;
 }
@@ -394,34 +417,6 @@ int open_mirror(const Host& host, const std::string& name) {
   return open_below((host.options.root + "/mirrors").c_str(), name);
 }
 
-// What is mounted elsewhere an overlay of the root directory does not show: it
-// is laid over likewise, and where that fails the host's is bound there.
-bool make_host_tree(const Host& host) {
-  if (!host.root || unshare(CLONE_NEWNS) < 0) return false;
-  // What the host unmounts is to go here too.
-  if (mount("", "/", nullptr, MS_REC | MS_SLAVE, nullptr) < 0) return false;
-  if (mount("nothing", kHostTree, "tmpfs", MS_RDONLY, "size=4k") < 0) {
-    return false;
-  }
-  const int nothing = open(kHostTree, O_PATH | O_DIRECTORY | O_CLOEXEC);
-  const std::string empty = "/proc/self/fd/" + std::to_string(nothing);
-  const bool made = nothing >= 0 && overlay_at(kHostTree, "/", empty) == 0;
-  for (const std::string& path : host.mounts) {
-    if (!made) break;
-    const bool shown = path.starts_with("/usr") || path.starts_with("/lib") ||
-                       path.starts_with("/bin") || path.starts_with("/sbin") ||
-                       path.starts_with("/etc/");
-    if (!shown) continue;
-    const std::string to = kHostTree + path;
-    struct stat st {};
-    if (stat(path.c_str(), &st) < 0) continue;
-    if (S_ISDIR(st.st_mode) && overlay_at(to, path, empty) == 0) continue;
-    (void)bind(path.c_str(), to.c_str(), 0);
-  }
-  if (nothing >= 0) close(nothing);
-  return made;
-}
-
 Failure build_root(const Host& host, const Ground& ground, Inside* inside) {
   umask(0);
   Failure f;
@@ -430,14 +425,16 @@ Failure build_root(const Host& host, const Ground& ground, Inside* inside) {
     if (const int error = act()) f = Failure{name, error};
   };
   Trees trees;
+  std::string tree;
   stage(Stage::root_fs, [] {
     const int code = mount("", "/", nullptr, MS_REC | MS_PRIVATE, nullptr);
     return code < 0 ? errno : 0;
   });
   stage(Stage::repo, [&] { return trees.open(host, ground); });
   stage(Stage::root_fs, new_root);
-  stage(Stage::binds, [&] { return programs(host); });
-  stage(Stage::etc, [&] { return own_etc(host, ground); });
+  if (f.ok()) tree = host_tree(host);
+  stage(Stage::binds, [&] { return programs(tree); });
+  stage(Stage::etc, [&] { return own_etc(tree, ground); });
   stage(Stage::dev, own_dev);
   stage(Stage::proc, [&] { return own_proc(inside); });
   stage(Stage::scratch, [&] { return own_scratch(ground); });
