@@ -986,6 +986,33 @@ import os; os._exit(3)
   });
 }
 
+// A spawner that answers when the pool has given a request up: what comes late
+// is no later request's answer.
+TEST(SpawnerHandleTest, F05_ALateAnswerIsNobodysAnyMore) {
+  int control[2], events[2];
+  ASSERT_EQ(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, control), 0);
+  ASSERT_EQ(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, events), 0);
+  const pid_t pid = fork();
+  if (pid == 0) _exit(0);
+  const auto spawner = spawner_at(pid, control[0], events[0], 0);
+  OpenSlot request;
+  EXPECT_FALSE(spawner->connect_server());
+  ASSERT_TRUE(recv_struct(control[1], request));
+  const int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
+  send_struct(control[1], Status{0, request.number}, std::span(&null, 1));
+  close(null);
+  send_struct(control[1], Status{EBUSY, request.number + 1});
+  const auto busy = spawner->open_slot(3);
+  ASSERT_FALSE(busy) << "the connection's answer";
+  EXPECT_EQ(busy.error().code, Code::conflict) << busy.error().what;
+  send_struct(control[1], Status{EBUSY, request.number + 1});
+  send_struct(control[1], Status{0, request.number + 2});
+  EXPECT_TRUE(spawner->set_slots(4));
+  EXPECT_FALSE(spawner->connect_server()) << "nobody has answered this";
+  close(control[1]);
+  close(events[1]);
+}
+
 TEST_P(SandboxTest, TheSpawnersDeathKillsEverything) {
   with([&] {
     Stand stand;

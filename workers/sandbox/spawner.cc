@@ -28,6 +28,7 @@ namespace machina::sandbox {
 
 namespace {
 
+constexpr int kAnswerMs = 10'000;
 constexpr char kRemedyIds[] =
     "run it as the host's root or as an ordinary user, outside of that "
     "namespace; or map these ids into it (unshare --map-auto, newuidmap); or "
@@ -90,7 +91,7 @@ class SpawnerProcess {
     int channel[1] = {-1};
     std::size_t count = 0;
     if (!recv_struct(control_, request, channel, &count)) return false;
-    Status status;
+    Status status{0, request.number};
     if (request.slot == kConnectServer && count == 0) {
       const int fd = connect_unix(options_.socket_path);
       if (fd >= 0) {
@@ -267,7 +268,7 @@ class SpawnerProcess {
   // With the pool's end of `control` in our own hands its end-of-file would
   // never come.
   if (const int error = close_all_but({control, events})) {
-    send_struct(control, Status{error});
+    send_struct(control, Status{error, 0});
     _exit(1);
   }
   fcntl(events, F_SETFL, O_NONBLOCK);
@@ -292,8 +293,8 @@ class SpawnerProcess {
 
 class SpawnerHandle : public Spawner {
  public:
-  SpawnerHandle(pid_t pid, int control, int events)
-      : pid_(pid), control_(control), events_(events) {}
+  SpawnerHandle(pid_t pid, int control, int events, int answer_ms)
+      : pid_(pid), control_(control), events_(events), answer_ms_(answer_ms) {}
 
   ~SpawnerHandle() override {
     close(control_);  // its end-of-file: kill everything and leave
@@ -316,53 +317,33 @@ class SpawnerHandle : public Spawner {
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0) {
       return Error{Code::io, std::string("slot: ") + std::strerror(errno)};
     }
-    const OpenSlot request{n, 0};
-    Status status;
-    const int error = send_struct(control_, request, std::span(&pair[1], 1));
+    const auto status = ask({n, 0}, std::span(&pair[1], 1));
     close(pair[1]);
-    if (error && !gone(error)) {
-      close(pair[0]);
-      return Error{Code::unavailable,
-                   "slot " + std::to_string(n) +
-                       ": the request cannot be sent: " + std::strerror(error)};
-    }
-    if (error || !readable_within(control_, 10'000) ||
-        !recv_struct(control_, status)) {
-      close(pair[0]);
-      return Error{Code::unavailable, "slot: the spawner does not answer"};
-    }
-    if (status.error) {
-      close(pair[0]);
-      return Error{
-          status.error == EBUSY ? Code::conflict : Code::io,
-          "slot " + std::to_string(n) + ": " + std::strerror(status.error)};
+    if (!status || status->error) close(pair[0]);
+    const std::string which = "slot " + std::to_string(n) + ": ";
+    if (!status) return Error{status.error().code, which + status.error().what};
+    if (status->error) {
+      return Error{status->error == EBUSY ? Code::conflict : Code::io,
+                   which + std::strerror(status->error)};
     }
     return pair[0];
   }
 
   Result<void> set_slots(int count) override {
-    Status status;
-    if (send_struct(control_, OpenSlot{kSetSlots, count}) ||
-        !readable_within(control_, 10'000) || !recv_struct(control_, status)) {
-      return Error{Code::unavailable, "the spawner does not answer"};
-    }
+    const auto status = ask({kSetSlots, count});
+    if (!status) return status.error();
     return {};
   }
 
   Result<int> connect_server() override {
-    Status status;
-    int fd[1] = {-1};
-    std::size_t count = 0;
-    if (send_struct(control_, OpenSlot{kConnectServer, 0}) ||
-        !readable_within(control_, 10'000) ||
-        !recv_struct(control_, status, fd, &count)) {
-      return Error{Code::unavailable, "the spawner does not answer"};
-    }
-    if (status.error || count != 1) {
+    int fd = -1;
+    const auto status = ask({kConnectServer}, {}, &fd);
+    if (!status) return status.error();
+    if (status->error || fd < 0) {
       return Error{Code::unavailable, std::string("connect to the server: ") +
-                                          std::strerror(status.error)};
+                                          std::strerror(status->error)};
     }
-    return fd[0];
+    return fd;
   }
 
   int events_fd() const override { return events_; }
@@ -378,11 +359,43 @@ class SpawnerHandle : public Spawner {
   }
 
  private:
+  // An answer to an earlier request, which came after we had given that up, is
+  // nobody's any more.
+  Result<Status> ask(OpenSlot request, std::span<const int> with = {},
+                     int* answer = nullptr) {
+    request.number = ++number_;
+    const int error = send_struct(control_, request, with);
+    if (error && !gone(error)) {
+      return Error{
+          Code::unavailable,
+          std::string("the request cannot be sent: ") + std::strerror(error)};
+    }
+    while (!error && readable_within(control_, answer_ms_)) {
+      Status status;
+      int fd[1] = {-1};
+      std::size_t count = 0;
+      if (!recv_struct(control_, status, fd, &count)) break;
+      if (status.number == number_ && answer) {
+        *answer = fd[0];
+      } else if (count) {
+        close(fd[0]);
+      }
+      if (status.number == number_) return status;
+    }
+    return Error{Code::unavailable, "the spawner does not answer"};
+  }
+
   const pid_t pid_;
-  const int control_, events_;
+  const int control_, events_, answer_ms_;
+  std::uint32_t number_ = 0;
 };
 
 }  // namespace
+
+std::unique_ptr<Spawner> spawner_at(pid_t pid, int control, int events,
+                                    int answer_ms) {
+  return std::make_unique<SpawnerHandle>(pid, control, events, answer_ms);
+}
 
 void register_builtin(BuiltinId id, Builtin run) {
   const auto index = static_cast<std::size_t>(id);
@@ -564,9 +577,9 @@ Result<std::unique_ptr<Spawner>> Spawner::start(const SpawnerOptions& options) {
     close(events[0]);
     return Error{Code::io, std::string("spawner: ") + std::strerror(error)};
   }
-  auto handle = std::make_unique<SpawnerHandle>(pid, control[0], events[0]);
+  auto handle = spawner_at(pid, control[0], events[0], kAnswerMs);
   Status status;
-  if (!readable_within(control[0], 10'000) ||
+  if (!readable_within(control[0], kAnswerMs) ||
       !recv_struct(control[0], status)) {
     return Error{Code::unavailable, "spawner: did not start"};
   }
@@ -576,7 +589,7 @@ Result<std::unique_ptr<Spawner>> Spawner::start(const SpawnerOptions& options) {
                  "refused here and /proc/self/fd cannot be read: " +
                      std::string(std::strerror(status.error))};
   }
-  return std::unique_ptr<Spawner>(std::move(handle));
+  return handle;
 }
 
 }  // namespace machina::sandbox

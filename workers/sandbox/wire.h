@@ -103,7 +103,8 @@ constexpr std::int32_t kConnectServer = -1;  // instead of a slot
 constexpr std::int32_t kSetSlots = -2;
 struct OpenSlot {
   std::int32_t slot = 0;
-  std::int32_t count = 0;  // kSetSlots
+  std::int32_t count = 0;    // kSetSlots
+  std::uint32_t number = 0;  // comes back in the Status: whose answer it is
 };
 struct Slots {
   std::int32_t count = 1;
@@ -113,6 +114,7 @@ struct SlotEmpty {
 };
 struct Status {
   std::int32_t error = 0;
+  std::uint32_t number = 0;
 };
 
 enum class KeeperOp : std::uint32_t { connect_server, open, close };
