@@ -15,22 +15,23 @@
 //   P3  A worker's leases are reported `gone` only when its slot is proven
 //       empty: local attempts never overlap.
 //   P4  A worker that dies early is replaced ever more slowly, up to 10 s.
-//   P6  <root>/ops/pool.pid says which process it is (tools/ops.h), from when
-//       the lock is its own until it leaves.
 //   P5  Nothing of the pool outlives it: workers die with it, sandboxes with
 //       the spawner. The pool that comes next waits for that, and reports the
 //       workers of one that was killed, whose names it finds in pool.lock.
+//   P6  <root>/ops/pool.pid says which process it is (tools/ops.h), from when
+//       the lock is its own until it leaves.
 //   P7  Where no job can run here it says so and stops trying: after three
 //       workers in a row that could make no sandbox it starts one a minute, to
 //       see whether that still is so, and tells the server why (`trouble` in
 //       its sync). Where it cannot serve at all it writes that to
 //       <root>/pool.trouble, a line of reason and one of remedy, and ends
 //       with 69; its server starts it a few times, then one a minute.
-//   P8  A worker that the pool killed because it was asked to leave, by TERM, by
+//   P8  A worker that the pool killed because it was asked to leave, by TERM,
+//   by
 //       the server's drain or by being told twice, is reported `ended`: its job
 //       loses no attempt, even where the pool is killed before it can say so
 //       (pool.lock has it). One that died by itself is `gone` even then.
-//   P6  <root>/pool.log holds what pool, spawner and workers say; the pool
+//   P9  <root>/pool.log holds what pool, spawner and workers say; the pool
 //   alone
 //       writes it, within its bounds; nobody waits for it (queue/say.h).
 

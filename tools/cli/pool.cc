@@ -3,7 +3,6 @@
 
 #include "workers/pool.h"
 
-#include <sys/resource.h>
 #include <sys/stat.h>
 
 #include "tools/cli/cli.h"
@@ -13,8 +12,6 @@
 
 namespace machina::cli {
 namespace {
-
-constexpr rlim_t kPoolDescriptors = 4096;  // soft: also of what it starts
 
 int pool(const Settings& settings, const std::string& server) {
   if (!server.empty()) {
@@ -30,13 +27,6 @@ int pool(const Settings& settings, const std::string& server) {
   auto root = prepare_root(config->text("MACHINA_ROOT"), config->prod(), true);
   if (!root) return fail(kUsage, root.error().what);
   ::umask(077);
-  // A server that starts us has all that it may have; a pool needs few.
-  rlimit files{};
-  if (::getrlimit(RLIMIT_NOFILE, &files) == 0 &&
-      files.rlim_cur > kPoolDescriptors) {
-    files.rlim_cur = kPoolDescriptors;
-    ::setrlimit(RLIMIT_NOFILE, &files);
-  }
 
   PoolOptions options;
   options.root = root->path;
