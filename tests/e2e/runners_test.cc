@@ -198,7 +198,7 @@ TEST_P(Runners, F01_WhatCtestDoesNotReachIsMissing) {
       "add_test(NAME \"b <&> (x)\" COMMAND true)\n"
       "add_test(NAME off COMMAND true)\n"
       "set_tests_properties(off PROPERTIES DISABLED 1)\n";
-  const Json preset = {
+  Json preset = {
       {"version", 4},
       {"configurePresets",
        {{{"name", "d"}, {"generator", "Unix Makefiles"}, {"binaryDir", "b"}}}},
@@ -228,6 +228,10 @@ TEST_P(Runners, F01_WhatCtestDoesNotReachIsMissing) {
       ctest("exit 0", {{"args", {"--test-dir", "b", "-I", "1,3,2"}}});
   const std::string unknown = ctest(
       "exit 0", {{"args", {"--test-dir", "b"}}, {"select", {"a", "nope"}}});
+  // Without a list nothing is known.
+  preset["testPresets"][0]["output"] = {{"quiet", true}};
+  const std::string quiet = ctest("exit 1", Json::object());
+  expect_none(quiet, "gave no whole list of its tests");
   expect_cases(stops, "failed",
                {"failed a", "missing b <&> (x)", "missing off", "error ctest"});
   expect_cases(again, "failed",
