@@ -45,8 +45,8 @@ bool hangup_ignored() {
 
 bool write_file(const std::string& path, const std::string& text) {
   std::string temporary = path + ".tmp";
-  int fd =
-      open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+  int fd = open(temporary.c_str(),
+                O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
   if (fd < 0) return false;
   bool ok =
       write(fd, text.data(), text.size()) == static_cast<ssize_t>(text.size());

@@ -1,6 +1,7 @@
 // Verdicts that must not be wrong, through the whole product: suites that stop
 // early, reports that are none, cases that are gone.
 
+#include <filesystem>
 #include <fstream>
 
 #include "tests/e2e/fixture.h"
@@ -41,7 +42,7 @@ class Verdict : public EndToEnd {
     const std::string repo = p().root() + "/repos/" + name;
     for (const auto& [path, text] : files) {
       std::ofstream(repo + "/" + path) << text;
-      if (text.empty()) EXPECT_EQ(sh("rm " + repo + "/" + path), 0);
+      if (text.empty()) std::filesystem::remove(repo + "/" + path);
     }
     EXPECT_EQ(sh("cd " + repo + "; git add -A; git diff --cached > " +
                  p().dir() + "/the.diff; git reset -q --hard"),

@@ -23,7 +23,7 @@ namespace fs = std::filesystem;
 constexpr long kAskMs = 3000;  // a server that runs
 // The last slot, so that a pool of the same host is not in the way.
 constexpr int kTrialSlot = 63;
-constexpr int kLocked = 75, kDamaged = 65;
+constexpr int kLocked = 75, kDamaged = 65, kIoFailed = 74;
 
 class TempDir {
  public:
@@ -66,21 +66,22 @@ Result<void> check_port(const Config& config, const Detected* running) {
 }
 
 // What lies in a root in the place of what a start opens or makes there.
-Result<void> check_files(const std::string& root, bool no_pool) {
+StartFault files_fault(const std::string& root, bool pool) {
   struct Place {
     const char* name;
     mode_t type;
     const char* is;
     bool follow;
+    int exit;
   };
   constexpr Place kPlaces[] = {
-      {"machina.sock", S_IFSOCK, "a socket", false},
-      {"patches", S_IFDIR, "a directory", true},
-      {"patches/patches.db", S_IFREG, "a regular file", true},
-      {"pool.lock", S_IFREG, "a regular file", false},
+      {"machina.sock", S_IFSOCK, "a socket", false, kUsage},
+      {"patches", S_IFDIR, "a directory", true, kIoFailed},
+      {"patches/patches.db", S_IFREG, "a regular file", true, kIoFailed},
+      {"pool.lock", S_IFREG, "a regular file", false, kUsage},
   };
   for (const Place& place : kPlaces) {
-    if (no_pool && std::string_view(place.name) == "pool.lock") continue;
+    if (!pool && std::string_view(place.name) == "pool.lock") continue;
     const std::string path = root + "/" + place.name;
     struct stat status {};
     if ((place.follow ? ::stat(path.c_str(), &status)
@@ -89,11 +90,11 @@ Result<void> check_files(const std::string& root, bool no_pool) {
     }
     const bool is = (status.st_mode & S_IFMT) == place.type;
     if (is && ::access(path.c_str(), R_OK | W_OK) == 0) continue;
-    return Error{Code::invalid,
-                 "MACHINA_ROOT: " + path +
-                     (is ? " cannot be read and written by this user; chown it"
-                         : std::string(" is there and is not ") + place.is +
-                               ", which a start needs there; move it away")};
+    return {place.exit,
+            "MACHINA_ROOT: " + path +
+                (is ? " cannot be read and written by this user; chown it"
+                    : std::string(" is there and is not ") + place.is +
+                          ", which a start needs there; move it away")};
   }
   return {};
 }
@@ -176,7 +177,8 @@ StartFault place_fault(const Settings& settings, const Config& config,
     if (ok) ok = LineFile::examine(log);
     if (!ok) return fault(log_file_fault(ok.error().what));
   }
-  if (auto ok = check_files(path, no_pool); !ok) return fault(ok.error().what);
+  const bool pool = !no_pool && config.number("MACHINA_WORKERS") != 0;
+  if (auto found = files_fault(path, pool); !found.what.empty()) return found;
   auto found = detect(path);
   const Detected* running = found && found->serve ? &*found : nullptr;
   if (running != nullptr) {
@@ -184,8 +186,8 @@ StartFault place_fault(const Settings& settings, const Config& config,
   } else if (auto free = hold_log(path + "/queue");
              !free && free.error().code == Code::conflict) {
     return {kLocked, free.error().what};
-  } else if (auto log = examine_log(path + "/queue"); !log) {
-    return {kDamaged, log.error().what};
+  } else if (auto whole = examine_log(path + "/queue"); !whole) {
+    return {kDamaged, whole.error().what};
   }
   // Before the address: libuv, once it has begun, closes in every child of a
   // fork the numbers that its pipes have here, which are others' in a spawner.
