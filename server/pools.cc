@@ -204,16 +204,14 @@ GoneCommand Service::gone_of(const std::string& id, const Pool& said,
   return command;
 }
 
-void Service::report_gone(const std::string& id, const Pool& said,
-                          std::vector<std::string> workers, bool ended) {
-  if (workers.empty()) return;
-  GoneCommand command = gone_of(id, said, std::move(workers));
-  if (command.workers.empty()) return;
+// The leases of workers that are no more end, or go back where they were
+// `ended`; `then` is called when that is durable, or refused.
+void Service::report_gone(GoneCommand command,
+                          std::function<void(Response)> then) {
   for (const std::string& worker : command.workers) no_longer_serves(worker);
-  command.ended = ended;
   Request request;
   request.what.emplace<Command>(std::move(command));
-  ask(std::move(request), [](const Response&) {});
+  ask(std::move(request), std::move(then));
 }
 
 void Service::post_sync(const Exchange& call) {
@@ -254,8 +252,12 @@ void Service::post_sync(const Exchange& call) {
     auto& listed = known->second.listed;
     if (listed.size() <= kListedMax) said.listed.merge(listed);
   }
-  report_gone(id, said, std::move(gone), false);
-  report_gone(id, said, std::move(ended), true);
+  std::vector<GoneCommand> reports;
+  for (auto* names : {&gone, &ended}) {
+    GoneCommand command = gone_of(id, said, std::move(*names));
+    command.ended = names == &ended;
+    if (!command.workers.empty()) reports.push_back(std::move(command));
+  }
   Pool& pool = pools_[id];
   // A pool has one open sync: an older one was left behind.
   Where old = pool.parked;
@@ -270,16 +272,42 @@ void Service::post_sync(const Exchange& call) {
   Pending* pending = call.peer.connection.pending(call.sequence);
   pending->op = static_cast<std::uint8_t>(PendingOp::sync);
   check_levels();
+  if (reports.empty()) return park_sync(call.peer, call.sequence, id, wait_ms);
+  // A pool forgets what it was answered 200 to: nothing that the log did not
+  // take may be.
+  struct Reported {
+    std::size_t open;
+    MaybeProblem refused;
+  };
+  auto reported = std::make_shared<Reported>(Reported{reports.size(), {}});
+  const Where where{call.peer.id, call.sequence};
+  for (GoneCommand& report : reports) {
+    report_gone(std::move(report), [=, this](const Response& response) {
+      if (auto p = failure_of(response)) reported->refused = std::move(p);
+      if (--reported->open > 0) return;
+      if (reported->refused) return refuse(where, *reported->refused);
+      if (Peer* p = peer(where.peer)) {
+        park_sync(*p, where.sequence, id, wait_ms);
+      }
+    });
+  }
+}
+
+// What it reported is durable: it is answered, or waits for news.
+void Service::park_sync(Peer& peer, std::uint64_t sequence,
+                        const std::string& id, Millis wait_ms) {
   // What this connection was told before need not be told again; a new one may
   // be there because the last answer was lost.
-  bool news = call.peer.told_pool != id || call.peer.told_target != target_ ||
-              call.peer.told_drain != (draining_ && !handover_);
-  call.peer.told_pool = id;
-  if (news || wait_ms == 0 || draining_ || call.peer.hung_up) {
-    return answer_sync(call.peer, call.sequence);
+  bool news = peer.told_pool != id || peer.told_target != target_ ||
+              peer.told_drain != (draining_ && !handover_);
+  peer.told_pool = id;
+  auto pool = pools_.find(id);
+  if (news || wait_ms == 0 || draining_ || peer.hung_up ||
+      pool == pools_.end()) {
+    return answer_sync(peer, sequence);
   }
-  pool.parked = {call.peer.id, call.sequence};
-  pool.answer_at = pool.seen_mono + wait_ms;
+  pool->second.parked = {peer.id, sequence};
+  pool->second.answer_at = pool->second.seen_mono + wait_ms;
 }
 
 void Service::answer_sync(Peer& peer, std::uint64_t sequence) {

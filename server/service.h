@@ -462,10 +462,9 @@ class Service {
                  std::vector<std::string>* ended, Millis* wait_ms);
   GoneCommand gone_of(const std::string& id, const Pool& said,
                       std::vector<std::string> gone) const;
-  // The leases of workers that `id`, which says `said`, says are no more: they
-  // end, or go back where they were `ended`.
-  void report_gone(const std::string& id, const Pool& said,
-                   std::vector<std::string> workers, bool ended);
+  void report_gone(GoneCommand command, std::function<void(Response)> then);
+  void park_sync(Peer& peer, std::uint64_t sequence, const std::string& id,
+                 Millis wait_ms);
   void answer_sync(Peer& peer, std::uint64_t sequence);
   void answer_parked(bool all);
   void answer_parked(Peer& peer);  // its own

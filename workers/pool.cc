@@ -474,13 +474,17 @@ void Pool::sync_loop() {
         client_.post("/v1/pools/" + id_ + "/sync", body, wait_ms + 5000);
     lock.lock();
     in_call_ = false;
-    if (reply && reply->status == 200) {
+    // Its log has no room: it takes the report later, and is not away.
+    const bool full = reply && reply->status == 507;
+    if (full || (reply && reply->status == 200)) {
       if (away_since_ms_ != 0) {
         Saying(Severity::info, "server_back", "the server is back")
             .with("away_ms", now_ms() - away_since_ms_);
       }
       away_since_ms_ = 0;
       retry_.reset();
+    }
+    if (reply && reply->status == 200) {
       slots_.reported(told);
       if (!told.empty()) remember();
       take_answer(reply->body);
@@ -491,7 +495,7 @@ void Pool::sync_loop() {
     }
     const bool ours = !reply && reply.error().code == Code::conflict;
     if (quit_ || ours) continue;
-    if ((!reply || reply->status != 200) && away_since_ms_ == 0) {
+    if ((!reply || reply->status != 200) && !full && away_since_ms_ == 0) {
       away_since_ms_ = now_ms();
       Saying(Severity::warn, "server_away", "the server is away");
     }

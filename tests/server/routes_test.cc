@@ -944,6 +944,27 @@ TEST_F(WorkerRoutes, OversizeArtifactIsRefusedUnread) {
   EXPECT_EQ(c.reply().status, 413);
 }
 
+// A pool forgets whom it has reported once it is answered 200.
+TEST_F(WorkerRoutes, F10_AReportThatTheLogDidNotTakeIsNotConfirmed) {
+  Client pool = local();
+  for (const char* names : {"gone", "ended"}) {
+    SCOPED_TRACE(names);
+    const std::string report =
+        std::string(R"({"workers":[{"name":"p-w0"}],")") + names +
+        R"(":["p-w1"]})";
+    control_.status = static_cast<int>(Response::Status::disk_low);
+    Reply r = pool.post("/v1/pools/p/sync", report);
+    EXPECT_EQ(r.status, 507) << r.body;
+    EXPECT_EQ(r.json()["code"], "disk-low");
+    control_.status = static_cast<int>(Response::Status::draining);
+    EXPECT_EQ(pool.post("/v1/pools/p/sync", report).status, 503);
+    // Who has nothing to report hears how many there are to be.
+    EXPECT_EQ(pool.post("/v1/pools/p/sync", "{}").status, 200);
+    control_.status = 0;
+    EXPECT_EQ(pool.post("/v1/pools/p/sync", report).status, 200);
+  }
+}
+
 TEST_F(WorkerRoutes, PoolsReportAndAreScaled) {
   Client pool = local(), c = tcp();
   const std::string sync = "/v1/pools/p1/sync";
