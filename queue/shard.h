@@ -76,6 +76,10 @@ struct Request {
                              // heartbeat: until a cancel, or so long;
                              // enqueue of one job: until it ends, or so long
   bool with_payload = true;  // put the payload into the views of the response
+  // Payload, result, blocked_data and input of a view (not of a lease, nor of a
+  // list): where they are more together they are left out, and
+  // Response::left_out says so.
+  std::uint64_t view_bytes = UINT64_MAX;
 };
 
 // What a lease call is answered with, as HTTP: docs/http-api.md.
@@ -102,9 +106,10 @@ struct Response {
   std::vector<JobView> views;  // enqueue: by item (empty id: refused);
                                // get: one; list: the page; complete: by item
   std::vector<LeaseView> leases;
-  std::string cursor;         // list
-  std::uint64_t scanned = 0;  // list
-  bool waited_out = false;    // the wait passed before the job ended
+  std::string cursor;          // list
+  std::uint64_t scanned = 0;   // list
+  bool waited_out = false;     // the wait passed before the job ended
+  std::uint64_t left_out = 0;  // so many bytes, about
 };
 
 struct ShardOptions {

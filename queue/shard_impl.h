@@ -48,6 +48,8 @@ namespace machina {
 constexpr std::size_t kCallsMax = 65'536;  // parked or with unsent grants
 // Bodies and what surrounds each, in one lease reply; the rest is its frame.
 constexpr std::size_t kLeaseBodiesBytesMax = kLeaseReplyBytesMax - (64u << 10);
+// Of all lease replies that wait for the disk, and one more: then 503.
+constexpr std::uint64_t kGivenBytesMax = 16u << 20;
 constexpr std::uint64_t kStagedBytesMax = 64u << 20;  // then enqueue waits
 constexpr std::size_t kLeaseOverheadBytes = 2048;
 constexpr std::uint64_t kLiveExamineMax = 2000;  // of a list, on the loop
@@ -120,6 +122,9 @@ struct Need {
   std::size_t index = 0;
   bool of_lease = false;  // index counts leases, not views
   bool light = false;     // payload and result are not wanted
+  bool with_payload = true;
+  std::uint64_t view_bytes = UINT64_MAX;  // Request::view_bytes
+  std::uint64_t left_out = 0;             // found, but more than that
   JobId id;
   Fence fence = 0;
   Place place = 0;
@@ -149,11 +154,13 @@ struct Call {
   Response response;
   bool with_payload = true;
   bool light = false;  // of many jobs: views carry id and state only
+  std::uint64_t view_bytes = UINT64_MAX;  // Request::view_bytes
   Purpose purpose = Purpose::view;
   std::vector<Need> needs;
   std::unique_ptr<JobView> asked;  // of one job with a dedup key: as much of
                                    // it as the job that has the key shares
   std::vector<Fence> grants;       // decided for it and not yet sent
+  std::uint64_t given_bytes = 0;   // of their bodies, about
   Lsn lsn = 0;                     // H1
   bool dropped = false;
   bool hurried = false;  // waits for nothing that may be long
@@ -250,6 +257,9 @@ class ShardImpl final : public Shard {
   void add_ended_view(Call* call, std::size_t index, const EndedPtr& ended);
   void fill_live(const Core::Look& look, Call* call, std::size_t index,
                  bool of_lease);
+  // Payload, result and what it waits for and with, where they are more than
+  // the answer may have.
+  void leave_out(Call* call, JobView* view);
   void settle_item(Call* call, std::size_t index, State state);
   void need(Call* call, Need need);
   void pin(const Need& need, int delta);
@@ -269,6 +279,7 @@ class ShardImpl final : public Shard {
   bool calls_full() const { return calls_.size() >= kCallsMax; }
   void enlist(const CallPtr& call);  // into calls_; callers ask calls_full()
   void unlist(const CallPtr& call);
+  void forget_given(Call* call);
 
   // shard_wait.cc
   bool park(const CallPtr& call, Call::Parked how, Millis wait_ms);
@@ -361,7 +372,8 @@ class ShardImpl final : public Shard {
   std::uint64_t next_call_ = 1;
   std::unordered_map<std::uint64_t, CallPtr> calls_;
   std::map<ConnectionKey, std::vector<std::uint64_t>> by_connection_;
-  std::deque<CallPtr> held_;  // by lsn
+  std::uint64_t given_bytes_ = 0;  // of them all
+  std::deque<CallPtr> held_;       // by lsn
   std::set<std::pair<Millis, std::uint64_t>> timers_;
   std::unordered_multimap<JobId, std::uint64_t, JobIdHash> watchers_;
   std::unordered_multimap<Fence, std::uint64_t> beats_;

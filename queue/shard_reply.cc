@@ -9,6 +9,13 @@
 
 namespace machina {
 
+namespace {
+
+// An assignment would keep the memory.
+void let_go(std::string* text) { std::string().swap(*text); }
+
+}  // namespace
+
 // --- views ---
 
 void ShardImpl::want_view(Call* call, std::size_t index, const JobId& id) {
@@ -45,6 +52,10 @@ void ShardImpl::fill_live(const Core::Look& look, Call* call, std::size_t index,
                            !level_seen(view.min_level);
   if (Body body = cache_.get(view.id)) {
     fill_from_body(*body, of_lease || call->with_payload, &view);
+    if (!of_lease) leave_out(call, &view);
+  } else if (!of_lease && call->with_payload &&
+             look.body_bytes > call->view_bytes) {
+    call->response.left_out += look.body_bytes;  // not even read
   } else {
     Need missing;
     missing.what = Need::What::body;
@@ -86,8 +97,19 @@ void ShardImpl::add_ended_view(Call* call, std::size_t index,
   }
   fill_from_body(*ended->body, call->with_payload, &view);
   fill_from_end(*ended->end, ended->finished_ms, &view);
+  leave_out(call, &view);
   view.fsync = options_.core.fsync;
   settle_item(call, index, ended->state);
+}
+
+void ShardImpl::leave_out(Call* call, JobView* view) {
+  std::uint64_t bytes = 0;
+  std::string* const parts[] = {&view->payload, &view->result,
+                                &view->blocked_data, &view->input};
+  for (const std::string* part : parts) bytes += part->size();
+  if (bytes <= call->view_bytes) return;
+  call->response.left_out += bytes;
+  for (std::string* part : parts) let_go(part);
 }
 
 // The job that item `index` asks about is finished.
@@ -109,6 +131,8 @@ void ShardImpl::settle_item(Call* call, std::size_t index, State state) {
 void ShardImpl::need(Call* call, Need need) {
   pin(need, +1);
   need.light = call->light;
+  if (!need.of_lease) need.view_bytes = call->view_bytes;
+  need.with_payload = need.of_lease || call->with_payload;
   call->needs.push_back(std::move(need));
 }
 
@@ -125,12 +149,37 @@ void ShardImpl::drop_needs(Call* call) {
   call->needs.clear();
 }
 
+namespace {
+
+constexpr std::uint32_t kKeptPayloadBytes = 16 << 10;  // not worth a copy
+
+// What the answer will not have is not brought to the loop's thread either.
+void leave_out(Need* need) {
+  if (!need->finished) return;
+  std::string& payload = need->finished->body.job.payload;
+  std::string& result = need->finished->end.outcome.result;
+  if (need->light || !need->with_payload) let_go(&payload);
+  if (need->light) let_go(&result);
+  const std::uint64_t bytes = payload.size() + result.size();
+  if (bytes <= need->view_bytes) return;
+  need->left_out = bytes;
+  let_go(&payload);
+  let_go(&result);
+}
+
+}  // namespace
+
 void fetch_need(const Log& log, History& history, Millis at, Need* need) {
   switch (need->what) {
     case Need::What::body: {
       auto body = read_body(log, need->id, need->place, need->bytes);
       if (body) {
         need->body = std::move(*body);
+        if (!need->with_payload && need->bytes > kKeptPayloadBytes) {
+          auto bare = std::make_shared<EnqueueRecord>(*need->body);
+          let_go(&bare->job.payload);
+          need->body = std::move(bare);
+        }
       } else {
         need->error = body.error().what;
       }
@@ -161,7 +210,7 @@ void fetch_need(const Log& log, History& history, Millis at, Need* need) {
         job.end = std::move(*found);
       }
       need->finished = std::move(job);
-      return;
+      return leave_out(need);
     }
     case Need::What::finished:
     case Need::What::by_fence: {
@@ -173,11 +222,7 @@ void fetch_need(const Log& log, History& history, Millis at, Need* need) {
       } else {
         need->error = found.error().what;
       }
-      if (need->light && need->finished) {
-        need->finished->body.job.payload = {};
-        need->finished->end.outcome.result = {};
-      }
-      return;
+      return leave_out(need);
     }
   }
 }
@@ -245,9 +290,10 @@ void ShardImpl::settle(Call* call, Need* need, std::vector<Fence>* unreadable) {
   JobView& view = need->of_lease ? call->response.leases[need->index].job
                                  : call->response.views[need->index];
   if (need->body != nullptr) {
-    fill_from_body(*need->body, need->of_lease || call->with_payload, &view);
+    fill_from_body(*need->body, need->with_payload, &view);
   }
   if (need->note) fill_from_note(*need->note, &view);
+  if (!need->of_lease) leave_out(call, &view);
 }
 
 void ShardImpl::settle_finished(Call* call, Need* need) {
@@ -267,7 +313,7 @@ void ShardImpl::settle_finished(Call* call, Need* need) {
   }
   JobView& view = call->response.views[need->index];
   view = view_of(job, options_.core.fsync);
-  if (!call->with_payload) view.payload.clear();
+  call->response.left_out += need->left_out;
   settle_item(call, need->index, job.end.state);
 }
 
@@ -332,6 +378,7 @@ void ShardImpl::release_held() {
 void ShardImpl::send(const CallPtr& call) {
   unlist(call);
   call->grants.clear();
+  forget_given(call.get());
   if (call->dropped) return;
   call->dropped = true;  // once
   if (send_) send_(std::move(call->response));
@@ -391,6 +438,7 @@ void ShardImpl::abandon(std::uint32_t io, std::uint64_t connection) {
     }
     unsent.insert(unsent.end(), call->grants.begin(), call->grants.end());
     call->grants.clear();
+    forget_given(call.get());
     call->dropped = true;
     calls_.erase(number);
   }
@@ -419,6 +467,10 @@ void ShardImpl::enlist(const CallPtr& call) {
   CHECK(calls_.size() <= kCallsMax);
   by_connection_[{call->from.io, call->from.connection}].push_back(
       call->number);
+}
+
+void ShardImpl::forget_given(Call* call) {
+  given_bytes_ -= std::exchange(call->given_bytes, 0);
 }
 
 void ShardImpl::unlist(const CallPtr& call) {

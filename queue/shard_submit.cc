@@ -49,6 +49,7 @@ void ShardImpl::submit(Request request) {
   call->from = request.from;
   call->response.to = request.from;
   call->with_payload = request.with_payload;
+  call->view_bytes = request.view_bytes;
   // H3. What was applied and will never be durable must not be seen either.
   if (log_->poisoned() &&
       (!is_read(request) || core_.applied() > log_->durable())) {
@@ -168,6 +169,7 @@ void ShardImpl::enqueue(const CallPtr& call, EnqueueCommand command,
     if (fresh != nullptr && fresh->state == item.state) {
       fill_from_new(std::move(*fresh), options_.core.fsync, call->with_payload,
                     &view);
+      leave_out(call.get(), &view);
       view.waiting_for_level = view.state == State::ready &&
                                view.min_level > 0 &&
                                !level_seen(view.min_level);
@@ -229,6 +231,8 @@ void ShardImpl::fetch_facts(
     return refuse(call, Response::Status::failed,
                   "the facts about depends_on kept changing");
   }
+  // So that it hears of a client that hangs up meanwhile.
+  if (!calls_full()) enlist(call);
   Millis at = now();
   bool posted = store_->post([=, this, missing = std::move(missing)] {
     auto facts = std::make_shared<std::vector<Fact>>();
@@ -246,6 +250,7 @@ void ShardImpl::fetch_facts(
       facts->push_back(fact);
     }
     return [=, this] {
+      unlist(call);
       if (!error.empty()) {
         return refuse(call, Response::Status::failed, error);
       }
@@ -258,7 +263,9 @@ void ShardImpl::fetch_facts(
       then(*facts);
     };
   });
-  if (!posted) refuse(call, Response::Status::failed, "too many file reads");
+  if (posted) return;
+  unlist(call);
+  refuse(call, Response::Status::failed, "too many file reads");
 }
 
 void ShardImpl::lease(const CallPtr& call, LeaseCommand command,
@@ -272,6 +279,11 @@ void ShardImpl::lease(const CallPtr& call, LeaseCommand command,
                   std::to_string(kCallsMax) +
                       " calls wait or have leases that are not sent yet, "
                       "which is the most");
+  }
+  if (given_bytes_ > kGivenBytesMax) {
+    return refuse(call, Response::Status::lagging,
+                  "jobs of " + std::to_string(given_bytes_) +
+                      " bytes are on their way to workers, which is the most");
   }
   if (!shorten(&command)) {
     return refuse(call, Response::Status::disk_low, full_words());
@@ -349,7 +361,8 @@ void ShardImpl::complete(const CallPtr& call, CompleteCommand command,
   }
   if (refuse_if_full(call, bytes, promised_but(kept))) return;
   call->number = next_call_++;
-  if (draining_ || disk_low(disk_hard_) || calls_full()) {
+  if (call->dropped || draining_ || disk_low(disk_hard_) || calls_full() ||
+      given_bytes_ > kGivenBytesMax) {
     command.lease.reset();
   }
   if (log_->lacking()) wait_ms = 0;
@@ -789,6 +802,8 @@ void ShardImpl::give(const CallPtr& call,
     lease.job = std::move(look->view);
     fill_live(*look, call.get(), call->response.leases.size() - 1, true);
   }
+  call->given_bytes += total;
+  given_bytes_ += total;
   enlist(call);
   release_grants(std::move(excess.fences));
 }

@@ -8,7 +8,7 @@
 namespace machina {
 
 bool ShardImpl::park(const CallPtr& call, Call::Parked how, Millis wait_ms) {
-  if (calls_full() || call->hurried) return false;
+  if (calls_full() || call->hurried || call->dropped) return false;
   enlist(call);
   call->parked = how;
   call->deadline_mono = mono() + wait_ms;
@@ -76,6 +76,7 @@ void ShardImpl::finish_watch(const CallPtr& call) {
   drop_needs(call.get());
   auto& response = call->response;
   response.waited_out = core_.live(call->watched);
+  response.left_out = 0;
   response.views.assign(1, JobView{});
   response.views[0].id = call->watched;
   want_view(call.get(), 0, call->watched);

@@ -76,6 +76,7 @@ void Connection::finish(std::uint64_t sequence, bool close) {
   if (s == nullptr || s->done) return;
   s->done = true;
   if (s->large) --large_open_;
+  kept_ += s->bytes.size();
   s->close = close || s->closes;
   s->pending.extra.reset();
   advance();
@@ -94,6 +95,7 @@ void Connection::advance() {
       // follow by way of reply().
       Slot& after = slots_[sent_];
       out_ += after.bytes;
+      if (after.done) kept_ -= after.bytes.size();
       std::string().swap(after.bytes);
     }
     if (close) linger();
@@ -115,6 +117,7 @@ void Connection::linger() {
   since_ = -1;
   lingered_ = 0;
   large_open_ = 0;
+  kept_ = 0;
   base_ = next_;  // later requests are never answered (N1)
   over_ = ended_;
 }

@@ -72,8 +72,10 @@ struct Pending {
   bool quiet = false;  // a worker's verb or a probe: many, and alike
   std::uint8_t path_bytes = 0;
   char path[kSaidPathBytesMax];
-  JobId job;         // the one it made, or nil
-  LimitNote limits;  // what its reply says of them
+  JobId job;                   // the one it made, or nil
+  std::uint64_t room = 0;      // kept for its answer
+  std::uint64_t left_out = 0;  // of a job that there was no room for yet
+  LimitNote limits;            // what its reply says of them
   std::unique_ptr<PendingExtra> extra;
 };
 
@@ -138,6 +140,8 @@ class Connection {
   // Its answer may be large: large_open() counts those that are not finished.
   void mark_large(std::uint64_t sequence);
   int large_open() const { return large_open_; }
+  // Bytes of finished replies that wait for an earlier one.
+  std::size_t kept() const { return kept_; }
 
   bool lingering() const { return state_ == State::lingering; }
   bool idle() const { return base_ == next_ && state_ == State::head; }
@@ -195,6 +199,7 @@ class Connection {
   bool ended_ = false, over_ = false;  // N6
   bool processing_ = false;
   int large_open_ = 0;
+  std::size_t kept_ = 0;
   Millis now_ = 0;
   Millis since_ = 0;       // what N4 counts from; < 0: from the next check on
   Millis body_since_ = 0;  // when the body began, less what we held it up

@@ -380,16 +380,16 @@ MaybeProblem Service::route(const Head& head, const Route** found,
   return p;
 }
 
-// What is brought for a lease that is none, or no more, is not kept.
-MaybeProblem Service::look_at_lease(const Route& route,
-                                    std::string_view token) {
+// What is brought for a lease that is none, or no more, is not kept. A
+// completion that is repeated has the stored answer, whatever it brings now:
+// `wanted` is false.
+MaybeProblem Service::look_at_lease(const Route& route, std::string_view token,
+                                    bool* wanted) {
   if (!route.pattern.starts_with("/v1/leases/{}")) return std::nullopt;
   Fence fence = 0;
   if (auto p = check_token(token, &fence)) return p;
-  // Of others a repeated end has the stored answer.
-  if ((route.flags & Route::raw) == 0 || shard_->leased(fence)) {
-    return std::nullopt;
-  }
+  *wanted = shard_->leased(fence);
+  if (*wanted || route.handle == &Service::post_complete) return std::nullopt;
   return stale_lease();
 }
 
@@ -412,7 +412,10 @@ BodyPlan Service::head_read(Peer& peer, std::uint64_t sequence,
   if (peer.route != nullptr && peer.route->max_body != 0) {
     plan.max = peer.route->max_body;
   }
-  if (!peer.refusal) peer.refusal = look_at_lease(*peer.route, args[0]);
+  bool wanted = true;
+  if (!peer.refusal) {
+    peer.refusal = look_at_lease(*peer.route, args[0], &wanted);
+  }
   bool stream = (flags & Route::stream) != 0;
   if (stream && !peer.refusal) {
     // A streamed body's handler begins here and ends in dispatch().
@@ -429,12 +432,28 @@ BodyPlan Service::head_read(Peer& peer, std::uint64_t sequence,
       // What came counts, not what was announced.
       plan.counted = !peer.proved;
     }
-  } else if (peer.refusal) {
+  } else if (peer.refusal || !wanted) {
     plan.kind = BodyPlan::discard;
   } else if (stream) {
     plan.kind = BodyPlan::stream;
   }
   return plan;
+}
+
+// What is to be kept free for its answer before it is begun.
+std::uint64_t Service::weight_of(const Route& route, const Head& head,
+                                 std::string_view body) {
+  // One that waits long has no answer yet that would need room.
+  if (route.handle == &Service::get_job && preferred_wait(head.prefer) > 0) {
+    return 0;
+  }
+  if (route.handle != &Service::post_jobs) return route.weight;
+  const std::size_t first = body.find_first_not_of(" \t\r\n");
+  const bool lines = is_ndjson(head.content_type);
+  if (!lines && (first == body.npos || body[first] != '[')) return 0;
+  const auto items = static_cast<std::uint64_t>(
+      std::count(body.begin(), body.end(), lines ? '\n' : ','));
+  return std::min<std::uint64_t>(items + 1, kBatchMax) * kItemWeight;
 }
 
 void Service::dispatch(Peer& peer, std::uint64_t sequence, const Head& head,
@@ -465,16 +484,18 @@ void Service::dispatch(Peer& peer, std::uint64_t sequence, const Head& head,
     pump_upload(peer.upload);
     return;
   }
-  // One that waits long has no answer yet that would need room.
-  if (peer.route->weight != 0 && !peer.local &&
-      preferred_wait(head.prefer) <= 0) {
-    peer.connection.mark_large(sequence);
-    if (crowded(peer.route->weight)) {
-      peer.later = std::make_unique<Later>(sequence, head);
-      crowd_.push_back(peer.id);
-      return;
+  // Small ones, the most by far, are not weighed. What a job is answered with
+  // that was small when it was asked for: reply_job().
+  const std::uint64_t weight = weight_of(*peer.route, head, body);
+  if (weight > kSmallAnswerBytes) {
+    const bool alone = weight > kUnsentMax;
+    if (alone) peer.connection.mark_large(sequence);
+    // What stays behind another answer would be kept as long as that one is.
+    if ((alone && !is_front(peer, sequence)) || crowded(peer, weight)) {
+      peer.later = std::make_unique<Later>(sequence, weight, head, body);
+      return join_crowd(peer);
     }
-    weigh(peer, peer.route->weight);
+    weigh(peer, *peer.connection.pending(sequence), weight);
   }
   handle(peer, sequence, head, body);
 }
@@ -489,8 +510,9 @@ void Service::handle(Peer& peer, std::uint64_t sequence, const Head& head,
 
 // --- Room for answers -------------------------------------------------------
 
-Later::Later(std::uint64_t which, const Head& from)
-    : sequence(which), head(from) {
+Later::Later(std::uint64_t which, std::uint64_t how_much, const Head& from,
+             std::string_view with)
+    : sequence(which), weight(how_much), body(with), head(from) {
   std::size_t bytes = 0;
   for (auto view : kHeadViews) bytes += (from.*view).size();
   text.reserve(bytes);
@@ -503,39 +525,104 @@ Later::Later(std::uint64_t which, const Head& from)
 
 // What the peers have not taken yet, what this turn has made for them, and what
 // those may come to that are being made.
-bool Service::crowded(std::uint64_t weight) const {
-  return loop_->unsent_bytes() + made_ + weights_ + weight > kUnsentAllMax;
+bool Service::crowded(const Peer& peer, std::uint64_t weight) const {
+  return loop_->unsent_bytes() + made_ + weights_ + weight >
+         (peer.local ? 2 * kUnsentAllMax : kUnsentAllMax);
 }
 
-void Service::weigh(Peer& peer, std::uint64_t weight) {
-  peer.weight = weight;
+bool Service::is_front(const Peer& peer, std::uint64_t sequence) const {
+  return peer.connection.first_open() == sequence;
+}
+
+void Service::weigh(Peer& peer, Pending& pending, std::uint64_t weight) {
+  pending.room += weight;
+  peer.weight += weight;
   weights_ += weight;
 }
 
-void Service::unweigh(Peer& peer) { weights_ -= std::exchange(peer.weight, 0); }
+void Service::unweigh(Peer& peer, Pending& pending) {
+  const std::uint64_t room = std::exchange(pending.room, 0);
+  peer.weight -= room;
+  weights_ -= room;
+}
+
+void Service::weigh_kept(Peer& peer) {
+  const std::uint64_t kept = peer.connection.kept();
+  weights_ += kept - peer.kept;
+  peer.kept = kept;
+}
+
+// The answer may say again what was told: it is made at once where there is
+// room for it now.
+void Service::keep_room(const Exchange& call) {
+  Peer& peer = call.peer;
+  const std::uint64_t bytes = call.body.size();
+  if (bytes <= kSmallAnswerBytes || crowded(peer, bytes)) return;
+  if (is_front(peer, call.sequence) ||
+      peer.weight + peer.kept + bytes <= kUnsentMax) {
+    weigh(peer, *peer.connection.pending(call.sequence), bytes);
+  }
+}
+
+// How much room the first of its answers waits for; 0: it does not.
+std::uint64_t Service::waits_for(Peer& peer) const {
+  const std::uint64_t front = peer.connection.first_open();
+  const Pending* pending = peer.connection.pending(front);
+  if (pending == nullptr) return 0;
+  if (peer.later != nullptr && peer.later->sequence == front) {
+    return peer.later->weight;
+  }
+  return pending->left_out;
+}
+
+// Who has not taken what was made for him gets no place: on_drained().
+void Service::join_crowd(Peer& peer) {
+  if (peer.in_crowd || peer.socket.unsent() > kUnsentMax ||
+      waits_for(peer) == 0) {
+    return;
+  }
+  peer.in_crowd = true;
+  crowd_.push_back(peer.id);
+  // This turn may be over, and nothing else to come.
+  if (crowd_.size() == 1) loop_->post([this] { let_crowd_in(); });
+}
 
 // Whether the first that waits for room has it, or has gone.
 bool Service::crowd_goes_on() {
   if (crowd_.empty()) return false;
   Peer* p = peer(crowd_.front());
-  return p == nullptr || p->later == nullptr || !crowded(p->route->weight);
+  if (p == nullptr) return true;
+  const std::uint64_t weight = waits_for(*p);
+  return weight == 0 || !crowded(*p, weight);
 }
 
 void Service::let_crowd_in() {
   while (crowd_goes_on()) {
     Peer* p = peer(crowd_.front());
     crowd_.pop_front();
-    if (p == nullptr || p->later == nullptr) continue;
-    auto later = std::move(p->later);
-    if (p->connection.pending(later->sequence) == nullptr) continue;
-    weigh(*p, p->route->weight);
-    handle(*p, later->sequence, later->head, {});
+    if (p == nullptr) continue;
+    p->in_crowd = false;
+    const std::uint64_t weight = waits_for(*p);
+    if (weight == 0) continue;
+    const std::uint64_t sequence = p->connection.first_open();
+    Pending& pending = *p->connection.pending(sequence);
+    weigh(*p, pending, weight);
+    if (p->later != nullptr && p->later->sequence == sequence) {
+      const auto later = std::move(p->later);
+      handle(*p, sequence, later->head, later->body);
+    } else {
+      ask_left_out(*p, sequence, pending);
+    }
     after(*p);
   }
 }
 
-// While room is short it is not for those who do not take what was made.
+// While room is short it is not for those who do not take what was made, nor
+// for what waits behind a call that is parked.
 void Service::cut_stalled(Peer& peer, Millis now) {
+  if (!crowd_.empty() && peer.kept > kSmallAnswerBytes && !poisoned_) {
+    shard_->hurry(0, peer.id);
+  }
   const std::uint64_t sent = peer.socket.sent();
   if (peer.socket.unsent() == 0 || sent != peer.took) {
     peer.took = sent;

@@ -77,6 +77,7 @@ void Service::with_job(const Where& where, const JobId& id,
   get.payload = false;
   request.what = get;
   request.with_payload = false;
+  request.view_bytes = kJobWeight;  // what it waits for, but no large result
   ask(std::move(request), [this, where,
                            then = std::move(then)](Response response) {
     if (auto p = failure_of(response)) return refuse(where, *p);
@@ -407,7 +408,7 @@ void Service::send_file(const Where& where, OpenedFile file, Extras extras) {
   Pending* pending = p->connection.pending(where.sequence);
   if (pending == nullptr) return;
   begin_reply(*p, where.sequence, 200, file.size, extras);
-  unweigh(*p);  // its pieces are made as they are taken
+  unweigh(*p, *pending);  // its pieces are made as they are taken
   auto download = std::make_unique<Download>();
   download->slot = std::make_unique<FileSlot>(files_);
   download->fd = std::move(file.fd);
@@ -436,6 +437,8 @@ void Service::pump_streams(Peer& peer) {
   if (download.offset >= download.size) {
     peer.streams.erase(found);
     peer.connection.finish(front);
+    weigh_kept(peer);
+    join_crowd(peer);
     peer.socket.touch();
     resume_later(peer);
     after(peer);
@@ -498,6 +501,7 @@ void Service::sweep_next(std::shared_ptr<std::vector<Store::Kept>> kept) {
   get.payload = false;
   request.what = get;
   request.with_payload = false;
+  request.view_bytes = kSmallAnswerBytes;
   ask(std::move(request), [this, one, kept](Response response) {
     bool unknown =
         response.status == Response::Status::done &&

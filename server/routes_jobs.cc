@@ -69,13 +69,6 @@ void append_end(JsonWriter& json, const std::string& kind,
   json.key("past_retention").boolean(true);
 }
 
-bool is_ndjson(std::string_view content_type) {
-  std::string_view type = content_type.substr(0, content_type.find(';'));
-  while (!type.empty() && type.back() == ' ') type.remove_suffix(1);
-  return equals_ignoring_case(type, "application/x-ndjson") ||
-         equals_ignoring_case(type, "application/ndjson");
-}
-
 std::string location_of(const JobId& id) {
   constexpr std::string_view kHead = "Location: /v1/jobs/";
   std::string line;
@@ -102,6 +95,13 @@ Problem malformed(const JsonError& error) {
 }
 
 }  // namespace
+
+bool is_ndjson(std::string_view content_type) {
+  std::string_view type = content_type.substr(0, content_type.find(';'));
+  while (!type.empty() && type.back() == ' ') type.remove_suffix(1);
+  return equals_ignoring_case(type, "application/x-ndjson") ||
+         equals_ignoring_case(type, "application/ndjson");
+}
 
 int preferred_wait(std::string_view prefer) {
   while (!prefer.empty()) {
@@ -239,6 +239,7 @@ void Service::enqueue_one(const Exchange& call, const JsonValue& json,
   Pending* pending = call.peer.connection.pending(call.sequence);
   pending->op = static_cast<std::uint8_t>(PendingOp::enqueue);
   pending->stage = form;
+  if (wait_ms == 0 && form != kEnqueueForm) keep_room(call);
   Request request = request_of(call);
   request.what.emplace<Command>(std::move(command));
   request.wait_ms = wait_ms;
@@ -289,7 +290,7 @@ void Service::enqueued(Peer& peer, std::uint64_t sequence, Pending& pending,
     if (seconds > 0) status = is_final(view.state) ? 200 : 202;
   }
   if (pending.stage == kRunSync) status = is_final(view.state) ? 200 : 202;
-  reply_job(peer, sequence, status, view, Show::all, std::move(headers));
+  reply_job(peer, sequence, status, response, Show::all, std::move(headers));
 }
 
 // An array, or a job a line. What can be read goes to the shard in one
@@ -457,7 +458,7 @@ void Service::got(Peer& peer, std::uint64_t sequence, Pending& pending,
     headers = "Preference-Applied: wait=" + std::to_string(seconds) + "\r\n";
     if (!is_final(view.state)) status = 202;
   }
-  reply_job(peer, sequence, status, view,
+  reply_job(peer, sequence, status, response,
             pending.stage == 2 ? Show::no_payload : Show::all,
             std::move(headers));
 }
@@ -849,7 +850,7 @@ void Service::acted(Peer& peer, std::uint64_t sequence, Pending& pending,
       metrics_.tool_ended(job.kind, false,
                           job.started_ms ? end - job.started_ms : 0);
     }
-    return reply_job(peer, sequence, 200, response.views.front(),
+    return reply_job(peer, sequence, 200, response,
                      worker ? Show::no_payload : Show::all);
   }
   reply_with_job(peer, sequence, answer.id, !worker);

@@ -143,25 +143,33 @@ void Service::post_leases(const Exchange& call) {
   submit(std::move(request));
 }
 
-// Writes "session" and "leases":[...]; those that would make the reply too long
-// go back.
+namespace {
+
+// The escaping of names and labels at most sextuples them; what matters here,
+// payload and input, is raw.
+std::size_t reply_bytes(const JobView& job) {
+  return job.payload.size() + job.input.size() + job.blocked_data.size() +
+         16 * 1024;
+}
+
+}  // namespace
+
+// Writes "session" and "leases":[...]; those that would make the reply too
+// long, or that there is no room for, go back.
 void Service::append_leases(Peer& peer, JsonWriter& json,
                             std::vector<LeaseView>& leases,
                             std::string_view session) {
   std::vector<Fence> over;
   if (!session.empty()) json.key("session").string(session);
-  if (!leases.empty()) worker_got(leases.front());
   json.key("leases").begin_array();
   for (LeaseView& lease : leases) {
-    // The escaping of names and labels at most sextuples them; what matters
-    // here, payload and input, is raw.
-    std::size_t about = lease.job.payload.size() + lease.job.input.size() +
-                        lease.job.blocked_data.size() + 16 * 1024;
-    if (json.size() + about > kLeaseReplyBytesMax &&
-        &lease != &leases.front()) {
+    const std::size_t bytes = json.size() + reply_bytes(lease.job);
+    const bool first = &lease == &leases.front();
+    if ((bytes > kLeaseReplyBytesMax && !first) || crowded(peer, bytes)) {
       over.push_back(lease.fence);
       continue;
     }
+    if (first) worker_got(lease);
     json.begin_object();
     json.key("token").string(tokens_->make(lease.fence));
     json.key("fence").string(fence_hex(lease.fence));
@@ -183,6 +191,16 @@ void Service::append_leases(Peer& peer, JsonWriter& json,
 void Service::leased(Peer& peer, std::uint64_t sequence, Pending& pending,
                      Response& response) {
   if (response.leases.empty()) return reply(peer, sequence, 204, "");
+  if (crowded(peer, reply_bytes(response.leases.front().job))) {
+    give_back(fences_of(response.leases));
+    Problem p;
+    p.status = 503;
+    p.code = "busy";
+    p.retry_after = 1;
+    p.detail = "answers of " + std::to_string(kUnsentAllMax) +
+               " bytes wait for their readers, the most that may";
+    return refuse(peer, sequence, p);
+  }
   std::string body;
   JsonWriter json(body);
   json.begin_object();
@@ -322,6 +340,7 @@ void Service::post_complete(const Exchange& call) {
   }
   call.peer.connection.pending(call.sequence)->op =
       static_cast<std::uint8_t>(PendingOp::complete);
+  keep_room(call);
   Request request = request_of(call);
   request.with_payload = false;
   if (item->outcome.artifacts.empty()) {
@@ -353,7 +372,7 @@ void Service::completed(Peer& peer, std::uint64_t sequence, Pending&,
     const JobView& job = response.views.front();
     metrics_.tool_ended(job.kind, job.state == State::succeeded,
                         job.finished_ms - job.started_ms);
-    return reply_job(peer, sequence, 200, job, Show::no_payload);
+    return reply_job(peer, sequence, 200, response, Show::no_payload);
   }
   reply_with_job(peer, sequence, answer.id, false);
 }
@@ -531,6 +550,7 @@ void Service::post_fail(const Exchange& call) {
   }
   call.peer.connection.pending(call.sequence)->op =
       static_cast<std::uint8_t>(PendingOp::lease_act);
+  keep_room(call);
   Where where{call.peer.id, call.sequence};
   auto go = [this, where, command] {
     Request request;

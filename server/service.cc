@@ -514,7 +514,7 @@ void Service::forget(Peer& peer) {
   if (peer.closed) return;
   peer.closed = true;
   release(peer);
-  weights_ -= std::exchange(peer.weight, 0);
+  weights_ -= std::exchange(peer.weight, 0) + std::exchange(peer.kept, 0);
   if (peer.serving != nullptr && peer.serving->peer == peer.id) {
     peer.serving->until =
         std::min(peer.serving->until, loop_->now() + kServingGoneMs);
@@ -574,13 +574,15 @@ void Peer::on_hangup() {
 void Peer::on_drained() {
   if (closed) return;
   if (!streams.empty()) service.pump_streams(*this);
+  service.join_crowd(*this);
   service.resume_later(*this);
   service.after(*this);  // it may have been paused for what was unsent
 }
 
 // Before an answer is made: is what was made for it taken?
 bool Peer::may_take() {
-  return socket.unsent() <= kUnsentMax && connection.large_open() == 0;
+  return socket.unsent() <= kUnsentMax && connection.large_open() == 0 &&
+         later == nullptr;
 }
 
 std::optional<HttpError> Peer::on_held(std::size_t bytes) {
@@ -741,13 +743,18 @@ void Service::reply(Peer& peer, std::uint64_t sequence, int status,
                     std::string_view body, const Extras& extras) {
   if (peer.closed || peer.connection.pending(sequence) == nullptr) return;
   begin_reply(peer, sequence, status, body.size(), extras);
+  unweigh(peer, *peer.connection.pending(sequence));
   if (status != 204 && !peer.connection.is_head(sequence)) {
     peer.connection.reply(sequence) += body;
   }
   peer.connection.finish(sequence, extras.close);
-  if (peer.connection.large_open() == 0) unweigh(peer);
   peer.socket.touch();
-  if (peer.connection.lingering()) peer.socket.end();
+  weigh_kept(peer);
+  if (peer.connection.lingering()) {
+    weights_ -= std::exchange(peer.weight, 0);  // no more is answered
+    peer.socket.end();
+  }
+  join_crowd(peer);
   resume_later(peer);
   if (!peer.streams.empty()) pump_streams(peer);
 }
@@ -837,8 +844,34 @@ void Service::refuse_error(const Where& where, const Error& error) {
   refuse(where, p);
 }
 
+namespace {
+
+// The answer with a job that there was no room for.
+struct LeftOut final : PendingExtra {
+  int status = 200;
+  Show show = Show::all;
+  std::string headers;
+  JobView view;  // as it was then, without payload and result
+};
+
+}  // namespace
+
 void Service::reply_job(Peer& peer, std::uint64_t sequence, int status,
-                        const JobView& view, Show show, std::string headers) {
+                        Response& response, Show show, std::string headers) {
+  JobView& view = response.views.front();
+  if (response.left_out != 0) {
+    Pending& pending = *peer.connection.pending(sequence);
+    auto waits = std::make_unique<LeftOut>();
+    waits->status = status;
+    waits->show = show;
+    waits->headers = std::move(headers);
+    waits->view = std::move(view);
+    pending.op = static_cast<std::uint8_t>(PendingOp::left_out);
+    pending.extra = std::move(waits);
+    pending.left_out = response.left_out;
+    unweigh(peer, pending);
+    return join_crowd(peer);
+  }
   scratch_.clear();
   JsonWriter json(scratch_);
   append_job(json, view, show,
@@ -848,6 +881,39 @@ void Service::reply_job(Peer& peer, std::uint64_t sequence, int status,
   Extras extras;
   extras.headers = std::move(headers);
   reply(peer, sequence, status, scratch_, extras);
+}
+
+void Service::ask_left_out(Peer& peer, std::uint64_t sequence,
+                           Pending& pending) {
+  const auto& waits = static_cast<const LeftOut&>(*pending.extra);
+  pending.left_out = 0;
+  Request request;
+  request.from = Address{0, peer.id, sequence};
+  GetQuery get;
+  get.id = waits.view.id;
+  get.payload = waits.show == Show::all;
+  request.what = get;
+  request.with_payload = get.payload;
+  submit(std::move(request));
+}
+
+// There was room, and the job was asked for again.
+void Service::reply_left_out(Peer& peer, std::uint64_t sequence,
+                             Pending& pending, Response& response) {
+  auto waits =
+      std::unique_ptr<LeftOut>(static_cast<LeftOut*>(pending.extra.release()));
+  Show show = waits->show;
+  if (response.views.empty() || response.views.front().id.is_nil()) {
+    // It was done, and nothing keeps its result any more.
+    response.left_out = 0;
+    response.views.assign(1, std::move(waits->view));
+    show = Show::no_payload;
+  }
+  JobView& view = response.views.front();
+  view.duplicate = waits->view.duplicate;
+  if (waits->status == 202 && is_final(view.state)) waits->status = 200;
+  reply_job(peer, sequence, waits->status, response, show,
+            std::move(waits->headers));
 }
 
 // --- The shard -------------------------------------------------------------
@@ -867,9 +933,14 @@ void Service::submit(Request request) {
     return;
   }
   // Who has hung up may still read, but is not waited for.
-  if (Peer* p = peer(request.from.connection); p != nullptr && p->hung_up) {
-    request.wait_ms = 0;
-    if (auto* get = std::get_if<GetQuery>(&request.what)) get->wait_ms = 0;
+  if (Peer* p = peer(request.from.connection)) {
+    if (p->hung_up) {
+      request.wait_ms = 0;
+      if (auto* get = std::get_if<GetQuery>(&request.what)) get->wait_ms = 0;
+    }
+    const Pending* pending = p->connection.pending(request.from.sequence);
+    request.view_bytes =
+        kSmallAnswerBytes + (pending == nullptr ? 0 : pending->room);
   }
   shard_->submit(std::move(request));
 }
@@ -1002,6 +1073,12 @@ std::optional<Problem> Service::problem_of(const ItemAnswer& answer,
   return p;
 }
 
+std::vector<Fence> fences_of(const std::vector<LeaseView>& leases) {
+  std::vector<Fence> fences;
+  for (const LeaseView& lease : leases) fences.push_back(lease.fence);
+  return fences;
+}
+
 void Service::on_response(Response response) {
   if (response.to.connection == 0) {
     auto found = asked_.find(response.to.sequence);
@@ -1016,18 +1093,21 @@ void Service::on_response(Response response) {
   Pending* pending = p == nullptr ? nullptr : p->connection.pending(sequence);
   if (pending == nullptr) {
     // Nobody is there to hear of these leases.
-    std::vector<Fence> fences;
-    for (const LeaseView& lease : response.leases) {
-      fences.push_back(lease.fence);
-    }
-    give_back(std::move(fences));
+    give_back(fences_of(response.leases));
     return;
+  }
+  const auto op = static_cast<PendingOp>(pending->op);
+  // What was promised is not taken back because it cannot be shown whole.
+  if (op == PendingOp::left_out &&
+      response.status == Response::Status::disk_low) {
+    response.status = Response::Status::done;
+    response.views.clear();
   }
   if (auto problem = failure_of(response)) {
     refuse(*p, sequence, *problem);
     return;
   }
-  switch (static_cast<PendingOp>(pending->op)) {
+  switch (op) {
     case PendingOp::enqueue:
       return enqueued(*p, sequence, *pending, response);
     case PendingOp::enqueue_many:
@@ -1047,6 +1127,8 @@ void Service::on_response(Response response) {
       return completed(*p, sequence, *pending, response);
     case PendingOp::complete_many:
       return completed_many(*p, sequence, *pending, response);
+    case PendingOp::left_out:
+      return reply_left_out(*p, sequence, *pending, response);
     case PendingOp::none:
     case PendingOp::sync:
     case PendingOp::stream:

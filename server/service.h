@@ -58,12 +58,16 @@ constexpr std::uint64_t kStalledBytes = 64 * 1024;
 // Of a connection: then its next request is not begun.
 constexpr std::size_t kUnsentMax = 64u << 10;
 // Of all connections together: then no request whose answer may be large is
-// begun, and who has taken nothing for kStalledFullMs is cut off.
+// begun, and who has taken nothing for kStalledFullMs is cut off. The Unix
+// socket has as much beyond it: clients must not shut workers out.
 constexpr std::uint64_t kUnsentAllMax = 32u << 20;
 constexpr Millis kStalledFullMs = 2'000;
 // What is kept free of kUnsentAllMax for a large answer that is being made.
 constexpr std::uint64_t kListWeight = 4u << 20, kJobWeight = 128u << 10,
                         kPageWeight = 1u << 20, kDiffWeight = 16u << 20;
+constexpr std::uint64_t kItemWeight = 256;  // of one job's of a bulk request
+// What Request::view_bytes counts, of an answer that no room is kept for.
+constexpr std::uint64_t kSmallAnswerBytes = 2u << 10;
 constexpr std::uint64_t kTrimBytes = 8u << 20;  // memory worth giving back
 // Wrong credentials from one address: this many at once, and a minute.
 constexpr std::uint32_t kWrongCredentialsPerMinute = 600;
@@ -114,6 +118,7 @@ enum class PendingOp : std::uint8_t {
   lease_act,
   sync,
   stream,
+  left_out,
 };
 
 // What a handler is given. The views die with the call.
@@ -145,11 +150,12 @@ struct Route {
   std::uint64_t weight = 0;    // how large its answer may be; 0: small
 };
 
-// A request without a body whose answer there is no room for yet.
+// A request whose answer there is no room for yet.
 struct Later {
-  Later(std::uint64_t which, const Head& from);
-  std::uint64_t sequence;
-  std::string text;
+  Later(std::uint64_t which, std::uint64_t how_much, const Head& from,
+        std::string_view with);
+  std::uint64_t sequence, weight;
+  std::string text, body;
   Head head;  // its views point into `text`
 };
 
@@ -200,9 +206,11 @@ struct Peer final : SocketEvents, ConnectionSink {
   std::shared_ptr<Serving> serving;  // of the worker that asked here last
   std::unique_ptr<Sha256> digest;    // of a signed body that comes in pieces
   std::uint64_t reserved = 0;        // of kUnprovedBytesMax
-  std::uint64_t weight = 0;          // of its large answer that is being made
+  std::uint64_t weight = 0;          // what is kept for its answers
   bool hung_up = false;              // it will send no more
   std::unique_ptr<Later> later;      // waits for room, by way of crowd_
+  bool in_crowd = false;
+  std::uint64_t kept = 0;       // Connection::kept(), as it is in weights_
   bool proved = false;          // a credential was right on this connection
   std::uint8_t credential = 0;  // 1: token, 2: signature
   // An artifact that is coming in.
@@ -256,9 +264,16 @@ class Service {
   void close(Peer& peer);
   void after(Peer& peer);  // replies were written: flush, linger, resume
   // --- room for answers (routes.cc) ---
-  bool crowded(std::uint64_t weight) const;
-  void weigh(Peer& peer, std::uint64_t weight);
-  void unweigh(Peer& peer);
+  static std::uint64_t weight_of(const Route& route, const Head& head,
+                                 std::string_view body);
+  bool crowded(const Peer& peer, std::uint64_t weight) const;
+  bool is_front(const Peer& peer, std::uint64_t sequence) const;
+  void weigh(Peer& peer, Pending& pending, std::uint64_t weight);
+  void unweigh(Peer& peer, Pending& pending);
+  void weigh_kept(Peer& peer);
+  void keep_room(const Exchange& call);
+  std::uint64_t waits_for(Peer& peer) const;
+  void join_crowd(Peer& peer);
   bool crowd_goes_on();
   void let_crowd_in();
   void cut_stalled(Peer& peer, Millis now);
@@ -270,7 +285,8 @@ class Service {
   void handle(Peer& peer, std::uint64_t sequence, const Head& head,
               std::string_view body);
   // Finds the route; `args` point into the head or into path_.
-  MaybeProblem look_at_lease(const Route& route, std::string_view token);
+  MaybeProblem look_at_lease(const Route& route, std::string_view token,
+                             bool* wanted);
   MaybeProblem route(const Head& head, const Route** route,
                      std::array<std::string_view, 2>* args);
   // The path as routes see it: decoded. Nothing where it is no path of ours.
@@ -301,8 +317,13 @@ class Service {
   void refuse(Peer& peer, std::uint64_t sequence, const Problem& problem);
   void refuse(const Where& where, const Problem& problem);
   void resume_later(Peer& peer);
+  // With the first view of `response`; where something was left out of it,
+  // later, when there is room.
   void reply_job(Peer& peer, std::uint64_t sequence, int status,
-                 const JobView& view, Show show, std::string headers = {});
+                 Response& response, Show show, std::string headers = {});
+  void ask_left_out(Peer& peer, std::uint64_t sequence, Pending& pending);
+  void reply_left_out(Peer& peer, std::uint64_t sequence, Pending& pending,
+                      Response& response);
 
   // --- the shard ---
   Request request_of(const Exchange& call);
@@ -503,7 +524,8 @@ class Service {
   Limits limits_, wrong_;  // of requests; of wrong credentials (bucket 0)
   std::unordered_map<ClientKey, int, ClientKeyHash> per_address_;
   std::uint64_t unproved_bytes_ = 0;
-  std::uint64_t weights_ = 0;        // of large answers that are being made
+  // Of large answers that are being made, or wait for earlier ones.
+  std::uint64_t weights_ = 0;
   std::uint64_t made_ = 0;           // bytes of answers of this turn
   std::uint64_t unsent_peak_ = 0;    // since memory was last given back
   std::deque<std::uint64_t> crowd_;  // peers that wait for room
@@ -625,8 +647,10 @@ void Service::on_store(const Where& where, std::function<T()> work,
 }
 
 Problem stale_lease();  // 409
+std::vector<Fence> fences_of(const std::vector<LeaseView>& leases);
 // CLOCK_MONOTONIC, for how long things took.
 std::uint64_t mono_us();
+bool is_ndjson(std::string_view content_type);
 // The N of "wait=N" in a Prefer header; -1: it has none.
 int preferred_wait(std::string_view prefer);
 // A query's parameters in order, decoded; nothing where the text is malformed.

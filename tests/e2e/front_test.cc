@@ -285,6 +285,62 @@ TEST_P(Front, F08_UnreadAnswersCostLittle) {
   EXPECT_LT(resident_mib() - before, 100);
 }
 
+// Whatever asks for a job that is large, and does not read.
+TEST_P(Front, F08_UnreadJobsCostLittle) {
+  Serve serve;
+  serve.workers = 0;
+  start(serve);
+  const std::string text = "{\"t\":\"" + std::string(900'000, 'x') + "\"}";
+  const std::string job =
+      R"({"kind":"ext.a","dedup_key":"k","payload":)" + text + "}";
+  const Answer made = p().call("POST", "/v1/jobs", job, {});
+  ASSERT_EQ(made.status, 201);
+  const std::string path = "/v1/jobs/" + std::string(made.json()["id"]);
+  const Answer leased =
+      p().post("/v1/leases", {{"worker", "w"}, {"kinds", {"ext.a"}}});
+  ASSERT_EQ(leased.status, 200);
+  const std::string lease =
+      "/v1/leases/" + std::string(leased.json()["leases"][0]["token"]);
+  const std::string wait = "Prefer: wait=300\r\n";
+  const std::string bulk = "[" + [] {
+    std::string items = "1";
+    for (int i = 1; i < 1000; ++i) items += ",1";
+    return items;
+  }() + "]";
+  auto resident_mib = [&] {
+    const std::string status =
+        read_file("/proc/" + std::to_string(p().server()) + "/status");
+    return std::stoi(status.substr(status.find("VmRSS:") + 6)) / 1024;
+  };
+  const int before = resident_mib();
+  int most = 0;
+  std::vector<std::unique_ptr<Wire>> deaf;
+  auto ask = [&](const std::string& one) {
+    std::string asks;
+    for (int i = 0; i < 64; ++i) asks += one;
+    for (int i = 0; i < 4; ++i) {
+      deaf.push_back(std::make_unique<Wire>(p().port()));
+      deaf.back()->send(asks);
+    }
+    for (int i = 0; i < 10; ++i) {
+      EXPECT_EQ(p().get("/health").status, 200);
+      most = std::max(most, resident_mib() - before);
+    }
+  };
+  const std::string cancel = request("POST " + path + "/cancel");
+  ask(request("GET " + path));
+  ask(cancel);
+  ask(request("GET " + path, "", wait));  // it ends below
+  ASSERT_EQ(
+      p().call("POST", lease + "/complete", "{\"result\":" + text + "}", {})
+          .status,
+      200);
+  ask(request("GET " + path, "", wait));
+  ask(request("POST " + lease + "/complete", "{}"));
+  ask(request("POST /v1/jobs", bulk));
+  EXPECT_LT(most, 100);
+}
+
 MACHINA_BOTH(Front);
 
 }  // namespace

@@ -110,6 +110,62 @@ TEST_F(ShardTest, BodiesBeyondTheCacheComeFromTheLog) {
   EXPECT_EQ(get(ids[3]).views.at(0).payload.size(), 2008u);
 }
 
+// In the cache, in the log, ended and not yet in history, in history.
+TEST_F(ShardTest, F08_WhatAnAnswerMayNotHaveIsLeftOut) {
+  options_.body_cache_bytes = 4096;
+  const std::string large = "{\"p\":\"" + std::string(50'000, 'x') + "\"}";
+  open();
+  auto look = [&](const JobId& id, std::uint64_t view_bytes) {
+    Request request;
+    request.from = {0, 1, ++sequence_};
+    GetQuery query;
+    query.id = id;
+    request.what = query;
+    request.view_bytes = view_bytes;
+    const Address from = request.from;
+    shard_->submit(std::move(request));
+    return await(from);
+  };
+  auto check = [&](const JobId& id, std::uint64_t least, const char* where) {
+    SCOPED_TRACE(where);
+    const Response all = look(id, UINT64_MAX);
+    EXPECT_EQ(all.views.at(0).payload, large);
+    EXPECT_EQ(all.left_out, 0u);
+    const Response part = look(id, 2048);
+    EXPECT_EQ(part.views.at(0).id, id);
+    EXPECT_EQ(part.views.at(0).state, all.views.at(0).state);
+    EXPECT_TRUE(part.views.at(0).payload.empty());
+    EXPECT_TRUE(part.views.at(0).result.empty());
+    EXPECT_GE(part.left_out, least);
+  };
+  const JobId id = enqueued(noop(large));
+  check(id, 50'000, "just made");
+  for (int i = 0; i < 10; ++i) enqueued(noop(large));
+  check(id, 50'000, "in the log");
+  const LeaseView lease = lease_one();
+  ASSERT_EQ(lease.job.id, id);
+  EXPECT_EQ(lease.job.payload, large);
+  ASSERT_EQ(complete(lease.fence, large).items.at(0).answer, Answer::ok);
+  check(id, 100'000, "ended");
+  wait_for_history();
+  reopen();
+  check(id, 100'000, "in history");
+}
+
+TEST_F(ShardTest, F09_WhoHangsUpWhileHistoryIsReadIsNotWaitedFor) {
+  open();
+  const JobId first = enqueued(noop());
+  ASSERT_EQ(complete(lease_one().fence).items.at(0).answer, Answer::ok);
+  wait_for_history();
+  reopen();
+  EnqueueCommand command;
+  command.jobs.push_back(noop());
+  command.jobs.back().depends_on = {first};
+  const Address at = submit(Command(command), 60'000);
+  shard_->hurry(0, 1);
+  EXPECT_TRUE(await(at).waited_out);
+}
+
 TEST_F(ShardTest, LeaseReplyIsBoundedAndTheExcessGoesBack) {
   open();
   for (int i = 0; i < 8; ++i) {

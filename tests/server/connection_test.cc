@@ -510,6 +510,19 @@ TEST(ConnectionTest, F08_NoRequestIsBegunWhileItsAnswerHasNoRoom) {
   EXPECT_FALSE(rig.connection.wants_pause());
 }
 
+TEST(ConnectionTest, F08_WhatWaitsForAnEarlierAnswerIsCounted) {
+  const std::string get = "GET / HTTP/1.1\r\nHost: h\r\n\r\n";
+  Rig rig;
+  rig.sink.keep = true;
+  rig.feed(get + get + get);
+  rig.sink.answer(1);
+  rig.sink.answer(2);
+  EXPECT_EQ(rig.connection.kept(), 6u);
+  rig.sink.answer(0);
+  EXPECT_EQ(rig.out, "R0;R1;R2;");
+  EXPECT_EQ(rig.connection.kept(), 0u);
+}
+
 TEST(ConnectionTest, F09_OfACountedBodyWhatCameCounts) {
   Rig rig;
   rig.sink.counted = true;

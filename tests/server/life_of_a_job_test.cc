@@ -143,5 +143,96 @@ TEST_F(LifeOfAJob, ASecondServerOnOneRootIsExit75) {
   EXPECT_EQ(local().get("/health").status, 200);  // its socket is left alone
 }
 
+// Answers that are made only when there is room for them, and one at a time,
+// say all the same what the others do.
+TEST_F(LifeOfAJob, F08_LargeAnswersComeWholeAndInTheirOrder) {
+  start_real();
+  const std::string text(30'000, 'x'), large = "{\"t\":\"" + text + "\"}";
+  const std::string job =
+      R"({"kind":"ext.a","dedup_key":"k","payload":)" + large + "}";
+  Client c = tcp(), w = local();
+  constexpr int kTimes = 5;  // so few that the kernel holds the bodies
+  auto times = [&](const std::string& method, const std::string& path,
+                   const std::string& body, const std::string& headers,
+                   int status, const char* member) {
+    SCOPED_TRACE(method + " " + path + " " + headers);
+    for (Client* from : {&c, &w}) {
+      for (int i = 0; i < kTimes; ++i) from->start(method, path, body, headers);
+      for (int i = 0; i < kTimes; ++i) {
+        const Reply r = from->reply();
+        EXPECT_EQ(r.status, status) << r.body.substr(0, 300);
+        EXPECT_EQ(r.json()[member]["t"].get<std::string>().substr(0, 30'000),
+                  text);
+      }
+    }
+  };
+  // More than is kept for a job whose size is not known.
+  const std::string more = "{\"t\":\"" + std::string(300'000, 'x') + "\"}";
+  Reply huge = c.post("/v1/jobs", R"({"kind":"other","payload":)" + more + "}");
+  ASSERT_EQ(huge.status, 201) << huge.body.substr(0, 300);
+  times("GET", "/v1/jobs/" + std::string(huge.json()["id"]), "", "", 200,
+        "payload");
+  Reply r = c.post("/v1/jobs", job);
+  ASSERT_EQ(r.status, 201) << r.body.substr(0, 300);
+  EXPECT_EQ(r.json()["payload"]["t"], text);
+  const std::string path = "/v1/jobs/" + std::string(r.json()["id"]);
+  times("GET", path, "", "", 200, "payload");
+  times("POST", "/v1/jobs", job, "", 200, "payload");
+  r = w.post("/v1/leases", R"({"worker":"w","kinds":["ext.*"]})");
+  ASSERT_EQ(r.status, 200) << r.body.substr(0, 300);
+  EXPECT_EQ(r.json()["leases"][0]["job"]["payload"]["t"], text);
+  const std::string lease =
+      "/v1/leases/" + std::string(r.json()["leases"][0]["token"]);
+  times("POST", path + "/cancel", "", "", 200, "payload");
+  // These hear of the end, all at once.
+  for (int i = 0; i < kTimes; ++i) {
+    c.start("GET", path, "", "Prefer: wait=60\r\n");
+    c.start("POST", "/v1/jobs", job, "Prefer: wait=60\r\n");
+    c.start("POST", "/run_sync", job);
+  }
+  w.start("POST", lease + "/complete", "{\"result\":" + large + "}");
+  r = w.reply();
+  ASSERT_EQ(r.status, 200) << r.body.substr(0, 300);
+  EXPECT_EQ(r.json()["result"]["t"], text);
+  for (int i = 0; i < 3 * kTimes; ++i) {
+    r = c.reply();
+    EXPECT_EQ(r.status, 200) << r.body.substr(0, 300);
+    EXPECT_EQ(r.json()["payload"]["t"], text);
+    EXPECT_EQ(r.json()["result"]["t"], text);
+  }
+  times("POST", lease + "/complete", "{}", "", 200, "result");
+  times("GET", path, "", "Prefer: wait=60\r\n", 200, "result");
+  times("POST", "/v1/jobs", job, "Prefer: wait=60\r\n", 200, "result");
+  times("POST", "/run_sync", job, "", 200, "result");
+}
+
+// Asked whether they may send it (Expect), they are told the end instead.
+TEST_F(LifeOfAJob, F09_NoBodyIsTakenForALeaseThatHasEnded) {
+  start_real();
+  Client c = tcp();
+  ASSERT_EQ(c.post("/v1/jobs", R"({"kind":"ext.a"})").status, 201);
+  const Reply leased =
+      c.post("/v1/leases", R"({"worker":"w","kinds":["ext.*"]})");
+  ASSERT_EQ(leased.status, 200);
+  const std::string lease =
+      "/v1/leases/" + std::string(leased.json()["leases"][0]["token"]);
+  auto offer = [&](const std::string& verb) {
+    Client one = tcp();
+    one.send("POST " + lease + verb +
+             " HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+             "Content-Length: 1000000\r\n\r\n");
+    return one.reply();
+  };
+  for (const char* verb : {"/complete", "/fail", "/block"}) {
+    EXPECT_EQ(offer(verb).status, 100) << verb;
+  }
+  ASSERT_EQ(c.post(lease + "/complete", R"({"result":7})").status, 200);
+  const Reply again = offer("/complete");
+  EXPECT_EQ(again.status, 200);
+  EXPECT_EQ(again.json()["result"], 7);
+  EXPECT_EQ(offer("/fail").status, 409);
+  EXPECT_EQ(offer("/block").status, 409);
+}
+
 }  // namespace
 }  // namespace machina::test
