@@ -285,11 +285,12 @@ class Pool {
  public:
   Pool(const PoolOptions& options, const Root& root,
        const Predecessor& predecessor, sandbox::Spawner& spawner,
-       Program program)
+       const sandbox::PidsBound& pids, Program program)
       : options_(options),
         root_(root),
         spawner_(spawner),
         program_(std::move(program)),
+        pids_(pids),
         id_("p" + random_hex(8)),
         session_(predecessor.session.size() == kSessionDigits
                      ? predecessor.session
@@ -336,6 +337,10 @@ class Pool {
     return "{\"reason\":" + json::quoted(trouble_.reason) +
            ",\"remedy\":" + json::quoted(trouble_.remedy) + "}";
   }
+  // Of a job, with as many workers as are wanted now.
+  std::uint64_t pids_max() const {
+    return std::min(options_.pids_max, sandbox::pids_part(pids_, target_));
+  }
   void take_trouble(const PoolSlots::Slot& slot, sandbox::Trouble trouble);
   // Called with mutex_ held. `urgent`: end the poll that is parked.
   void changed(bool urgent) {
@@ -373,12 +378,13 @@ class Pool {
   const ProcessId spawner_id_ =
       look_at(spawner_.pid()).value_or(Process()).id;  // in pool.lock
   const Program program_;
+  const sandbox::PidsBound pids_;
   const std::string id_;
   const std::string session_;  // a secret: whose leases the workers' are
   std::string host_;
   HttpClient client_;
   int signal_fd_ = -1, news_fd_ = -1;
-  int terms_ = 0;  // how often a signal asked it to leave
+  int terms_ = 0;               // how often a signal asked it to leave
   std::map<int, Facts> facts_;  // by slot
   int starts_ = 0;
   int slots_told_ = 0;  // what the spawner knows of target_
@@ -420,7 +426,8 @@ int Pool::run() {
       .with("pid", getpid())
       .with("uid", getuid())
       .with("spawner_pid", spawner_.pid())
-      .with("workers", target_);
+      .with("workers", target_)
+      .with("pids_max", static_cast<std::int64_t>(pids_max()));
 
   std::thread sync([this] { sync_loop(); });
   notify_manager(options_.manager.notify_socket, "READY=1");
@@ -462,9 +469,8 @@ void Pool::sync_loop() {
     const Millis wait_ms = parked ? kSyncWaitMs : 200;
     SandboxCounts counts = counts_;
     counts.log_dropped += said_dropped();
-    const std::string body =
-        slots_.sync_body(host_, session_, counts.json(), trouble_json(),
-                         wait_ms);
+    const std::string body = slots_.sync_body(
+        host_, session_, counts.json(), trouble_json(), pids_max(), wait_ms);
     dirty_ = false;
     in_call_ = true;
     synced_ms_ = now_ms();
@@ -969,6 +975,7 @@ int run_pool(const PoolOptions& options) {
   if (auto trouble = sandbox::host_trouble(spawning); trouble.any()) {
     return cannot_serve(root, trouble);
   }
+  const sandbox::PidsBound pids = sandbox::pids_bound();  // as the spawner asks
   auto spawner = sandbox::Spawner::start(spawning);
   if (!spawner) {
     return cannot_serve(root, {spawner.error().what, kRemedyDoctor});
@@ -979,7 +986,8 @@ int run_pool(const PoolOptions& options) {
   unlinkat(root.dir, "pool.trouble", 0);
   lines.begin();
   const int code =
-      Pool(options, root, predecessor, **spawner, std::move(*program)).run();
+      Pool(options, root, predecessor, **spawner, pids, std::move(*program))
+          .run();
   erase_own_pid(options, own_pid);
   return code;
 }

@@ -188,7 +188,7 @@ std::string PoolSlots::sync_body(const std::string& host,
                                  const std::string& session,
                                  const std::string& counts,
                                  const std::string& trouble,
-                                 Millis wait_ms) const {
+                                 std::uint64_t pids_max, Millis wait_ms) const {
   std::string out = "{\"host\":" + json::quoted(host) +
                     ",\"session\":" + json::quoted(session) + ",\"workers\":[";
   bool first = true;
@@ -205,7 +205,8 @@ std::string PoolSlots::sync_body(const std::string& host,
     out += "{\"name\":" + json::quoted(slot.name) +
            ",\"slot\":" + std::to_string(i) +
            ",\"pid\":" + std::to_string(slot.pid) + ",\"state\":\"" + state +
-           "\",\"started_at\":\"" + rfc3339(slot.started_wall_ms) + "\"";
+           "\",\"started_at\":\"" + rfc3339(slot.started_wall_ms) +
+           "\",\"pids_max\":" + std::to_string(pids_max);
     if (!slot.job.empty()) out += ",\"job\":" + json::quoted(slot.job);
     if (!slot.isolation.empty()) {
       // The level beside the whole, for those who look for nothing else.

@@ -86,10 +86,11 @@ class PoolSlots {
   std::vector<std::string> unreported() const;
   void reported(const std::vector<std::string>& names);
 
-  // The body of a sync; `counts` is raw JSON, `trouble` too, or empty.
+  // The body of a sync; `counts` is raw JSON, `trouble` too, or empty;
+  // `pids_max` is what a job gets at most.
   std::string sync_body(const std::string& host, const std::string& session,
                         const std::string& counts, const std::string& trouble,
-                        Millis wait_ms) const;
+                        std::uint64_t pids_max, Millis wait_ms) const;
   int staying() const;  // running, and not asked to leave
 
  private:

@@ -181,4 +181,41 @@ TEST_P(UsageE2e, F26_WorkersAreBusyUnderShortJobs) {
       << p().get("/v1/workers").body;
 }
 
+// More processes than any host has, for each worker: said at the start, and at
+// each number of workers.
+TEST_P(UsageE2e, F18_JobsAreHeldToTheirPartOfTheHostsProcesses) {
+  Serve serve;
+  serve.workers = 2;
+  serve.env["MACHINA_SANDBOX_MAX_PIDS"] = "4000000";
+  start(serve);
+  EXPECT_NE(p().log().find("4000000 processes to a job"), std::string::npos)
+      << end_of(p().log());
+  const auto parts = [&](std::size_t count) {
+    std::vector<std::uint64_t> all;
+    EXPECT_TRUE(eventually(
+        [&] {
+          all.clear();
+          const Json shown = p().get("/v1/workers").json();
+          for (const Json& worker : shown["workers"]) {
+            all.push_back(worker.value("pids_max", std::uint64_t{0}));
+          }
+          return all.size() == count &&
+                 std::count(all.begin(), all.end(), all[0]) ==
+                     static_cast<std::ptrdiff_t>(count);
+        },
+        20000))
+        << p().get("/v1/workers").body;
+    return all.empty() ? 0 : all[0];
+  };
+  const std::uint64_t two = parts(2);
+  EXPECT_GT(two, 0u);
+  EXPECT_LT(two, 4'000'000u);
+  p().call("PUT", "/v1/workers/scale", R"({"count":4})");
+  const std::uint64_t four = parts(4);
+  EXPECT_LE(four, two / 2);
+  EXPECT_GT(four, two / 3);
+  p().call("PUT", "/v1/workers/scale", R"({"count":2})");
+  EXPECT_EQ(parts(2), two);
+}
+
 }  // namespace machina::e2e

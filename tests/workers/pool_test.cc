@@ -459,7 +459,7 @@ TEST(PoolSlotsTest, F10_WhoWasKilledByThePoolIsNotGone) {
   slots.emptied(1);
   EXPECT_EQ(slots.gone(), (Names{"old", "a"}));
   EXPECT_EQ(slots.ended(), (Names{"older", "b"}));
-  const std::string body = slots.sync_body("h", "s", "{}", "", 0);
+  const std::string body = slots.sync_body("h", "s", "{}", "", 64, 0);
   EXPECT_NE(body.find(R"("gone":["old","a"],"ended":["older","b"])"),
             std::string::npos)
       << body;

@@ -20,6 +20,7 @@
 #include "tools/root.h"
 #include "tools/trust.h"
 #include "workers/kinds/kinds.h"
+#include "workers/sandbox/sandbox.h"
 
 namespace machina::cli {
 namespace {
@@ -127,6 +128,19 @@ ServerOptions::Access access_of(const Config& config) {
                          : ServerOptions::Access::sampled;
 }
 
+// Where this host has not the process numbers for as many workers.
+std::string fewer_pids(const Config& config) {
+  const int workers = static_cast<int>(config.number("MACHINA_WORKERS"));
+  const std::string& most = config.text("MACHINA_SANDBOX_MAX_PIDS");
+  const sandbox::PidsBound bound = sandbox::pids_bound();
+  const auto part =
+      static_cast<std::int64_t>(sandbox::pids_part(bound, workers));
+  if (part >= config.number("MACHINA_SANDBOX_MAX_PIDS")) return "";
+  return "; " + most + " processes to a job (MACHINA_SANDBOX_MAX_PIDS; " +
+         bound.what + " is " + std::to_string(part) + " for each of " +
+         std::to_string(workers) + " workers)";
+}
+
 ServerOptions server_options(const Config& config, const Root& root) {
   ServerOptions server;
   server.root = root.path;
@@ -143,7 +157,7 @@ ServerOptions server_options(const Config& config, const Root& root) {
   server.workers = static_cast<int>(config.number("MACHINA_WORKERS"));
   server.pool_argv = {self_exe(), "pool", "--root", root.path};
   server.pool_env = pool_environment(config);
-  server.not_promised = not_promised(config);
+  server.not_promised = not_promised(config) + fewer_pids(config);
   server.access = access_of(config);
   server.reopen_on_hangup = !config.text("MACHINA_LOG_FILE").empty();
   return server;

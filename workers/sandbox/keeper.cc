@@ -28,7 +28,6 @@ namespace {
 constexpr int kBuildMs = 10'000;
 // What keeper and init themselves need beside the job.
 constexpr std::uint64_t kSlackBytes = 16 << 20;
-constexpr std::uint64_t kSlackPids = 2;
 
 bool hex_name(const std::string& name) {
   return name.size() == kMirrorName &&
@@ -169,10 +168,8 @@ class Keeper {
                         nullptr, false) == sizeof(said)) {
       slots_ = said.count;
     }
-    const std::uint64_t part =
-        host_.pids.most / static_cast<std::uint64_t>(std::max(slots_, 1));
-    const std::uint64_t most = part > kSlackPids + 1 ? part - kSlackPids : 1;
-    ground_.limits.pids = std::min(ground_.limits.pids, most);
+    ground_.limits.pids =
+        std::min(ground_.limits.pids, pids_part(host_.pids, slots_));
   }
 
   // Whose uid the steps have; for prepare also makes the mirror's directory.

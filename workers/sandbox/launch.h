@@ -82,6 +82,9 @@ constexpr std::uint64_t socket_bytes(const Limits& l) {
   return std::min(std::max(l.memory_mb / 4, kLeast), kMost) << 20;
 }
 
+// What keeper and init themselves need beside the job.
+constexpr std::uint64_t kSlackPids = 2;
+
 // Limits that are the same for every step.
 constexpr std::uint64_t kLockedBytesMax = 8 << 20;
 constexpr std::uint64_t kPendingSignalsMax = 1024;

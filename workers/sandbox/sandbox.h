@@ -240,6 +240,8 @@ struct PidsBound {
   std::string what;  // "kernel.pid_max 32768"
 };
 PidsBound pids_bound();
+// What a job of one of `slots` gets of it at most.
+std::uint64_t pids_part(const PidsBound& bound, int slots);
 
 // The pool's end. start() forks; call it before any thread exists. It raises
 // the process's soft limit of descriptors to the hard one: jobs that share our

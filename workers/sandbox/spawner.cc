@@ -129,8 +129,7 @@ class SpawnerProcess {
     for (const auto& keeper : keepers_) {
       if (keeper.link >= 0) send_struct(keeper.link, Slots{slots_});
     }
-    const std::uint64_t part =
-        host_.pids.most / static_cast<std::uint64_t>(slots_);
+    const std::uint64_t part = pids_part(host_.pids, slots_);
     if (slots_ == before || part >= options_.pids_max) return;
     Saying(Severity::warn, "pids_bounded",
            std::to_string(slots_) + " workers of up to " +
@@ -546,6 +545,12 @@ PidsBound pids_bound() {
   }
   bound.most -= bound.most / 8;
   return bound;
+}
+
+std::uint64_t pids_part(const PidsBound& bound, int slots) {
+  const std::uint64_t part =
+      bound.most / static_cast<std::uint64_t>(std::max(slots, 1));
+  return part > kSlackPids + 1 ? part - kSlackPids : 1;
 }
 
 Result<std::unique_ptr<Spawner>> Spawner::start(const SpawnerOptions& options) {
