@@ -33,9 +33,9 @@
 #include <string>
 #include <vector>
 
+#include "queue/job.h"
 #include "queue/record.h"
 #include "queue/result.h"
-#include "queue/shard.h"
 
 namespace machina {
 

@@ -189,4 +189,16 @@ struct JobView {
   Fence fence = 0;  // of the current lease, or of the last
 };
 
+// Which jobs a list asks for.
+constexpr std::uint64_t kListBytesMax = 4u << 20;
+struct ListQuery {
+  std::vector<State> states;                                // empty: any
+  std::string kind, queue;                                  // empty: any
+  std::vector<std::pair<std::string, std::string>> labels;  // history only
+  Millis since_ms = 0, until_ms = 0;  // by creation; 0: open
+  int limit = 50;
+  std::uint64_t bytes = kListBytesMax;  // about; one job more than it is given
+  std::string cursor;                   // opaque, from the last page
+};
+
 }  // namespace machina

@@ -55,16 +55,6 @@ struct GetQuery {
   bool until_final = false;  // hold the answer until the job ends
   Millis wait_ms = 0;        // or so long
 };
-constexpr std::uint64_t kListBytesMax = 4u << 20;
-struct ListQuery {
-  std::vector<State> states;                                // empty: any
-  std::string kind, queue;                                  // empty: any
-  std::vector<std::pair<std::string, std::string>> labels;  // history only
-  Millis since_ms = 0, until_ms = 0;  // by creation; 0: open
-  int limit = 50;
-  std::uint64_t bytes = kListBytesMax;  // about; one job more than it is given
-  std::string cursor;                   // opaque, from the last page
-};
 // A lease call's wait; 0 answers at once.
 struct Waiting {
   Millis wait_ms = 0;

@@ -28,7 +28,7 @@
 #include "queue/clock.h"
 #include "queue/result.h"
 #include "server/limits.h"
-#include "server/server.h"
+#include "server/listening.h"
 
 namespace machina {
 

@@ -22,6 +22,7 @@
 #include "queue/job.h"
 #include "queue/result.h"
 #include "queue/shard.h"
+#include "server/listening.h"
 
 namespace machina {
 
@@ -38,13 +39,6 @@ struct KindFacts {
   std::function<Result<Kept>(const std::string& payload_json)> check;
   Millis timeout_ms = 120'000;
   int concurrency_limit = 1;  // so many jobs of one key run at a time
-};
-
-// A socket that listens, and what it is: "http", or "socket-<device>-<inode>"
-// for the Unix socket, with those of the file it is bound to.
-struct ListeningSocket {
-  int fd = -1;
-  std::string name;
 };
 
 // How the server is, for whoever watches over it.
@@ -117,10 +111,6 @@ struct ServerOptions {
   bool reopen_on_hangup = false;  // SIGHUP: the log file was moved away
   ServerEvents events;
 };
-
-// Whether host:port could be listened on just now. Fails as run_server would:
-// Code::conflict where it is taken.
-Result<void> can_listen(const std::string& host, int port);
 
 // Runs until drained or handed over. Returns the exit code of api.md: 0 after a
 // drain, 2 configuration, 65 damage, 74 poisoned, 75 locked; says why, and

@@ -24,12 +24,12 @@
 #include <sstream>
 #include <thread>
 
+#include "queue/json_view.h"
 #include "queue/say.h"
 #include "queue/utf8.h"
 #include "tools/ops.h"
 #include "tools/process.h"
 #include "workers/http_client.h"
-#include "workers/json_view.h"
 #include "workers/kinds/kinds.h"
 #include "workers/pool_process.h"
 #include "workers/pool_slots.h"
@@ -119,12 +119,12 @@ int take_root(const PoolOptions& options, Root& root) {
 }
 
 // What pool.lock holds beside the lock: a line with the pool's pid, one with
-// its spawner's pid, start and boot, one with "=" and the secret of the workers'
-// sessions, one for each worker that the server may believe in: its name, and
-// what became of it. A line more says that the pool was asked to leave
-// (tools/ops.h: whoever kills it writes that, too): who lived then was ended by
-// whoever operates it. A pool that was killed leaves it to its successor, which
-// must know the secret to say what became of the workers.
+// its spawner's pid, start and boot, one with "=" and the secret of the
+// workers' sessions, one for each worker that the server may believe in: its
+// name, and what became of it. A line more says that the pool was asked to
+// leave (tools/ops.h: whoever kills it writes that, too): who lived then was
+// ended by whoever operates it. A pool that was killed leaves it to its
+// successor, which must know the secret to say what became of the workers.
 struct Predecessor {
   ProcessId spawner;
   std::string session;
@@ -166,10 +166,10 @@ Predecessor read_predecessor(const Root& root) {
 void write_successor(const Root& root, const ProcessId& spawner,
                      const std::string& session, const PoolSlots& slots,
                      bool asked) {
-  std::string text =
-      std::to_string(getpid()) + "\n" + std::to_string(spawner.pid) + " " +
-      std::to_string(spawner.start_ticks) + " " + spawner.boot_id + "\n=" +
-      session + "\n";
+  std::string text = std::to_string(getpid()) + "\n" +
+                     std::to_string(spawner.pid) + " " +
+                     std::to_string(spawner.start_ticks) + " " +
+                     spawner.boot_id + "\n=" + session + "\n";
   if (asked) text.append(kAskedToLeave) += '\n';
   for (const std::string& line : slots.unreported()) text += line + "\n";
   (void)!pwrite(root.lock, text.data(), text.size(), 0);

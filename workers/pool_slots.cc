@@ -6,7 +6,7 @@
 #include <cstdio>
 
 #include "queue/check.h"
-#include "workers/json_view.h"
+#include "queue/json_view.h"
 
 namespace machina {
 namespace {

@@ -1,7 +1,7 @@
 #include "workers/protocol.h"
 
+#include "queue/json_view.h"
 #include "queue/utf8.h"
-#include "workers/json_view.h"
 
 namespace machina {
 namespace {

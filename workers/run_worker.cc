@@ -8,8 +8,8 @@
 #include <string>
 #include <thread>
 
+#include "queue/json_view.h"
 #include "queue/say.h"
-#include "workers/json_view.h"
 #include "workers/worker.h"
 
 namespace machina {

@@ -3,7 +3,7 @@
 #include <chrono>
 #include <csignal>
 
-#include "workers/json_view.h"
+#include "queue/json_view.h"
 
 namespace machina {
 namespace {

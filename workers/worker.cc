@@ -8,12 +8,12 @@
 #include <mutex>
 #include <thread>
 
+#include "queue/json_view.h"
 #include "queue/say.h"
 #include "queue/utf8.h"
 #include "workers/heartbeat.h"
 #include "workers/http_client.h"
 #include "workers/job_log.h"
-#include "workers/json_view.h"
 #include "workers/kinds/run.h"
 #include "workers/protocol.h"
 #include "workers/retry.h"

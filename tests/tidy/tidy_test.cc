@@ -80,9 +80,9 @@ bool starts(const std::string& text, const std::string& prefix) {
 
 // queue/ headers that workers and tools may know: values, not the queue.
 const std::set<std::string> kWorkersKnow = {
-    "queue/job.h",       "queue/result.h",  "queue/ids.h",
-    "queue/clock.h",     "queue/check.h",   "queue/say.h",
-    "queue/line_file.h", "queue/buckets.h", "queue/utf8.h"};
+    "queue/job.h",   "queue/result.h",   "queue/ids.h",       "queue/clock.h",
+    "queue/check.h", "queue/say.h",      "queue/line_file.h", "queue/buckets.h",
+    "queue/utf8.h",  "queue/json_view.h"};
 const std::set<std::string> kToolsKnow = {"queue/result.h", "queue/check.h",
                                           "queue/utf8.h"};
 

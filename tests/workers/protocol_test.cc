@@ -12,8 +12,8 @@
 #include <random>
 #include <thread>
 
+#include "queue/json_view.h"
 #include "workers/http_client.h"
-#include "workers/json_view.h"
 
 namespace machina {
 namespace {

@@ -7,8 +7,8 @@
 
 #include <cstring>
 
+#include "queue/json_view.h"
 #include "queue/utf8.h"
-#include "workers/json_view.h"
 
 namespace machina::kinds {
 namespace {

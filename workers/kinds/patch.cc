@@ -4,7 +4,7 @@
 #include <chrono>
 
 #include "queue/ids.h"
-#include "workers/json_view.h"
+#include "queue/json_view.h"
 
 namespace machina::kinds {
 namespace {

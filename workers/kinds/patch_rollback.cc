@@ -8,8 +8,8 @@
 #include <thread>
 
 #include "queue/ids.h"
+#include "queue/json_view.h"
 #include "queue/utf8.h"
-#include "workers/json_view.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/patch.h"
 

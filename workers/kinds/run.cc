@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
+#include "queue/json_view.h"
 #include "queue/utf8.h"
-#include "workers/json_view.h"
 
 namespace machina::kinds {
 

@@ -1,4 +1,4 @@
-// workers/json_view.h
+// queue/json_view.h
 //
 // Reading and writing the little JSON that a worker handles at high rate: spans
 // of the text itself, no tree, no allocation but for what is kept. It is for

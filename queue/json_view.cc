@@ -1,4 +1,4 @@
-#include "workers/json_view.h"
+#include "queue/json_view.h"
 
 #include <charconv>
 
