@@ -35,9 +35,10 @@ while [ $# -gt 0 ]; do
 done
 if [ -n "$repeat$folder" ] || [ "$filter" != . ]; then
   [[ $repeat =~ ^[1-9][0-9]{0,4}$ ]] || die_usage "--repeat must be 1 to 99999"
-  compgen -G "tests/$folder/*_test.cc" >/dev/null ||
+  compgen -G "tests/$folder/**/*_test.cc" >/dev/null ||
     die_usage "--folder \"$folder\": there is no tests/$folder with tests"
 fi
+shopt -s globstar
 jobs=$(nproc)
 started=$SECONDS
 
@@ -47,7 +48,7 @@ ops/setup.sh
 targets() {
   local folder
   for folder in "$@"; do
-    compgen -G "tests/$folder/*.cc" >/dev/null && printf 'test_%s ' "$folder"
+    compgen -G "tests/$folder/**/*.cc" >/dev/null && printf 'test_%s ' "$folder"
   done
 }
 

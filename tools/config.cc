@@ -13,8 +13,8 @@
 #include <set>
 #include <thread>
 
-#include "queue/check.h"
-#include "queue/utf8.h"
+#include "queue/base/check.h"
+#include "queue/base/utf8.h"
 #include "tools/duration.h"
 #include "tools/trust.h"
 
@@ -44,8 +44,9 @@ constexpr Variable kTable[] = {
     // Many sockets in one system call, where the kernel has io_uring.
     {"MACHINA_IO_URING", Type::flag, "1"},
 
-    // What the processes say of themselves (queue/say.h). Empty: the server's
-    // lines go to standard error; the pool's go to <root>/pool.log always.
+    // What the processes say of themselves (queue/base/say.h). Empty: the
+    // server's lines go to standard error; the pool's go to <root>/pool.log
+    // always.
     {"MACHINA_LOG_FILE", Type::path, ""},
     {"MACHINA_LOG_FORMAT", Type::choice, "text", nullptr, nullptr, 0, 0,
      "text|json"},

@@ -21,7 +21,7 @@
 #include <string_view>
 #include <vector>
 
-#include "queue/result.h"
+#include "queue/base/result.h"
 
 namespace machina {
 

@@ -34,7 +34,7 @@
 #include <string>
 #include <vector>
 
-#include "queue/result.h"
+#include "queue/base/result.h"
 #include "tools/process.h"
 
 namespace machina {

@@ -20,7 +20,7 @@
 #include <string>
 #include <vector>
 
-#include "queue/result.h"
+#include "queue/base/result.h"
 
 namespace machina {
 

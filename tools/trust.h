@@ -18,7 +18,7 @@
 
 #include <string>
 
-#include "queue/result.h"
+#include "queue/base/result.h"
 
 namespace machina {
 

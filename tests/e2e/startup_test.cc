@@ -10,8 +10,8 @@
 #include <fstream>
 #include <span>
 
-#include "queue/manifest.h"
-#include "queue/segment.h"
+#include "queue/wal/manifest.h"
+#include "queue/wal/segment.h"
 #include "tests/e2e/fixture.h"
 
 namespace machina::e2e {

@@ -10,7 +10,7 @@
 #include <thread>
 
 #include "tests/escape/hostile.h"
-#include "tests/workers/sandbox_fixture.h"
+#include "tests/workers/sandbox/sandbox_fixture.h"
 
 namespace machina::sandbox {
 namespace {

@@ -22,7 +22,7 @@
 #include <tuple>
 #include <vector>
 
-#include "queue/core.h"
+#include "queue/core/core.h"
 
 namespace machina::sim {
 

@@ -29,7 +29,7 @@
 #include <string>
 #include <vector>
 
-#include "queue/log.h"
+#include "queue/wal/log.h"
 #include "tests/sim/model.h"
 #include "tests/support/sim_storage.h"
 

@@ -28,8 +28,8 @@
 #include <string>
 #include <vector>
 
-#include "queue/clock.h"
-#include "queue/storage.h"
+#include "queue/base/clock.h"
+#include "queue/base/storage.h"
 
 namespace machina {
 

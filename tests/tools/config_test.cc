@@ -1,6 +1,5 @@
 // Configuration: tools/config.h's promises by number, and the profiles' files.
 
-#include "tests/support/places.h"
 #include "tools/config.h"
 
 #include <gtest/gtest.h>
@@ -12,6 +11,8 @@
 #include <fstream>
 #include <iterator>
 #include <map>
+
+#include "tests/support/places.h"
 
 namespace machina {
 namespace {
@@ -202,8 +203,8 @@ TEST(Config, DefaultsObeyTheirOwnRanges) {
 TEST(Config, ProfileFilesRepeatTheTable) {
   for (std::string profile : {"dev", "prod"}) {
     std::map<std::string, std::string> listed, known;
-    std::ifstream file(std::string(kSourceDir) + "/profiles/" +
-                       profile + ".env");
+    std::ifstream file(std::string(kSourceDir) + "/profiles/" + profile +
+                       ".env");
     ASSERT_TRUE(file);
     for (std::string line; std::getline(file, line);) {
       if (line.empty() || line[0] == '#') continue;
@@ -237,8 +238,7 @@ TEST(Config, F27_WhatHasNoReaderHasNoEffectYet) {
     }
   }
   // What pools are handed and what they read of it are in one file.
-  std::ifstream file(std::string(kSourceDir) +
-                     "/tools/cli/pool_settings.cc");
+  std::ifstream file(std::string(kSourceDir) + "/tools/cli/pool_settings.cc");
   const std::string settings((std::istreambuf_iterator<char>(file)), {});
   source += settings.substr(settings.find("}  // namespace\n"));
   const std::string shown = load({}).print();

@@ -13,7 +13,7 @@
 #include <string_view>
 #include <vector>
 
-#include "queue/result.h"
+#include "queue/base/result.h"
 #include "tools/cli/client.h"
 #include "tools/cli/verb.h"
 #include "tools/config.h"

@@ -9,7 +9,7 @@
 #include <ctime>
 #include <type_traits>
 
-#include "server/signature.h"
+#include "server/auth/signature.h"
 #include "tools/config.h"
 #include "tools/root.h"
 #include "tools/trust.h"

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "queue/result.h"
+#include "queue/base/result.h"
 
 namespace machina {
 class Config;

@@ -25,8 +25,8 @@
 #include <sstream>
 #include <thread>
 
-#include "queue/verify.h"
-#include "server/descriptors.h"
+#include "queue/verify/verify.h"
+#include "server/http/descriptors.h"
 #include "tools/checklist.h"
 #include "tools/cli/cli.h"
 #include "tools/cli/client.h"

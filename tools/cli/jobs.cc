@@ -10,8 +10,8 @@
 #include <nlohmann/json.hpp>
 #include <thread>
 
-#include "queue/utf8.h"
-#include "server/signature.h"
+#include "queue/base/utf8.h"
+#include "server/auth/signature.h"
 #include "tools/cli/cli.h"
 #include "tools/cli/show.h"
 

@@ -16,7 +16,7 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 
-#include "queue/utf8.h"
+#include "queue/base/utf8.h"
 #include "tools/root.h"
 
 namespace machina::cli {

@@ -1,7 +1,7 @@
 // pool: the process that keeps a host's workers. `serve` starts it; a unit
 // file may do so instead.
 
-#include "workers/pool.h"
+#include "workers/pool/pool.h"
 
 #include <sys/stat.h>
 

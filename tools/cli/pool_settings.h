@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "queue/say.h"
+#include "queue/base/say.h"
 #include "tools/config.h"
 #include "workers/kinds/kinds.h"
 

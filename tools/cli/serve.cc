@@ -8,8 +8,8 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 
-#include "queue/line_file.h"
-#include "server/server.h"
+#include "queue/base/line_file.h"
+#include "server/api/server.h"
 #include "tools/cli/cli.h"
 #include "tools/cli/ops_common.h"
 #include "tools/cli/pool_settings.h"

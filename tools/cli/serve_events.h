@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "server/server.h"
+#include "server/api/server.h"
 #include "tools/config.h"
 #include "tools/service_manager.h"
 

@@ -5,9 +5,9 @@
 
 #include <filesystem>
 
-#include "queue/line_file.h"
-#include "queue/verify.h"
-#include "server/server.h"
+#include "queue/base/line_file.h"
+#include "queue/verify/verify.h"
+#include "server/api/server.h"
 #include "tools/cli/ops_common.h"
 #include "tools/cli/pool_settings.h"
 #include "tools/ops.h"

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "queue/result.h"
+#include "queue/base/result.h"
 #include "tools/cli/cli.h"
 #include "tools/config.h"
 #include "workers/sandbox/sandbox.h"

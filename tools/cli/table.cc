@@ -5,7 +5,7 @@
 #include <ctime>
 #include <iterator>
 
-#include "queue/utf8.h"
+#include "queue/base/utf8.h"
 #include "tools/cli/cli.h"
 
 namespace machina::cli {

@@ -334,8 +334,7 @@ void add_head(Frame& frame, const View& now, const View* before) {
   if (fullness.empty() || fullness == "ok") return;
   frame.line("disk " + fullness + ": make room; new jobs need " +
                  bytes_words(number(at(disk, "soft_bytes"))) +
-                 " free, leases " +
-                 bytes_words(number(at(disk, "hard_bytes"))),
+                 " free, leases " + bytes_words(number(at(disk, "hard_bytes"))),
              kRed);
 }
 

@@ -18,9 +18,9 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 
-#include "queue/utf8.h"
-#include "queue/verify.h"
-#include "server/signature.h"
+#include "queue/base/utf8.h"
+#include "queue/verify/verify.h"
+#include "server/auth/signature.h"
 #include "tools/cli/cli.h"
 #include "tools/cli/show.h"
 #include "tools/ops.h"

@@ -1,13 +1,13 @@
 // worker: one worker of a pool, started by it with a channel to the spawner.
 
-#include "workers/worker.h"
+#include "workers/worker/worker.h"
 
 #include <fcntl.h>
 #include <sys/stat.h>
 
 #include <cstdlib>
 
-#include "queue/job.h"
+#include "queue/base/job.h"
 #include "tools/cli/cli.h"
 #include "tools/cli/pool_settings.h"
 #include "workers/kinds/kinds.h"

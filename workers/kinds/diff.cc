@@ -4,7 +4,7 @@
 #include <map>
 #include <optional>
 
-#include "queue/utf8.h"
+#include "queue/base/utf8.h"
 
 namespace machina::kinds {
 namespace {

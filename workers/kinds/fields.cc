@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "queue/utf8.h"
+#include "queue/base/utf8.h"
 
 namespace machina::kinds {
 namespace {

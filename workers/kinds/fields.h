@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "queue/result.h"
+#include "queue/base/result.h"
 
 namespace machina::kinds {
 

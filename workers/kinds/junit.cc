@@ -16,7 +16,7 @@
 #include <unordered_map>
 #include <utility>
 
-#include "queue/utf8.h"
+#include "queue/base/utf8.h"
 
 namespace machina::kinds {
 namespace {

@@ -7,8 +7,8 @@
 
 #include <cstring>
 
-#include "queue/json_view.h"
-#include "queue/utf8.h"
+#include "queue/base/json_view.h"
+#include "queue/base/utf8.h"
 
 namespace machina::kinds {
 namespace {

@@ -17,8 +17,8 @@
 #include <string>
 #include <string_view>
 
-#include "queue/job.h"
-#include "queue/result.h"
+#include "queue/base/job.h"
+#include "queue/base/result.h"
 
 namespace machina::kinds {
 

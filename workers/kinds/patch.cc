@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <chrono>
 
-#include "queue/ids.h"
-#include "queue/json_view.h"
+#include "queue/base/ids.h"
+#include "queue/base/json_view.h"
 
 namespace machina::kinds {
 namespace {

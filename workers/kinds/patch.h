@@ -33,7 +33,7 @@
 #include <string>
 #include <vector>
 
-#include "queue/result.h"
+#include "queue/base/result.h"
 #include "workers/kinds/diff.h"
 #include "workers/kinds/run.h"
 #include "workers/kinds/test_run.h"

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <charconv>
 
-#include "queue/utf8.h"
+#include "queue/base/utf8.h"
 #include "workers/kinds/patch.h"
 
 namespace machina::kinds {

@@ -15,7 +15,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "queue/utf8.h"
+#include "queue/base/utf8.h"
 #include "workers/kinds/patch.h"
 
 namespace machina::kinds {

@@ -1,7 +1,7 @@
 // The payload of patch.apply: what is checked at submission and again in the
 // worker.
 
-#include "queue/ids.h"
+#include "queue/base/ids.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/patch.h"
 

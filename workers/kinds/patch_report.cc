@@ -4,8 +4,8 @@
 #include <map>
 #include <set>
 
-#include "queue/json_view.h"
-#include "queue/utf8.h"
+#include "queue/base/json_view.h"
+#include "queue/base/utf8.h"
 #include "workers/kinds/patch.h"
 #include "workers/kinds/pytest_watch.h"
 

@@ -7,9 +7,9 @@
 #include <set>
 #include <thread>
 
-#include "queue/ids.h"
-#include "queue/json_view.h"
-#include "queue/utf8.h"
+#include "queue/base/ids.h"
+#include "queue/base/json_view.h"
+#include "queue/base/utf8.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/patch.h"
 

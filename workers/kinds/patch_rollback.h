@@ -27,7 +27,7 @@
 #include <optional>
 #include <string>
 
-#include "queue/result.h"
+#include "queue/base/result.h"
 #include "workers/kinds/run.h"
 #include "workers/kinds/test_run.h"
 

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "queue/json_view.h"
-#include "queue/utf8.h"
+#include "queue/base/json_view.h"
+#include "queue/base/utf8.h"
 
 namespace machina::kinds {
 

@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "queue/job.h"
-#include "queue/result.h"
+#include "queue/base/job.h"
+#include "queue/base/result.h"
 #include "workers/kinds/kinds.h"
 #include "workers/sandbox/sandbox.h"
 

@@ -7,8 +7,8 @@
 #include <filesystem>
 #include <optional>
 
-#include "queue/json_view.h"
-#include "queue/utf8.h"
+#include "queue/base/json_view.h"
+#include "queue/base/utf8.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/run.h"
 

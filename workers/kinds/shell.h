@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-#include "queue/result.h"
+#include "queue/base/result.h"
 #include "workers/kinds/kinds.h"
 
 namespace machina::kinds {

@@ -7,7 +7,7 @@
 #include <optional>
 #include <unordered_map>
 
-#include "queue/utf8.h"
+#include "queue/base/utf8.h"
 
 namespace machina::kinds {
 namespace {

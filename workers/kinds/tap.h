@@ -24,7 +24,7 @@
 //   to
 //       be done neither fails nor passes.
 //   A4  Time and memory are linear in the text; every count has a bound.
-//   (tests/workers/tap_test.cc)
+//   (tests/workers/kinds/tap_test.cc)
 
 #pragma once
 
@@ -32,7 +32,7 @@
 #include <string_view>
 #include <vector>
 
-#include "queue/result.h"
+#include "queue/base/result.h"
 #include "workers/kinds/junit.h"
 
 namespace machina::kinds {

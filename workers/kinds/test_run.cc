@@ -4,7 +4,7 @@
 #include <chrono>
 #include <random>
 
-#include "queue/utf8.h"
+#include "queue/base/utf8.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/pytest_watch.h"
 

@@ -27,7 +27,7 @@
 #include <utility>
 #include <vector>
 
-#include "queue/result.h"
+#include "queue/base/result.h"
 #include "workers/kinds/junit.h"
 #include "workers/kinds/run.h"
 #include "workers/kinds/runners.h"

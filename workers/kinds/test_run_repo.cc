@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <filesystem>
 
-#include "queue/json_view.h"
+#include "queue/base/json_view.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/test_run.h"
 

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <map>
 
-#include "queue/json_view.h"
-#include "queue/utf8.h"
+#include "queue/base/json_view.h"
+#include "queue/base/utf8.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/test_run.h"
 

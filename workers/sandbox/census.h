@@ -17,7 +17,7 @@
 //       collected is told in ticks of 10 ms, so a lack of up to kTicksUs may
 //       be nothing but their rounding and counts as none.
 //
-// N1: F17_CpuTimeOfTheTreeIsCounted in tests/workers/sandbox_test.cc.
+// N1: F17_CpuTimeOfTheTreeIsCounted in tests/workers/sandbox/sandbox_test.cc.
 
 #pragma once
 

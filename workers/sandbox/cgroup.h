@@ -17,7 +17,8 @@
 //       number means nothing, is not taken for dead.
 //   G4  A directory that somebody else removed is made again for the next slot.
 //
-// G1, G2: tests/workers/sandbox_test.cc; G3, G4: tests/workers/cgroup_test.cc.
+// G1, G2: tests/workers/sandbox/sandbox_test.cc; G3, G4:
+// tests/workers/sandbox/cgroup_test.cc.
 
 #pragma once
 

@@ -10,7 +10,7 @@
 #include <string>
 #include <string_view>
 
-#include "queue/result.h"
+#include "queue/base/result.h"
 #include "workers/sandbox/sandbox.h"
 
 namespace machina::sandbox {

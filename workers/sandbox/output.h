@@ -12,7 +12,7 @@
 #include <string>
 #include <string_view>
 
-#include "queue/utf8.h"
+#include "queue/base/utf8.h"
 
 namespace machina::sandbox {
 

@@ -35,8 +35,8 @@
 #include <utility>
 #include <vector>
 
-#include "queue/job.h"
-#include "queue/result.h"
+#include "queue/base/job.h"
+#include "queue/base/result.h"
 
 namespace machina::sandbox {
 

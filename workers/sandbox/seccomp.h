@@ -29,7 +29,7 @@
 
 #include <vector>
 
-#include "queue/result.h"
+#include "queue/base/result.h"
 
 namespace machina::sandbox {
 

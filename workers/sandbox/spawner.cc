@@ -18,7 +18,7 @@
 #include <fstream>
 #include <sstream>
 
-#include "queue/say.h"
+#include "queue/base/say.h"
 #include "workers/sandbox/landlock.h"
 #include "workers/sandbox/launch.h"
 

@@ -1,0 +1,104 @@
+#include "server/api/problem.h"
+
+#include "queue/base/utf8.h"
+#include "server/http/json.h"
+
+namespace machina {
+
+std::string_view reason_phrase(int status) {
+  switch (status) {
+    case 200:
+      return "OK";
+    case 201:
+      return "Created";
+    case 202:
+      return "Accepted";
+    case 204:
+      return "No Content";
+    case 400:
+      return "Bad Request";
+    case 401:
+      return "Unauthorized";
+    case 403:
+      return "Forbidden";
+    case 404:
+      return "Not Found";
+    case 405:
+      return "Method Not Allowed";
+    case 408:
+      return "Request Timeout";
+    case 409:
+      return "Conflict";
+    case 413:
+      return "Content Too Large";
+    case 414:
+      return "URI Too Long";
+    case 417:
+      return "Expectation Failed";
+    case 422:
+      return "Unprocessable Content";
+    case 429:
+      return "Too Many Requests";
+    case 431:
+      return "Request Header Fields Too Large";
+    case 500:
+      return "Internal Server Error";
+    case 501:
+      return "Not Implemented";
+    case 503:
+      return "Service Unavailable";
+    case 505:
+      return "HTTP Version Not Supported";
+    case 507:
+      return "Insufficient Storage";
+    default:
+      return "Status";
+  }
+}
+
+std::string title_of(std::string_view code) {
+  std::string title(code);
+  for (char& c : title) {
+    if (c == '-') c = ' ';
+  }
+  return title;
+}
+
+void append_problem(std::string* out, const Problem& problem) {
+  JsonWriter json(*out);
+  json.begin_object();
+  json.key("type").string("/problems/" + std::string(problem.code));
+  json.key("title").string(title_of(problem.code));
+  json.key("status").number(problem.status);
+  json.key("detail").string(problem.detail);
+  json.key("code").string(problem.code);
+  if (!problem.field.empty()) json.key("field").string(problem.field);
+  if (problem.index >= 0) json.key("index").number(problem.index);
+  json.end_object();
+}
+
+Problem not_implemented(std::string field, std::string detail) {
+  Problem p;
+  p.status = 501;
+  p.code = "not-implemented";
+  p.detail = std::move(detail);
+  p.field = std::move(field);
+  return p;
+}
+
+Problem bad_field(std::string_view field, std::string_view detail) {
+  Problem p;
+  p.detail = std::string(field) + ": " + std::string(detail);
+  p.field = field;
+  return p;
+}
+
+std::string shown(std::string_view value) {
+  constexpr std::size_t kShownMax = 80;
+  std::string out;
+  append_json_string(&out, utf8_head(value, kShownMax));
+  if (value.size() > kShownMax) out += "...";
+  return out;
+}
+
+}  // namespace machina

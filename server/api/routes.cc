@@ -1,0 +1,694 @@
+// The route table, and the way from a request to its handler.
+
+#include <algorithm>
+
+#include "queue/base/utf8.h"
+#include "server/api/service.h"
+
+namespace machina {
+
+const std::vector<Route>& Service::routes() {
+  using S = Service;
+  using M = Method;
+  constexpr auto open = Route::open;
+  constexpr auto worker = Route::worker;
+  constexpr std::uint8_t stream = Route::raw | Route::stream | Route::worker;
+  constexpr std::uint8_t log = Route::raw | Route::worker;
+  constexpr std::uint8_t jobs = Route::enqueue | Route::may_wait;
+  constexpr std::uint8_t enqueue = Route::enqueue | Route::plain;
+  constexpr std::uint8_t run_sync = Route::enqueue | Route::waits;
+  static const std::vector<Route> table = {
+      {M::post, "/v1/jobs", &S::post_jobs, jobs},
+      {M::post, "/v1/leases", &S::post_leases, worker},
+      {M::post, "/v1/leases/complete", &S::post_complete_many, worker},
+      {M::post, "/v1/leases/heartbeat", &S::post_heartbeat, worker},
+      {M::get, "/v1/jobs", &S::list_jobs, 0, 0, kListWeight},
+      {M::get, "/v1/jobs/{}", &S::get_job, 0, 0, kJobWeight},
+      {M::post, "/v1/jobs/cancel", &S::not_built},
+      {M::post, "/v1/jobs/retry", &S::not_built},
+      {M::post, "/v1/jobs/delete", &S::not_built},
+      {M::post, "/v1/jobs/{}/cancel", &S::cancel_job},
+      {M::post, "/v1/jobs/{}/retry", &S::retry_job},
+      {M::post, "/v1/jobs/{}/unblock", &S::unblock_job},
+      {M::get, "/v1/jobs/{}/logs", &S::get_logs, 0, 0, kDownloadPieceBytes},
+      {M::get, "/v1/jobs/{}/artifacts", &S::list_artifacts, 0, 0, kJobWeight},
+      {M::get, "/v1/jobs/{}/artifacts/{}", &S::get_artifact, 0, 0,
+       kDownloadPieceBytes},
+      {M::post, "/v1/leases/{}/complete", &S::post_complete, worker},
+      {M::post, "/v1/leases/{}/fail", &S::post_fail, worker},
+      {M::post, "/v1/leases/{}/block", &S::post_block, worker},
+      {M::post, "/v1/leases/{}/release", &S::post_release, worker},
+      {M::post, "/v1/leases/{}/log", &S::post_log, log, kLogChunkBytesMax},
+      {M::put, "/v1/leases/{}/artifacts/{}", &S::put_artifact, stream,
+       kArtifactBytesMax},
+      {M::post, "/v1/pools/{}/sync", &S::post_sync, worker},
+      {M::get, "/v1/patches", &S::list_patches, 0, 0, kListWeight},
+      {M::get, "/v1/patches/{}", &S::get_patch, 0, 0, kPageWeight},
+      {M::get, "/v1/patches/{}/ancestry", &S::get_ancestry, 0, 0, kPageWeight},
+      {M::get, "/v1/patches/{}/reverse_diff", &S::get_reverse_diff, 0, 0,
+       kDiffWeight},
+      {M::get, "/v1/workers", &S::get_workers, 0, 0, kPageWeight},
+      {M::put, "/v1/workers/scale", &S::put_scale},
+      {M::post, "/enqueue", &S::post_enqueue, enqueue},
+      {M::post, "/run_sync", &S::post_run_sync, run_sync},
+      {M::get, "/health", &S::get_health, open},
+      {M::get, "/ready", &S::get_ready, open},
+      {M::get, "/stats", &S::get_stats, 0, 0, kJobWeight},
+      {M::get, "/metrics", &S::get_metrics, open, 0, kJobWeight},
+      {M::post, "/shutdown", &S::post_shutdown},
+      {M::get, "/", &S::get_root, open},
+      {M::get, "/openapi.json", &S::not_built, open},
+      {M::get, "/v1/queues", &S::not_built},
+      {M::put, "/v1/queues/{}", &S::not_built},
+      {M::post, "/v1/queues/{}/pause", &S::not_built},
+      {M::post, "/v1/queues/{}/resume", &S::not_built},
+      {M::get, "/v1/schedules/{}", &S::not_built},
+      {M::put, "/v1/schedules/{}", &S::not_built},
+      {M::del, "/v1/schedules/{}", &S::not_built},
+      {M::get, "/v1/events", &S::not_built},
+  };
+  return table;
+}
+
+namespace {
+
+// Segments of `pattern` that are "{}" take one non-empty segment of `path`.
+bool matches(std::string_view pattern, std::string_view path,
+             std::array<std::string_view, 2>* args) {
+  std::size_t taken = 0;
+  while (true) {
+    std::size_t hole = pattern.find('{');
+    if (hole == pattern.npos) return pattern == path;
+    if (path.substr(0, hole) != pattern.substr(0, hole)) return false;
+    pattern.remove_prefix(hole + 2);
+    path.remove_prefix(hole);
+    std::size_t end = std::min(path.find('/'), path.size());
+    if (end == 0) return false;
+    (*args)[taken++] = path.substr(0, end);
+    path.remove_prefix(end);
+  }
+}
+
+// Without a token whoever is on this machine may ask; a web page that a browser
+// on it has open may not. It shows itself by the page's origin, or, where its
+// name was made to point here, by that name.
+bool from_a_page(const Head& head) {
+  // HTTP/1.0: no browser, unless something before us made it of a page's.
+  if (head.host.empty()) return head.has_origin;
+  std::string_view host = head.host;
+  if (host.front() == '[') {
+    host = host.substr(1, std::min(host.find(']'), host.size()) - 1);
+  } else {
+    host = host.substr(0, host.find(':'));
+  }
+  // A name without a dot is nobody's on the internet: it cannot be made to
+  // point here by a stranger.
+  if (!is_loopback(std::string(host)) && host.find('.') != host.npos) {
+    return true;
+  }
+  return head.has_origin && head.origin != "http://" + std::string(head.host);
+}
+
+Problem forbidden() {
+  Problem p;
+  p.status = 403;
+  p.code = "forbidden";
+  p.detail =
+      "Host, Origin: without MACHINA_API_TOKEN or MACHINA_API_HMAC_SECRET only "
+      "requests to a loopback name, and from no other page, are taken";
+  return p;
+}
+
+bool plain_request_id(std::string_view id) {
+  if (id.empty() || id.size() > kRequestIdBytesMax) return false;
+  return std::all_of(id.begin(), id.end(), [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
+           (c >= '0' && c <= '9') || c == '-' || c == '_' || c == '.' ||
+           c == ':' || c == '/' || c == '+' || c == '=';
+  });
+}
+
+}  // namespace
+
+std::uint64_t mono_us() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return static_cast<std::uint64_t>(t.tv_sec) * 1'000'000 +
+         static_cast<std::uint64_t>(t.tv_nsec) / 1000;
+}
+
+// --- Who may come in -------------------------------------------------------
+
+// One answer whatever was wrong (A1); the log has the cause, now and then.
+MaybeProblem Service::unauthorized(Peer& peer, Gate::Cause cause,
+                                   bool presented) {
+  metrics_.unauthorized();
+  Millis now = loop_->now();
+  if (presented) {
+    wrong_.take({peer.socket.address().counted(), 0}, 1u << 0, now);
+  }
+  if (now - cause_said_ms_ >= kCauseEveryMs) {
+    Saying(Severity::warn, "unauthorized", Gate::text(cause))
+        .with("remote", peer.socket.address().text())
+        .with("more", static_cast<std::int64_t>(causes_unsaid_));
+    cause_said_ms_ = now;
+    causes_unsaid_ = 0;
+  } else {
+    ++causes_unsaid_;
+  }
+  Problem p;
+  p.status = 401;
+  p.code = "unauthorized";
+  p.detail = "a valid credential is needed";
+  return p;
+}
+
+MaybeProblem Service::let_in(Peer& peer, std::uint64_t sequence,
+                             const Head& head, bool open) {
+  peer.entry = Gate::Entry::granted;
+  if (open || peer.local) return std::nullopt;
+  peer.credential = 0;
+  if (!gate_->closed()) {
+    if (from_a_page(head)) return forbidden();
+    return spend(peer, sequence, head);
+  }
+  Gate::Cause cause = Gate::Cause::none;
+  bool presented = false;
+  Gate::Entry entry = gate_->look(head, &cause, &presented);
+  if (presented && !peer.proved) {
+    // Whoever guesses too much is not told whether the next guess was right.
+    int wait =
+        wrong_.wait_s({peer.socket.address().counted(), 0}, 0, loop_->now());
+    if (wait > 0) {
+      metrics_.limited(3);
+      Problem p;
+      p.status = 429;
+      p.code = "rate-limited";
+      p.detail =
+          "too many wrong credentials came from this address; the next "
+          "one is looked at in " +
+          std::to_string(wait) + " s";
+      p.retry_after = wait;
+      return p;
+    }
+  }
+  if (entry == Gate::Entry::refused) {
+    return unauthorized(peer, cause, presented);
+  }
+  if (entry == Gate::Entry::after_body) {
+    peer.entry = entry;
+    peer.head_wall_ms = clock_.wall_ms();
+    return std::nullopt;
+  }
+  peer.proved = true;
+  peer.credential = 1;
+  return spend(peer, sequence, head);
+}
+
+MaybeProblem Service::let_in_signed(Peer& peer, std::uint64_t sequence,
+                                    const Head& head, const HexDigest& body) {
+  peer.entry = Gate::Entry::granted;
+  Gate::Cause cause = Gate::Cause::none;
+  switch (
+      gate_->verify(head, body, peer.head_wall_ms, clock_.mono_ms(), &cause)) {
+    case Gate::Entry::granted:
+      break;
+    case Gate::Entry::full: {
+      Problem p;
+      p.status = 503;
+      p.code = "nonces-full";
+      p.retry_after = gate_->retry_s(clock_.mono_ms());
+      p.detail = std::to_string(kNoncesMax) +
+                 " nonces are remembered, the most that are; sign again later";
+      return p;
+    }
+    default:
+      return unauthorized(peer, cause, true);
+  }
+  peer.proved = true;
+  peer.credential = 2;
+  // Refused here, a request may come again with the same signature.
+  if (auto limited = spend(peer, sequence, head)) return limited;
+  gate_->record(head);
+  return std::nullopt;
+}
+
+void Service::release(Peer& peer) {
+  unproved_bytes_ -= peer.reserved;
+  peer.reserved = 0;
+}
+
+MaybeProblem Service::spend(Peer& peer, std::uint64_t sequence,
+                            const Head& head) {
+  if (limits_.active() == 0) return std::nullopt;
+  std::uint8_t flags = peer.route == nullptr ? 0 : peer.route->flags;
+  if ((flags & Route::worker) != 0) return std::nullopt;
+  auto mask = static_cast<std::uint8_t>(1u << kRequests);
+  if ((flags & Route::enqueue) != 0) mask |= 1u << kEnqueues;
+  if ((flags & Route::waits) != 0 ||
+      ((flags & Route::may_wait) != 0 && preferred_wait(head.prefer) > 0)) {
+    mask |= 1u << kRunSyncs;
+  }
+  Limits::Taken taken = limits_.take(
+      {peer.socket.address().counted(), peer.credential}, mask, loop_->now());
+  peer.connection.pending(sequence)->limits = taken.note;
+  if (taken.wait_s == 0) return std::nullopt;
+  metrics_.limited(taken.limit);
+  static constexpr const char* kVariables[] = {
+      "MACHINA_API_RPM", "MACHINA_API_ENQUEUE_RPM", "MACHINA_API_RUNSYNC_RPM"};
+  Problem p;
+  p.status = 429;
+  p.code = "rate-limited";
+  p.retry_after = taken.wait_s;
+  p.detail = std::string(kVariables[taken.limit]) + ": its " +
+             std::to_string(limits_.rpm(taken.limit)) +
+             " a minute are used up; the next is taken in " +
+             std::to_string(taken.wait_s) + " s";
+  return p;
+}
+
+void Service::spend_jobs(Peer& peer, std::uint64_t sequence, std::size_t jobs) {
+  Pending* pending = peer.connection.pending(sequence);
+  if (jobs < 2 || (pending->limits.mask >> kEnqueues & 1) == 0) return;
+  limits_.charge({peer.socket.address().counted(), peer.credential}, kEnqueues,
+                 static_cast<double>(jobs - 1), loop_->now(), &pending->limits);
+}
+
+void Service::take_request_id(Pending& pending, const Head& head) {
+  if (plain_request_id(head.request_id)) {
+    pending.request_id_bytes =
+        static_cast<std::uint8_t>(head.request_id.size());
+    head.request_id.copy(pending.request_id, head.request_id.size());
+    return;
+  }
+  // Unique in a run and unlike the last run's; no more is asked of it.
+  std::uint64_t n =
+      (++next_request_ +
+       static_cast<std::uint64_t>(started_mono_) * 0x100000001b3ull) *
+      0x9e3779b97f4a7c15ull;
+  for (int i = 0; i < 16; ++i, n >>= 4) {
+    pending.request_id[i] = "0123456789abcdef"[n & 15];
+  }
+  pending.request_id_bytes = 16;
+}
+
+// --- Which route -----------------------------------------------------------
+
+namespace {
+
+int hex_digit(char c) {
+  return c >= '0' && c <= '9'   ? c - '0'
+         : c >= 'a' && c <= 'f' ? c - 'a' + 10
+         : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                : -1;
+}
+
+}  // namespace
+
+// A segment is decoded after the path was split: an encoded slash is no
+// separator to some and one to others, so no path of ours has it: "". Null: it
+// cannot be decoded.
+std::optional<std::string_view> Service::plain_path(const Head& head) {
+  if (head.path.find('%') == head.path.npos) return head.path;
+  path_.clear();
+  for (std::size_t i = 0; i < head.path.size(); ++i) {
+    char c = head.path[i];
+    if (c == '%') {
+      if (i + 2 >= head.path.size()) return std::nullopt;
+      int high = hex_digit(head.path[i + 1]), low = hex_digit(head.path[i + 2]);
+      if (high < 0 || low < 0) return std::nullopt;
+      c = static_cast<char>(high << 4 | low);
+      auto u = static_cast<unsigned char>(c);
+      if (c == '/' || c == '\\' || u < 0x20 || u == 0x7f) return "";
+      i += 2;
+    }
+    path_ += c;
+  }
+  if (!valid_utf8(path_)) return std::nullopt;
+  return path_;
+}
+
+namespace {
+
+// Two readers could take different ones of two parameters of one name.
+MaybeProblem parameter_twice(std::string_view query) {
+  if (query.empty()) return std::nullopt;
+  auto parameters = parse_query(query);
+  if (!parameters) return std::nullopt;  // whoever reads it says so
+  std::set<std::string_view> seen;
+  for (const auto& [name, value] : *parameters) {
+    if (!seen.insert(name).second) {
+      return bad_field(name, "the parameter is there twice");
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+MaybeProblem Service::route(const Head& head, const Route** found,
+                            std::array<std::string_view, 2>* args) {
+  *found = nullptr;
+  Problem p;
+  auto path = plain_path(head);
+  if (!path) {
+    p.detail =
+        "path: its percent-encoding is malformed (%XX, two hexadecimal digits, "
+        "UTF-8)";
+    return p;
+  }
+  Method method = head.method == Method::head ? Method::get : head.method;
+  std::string allow;
+  for (const Route& route : routes()) {
+    if (!matches(route.pattern, *path, args)) continue;
+    if (route.method == method) {
+      *found = &route;
+      return parameter_twice(head.query);
+    }
+    std::string_view other = name(route.method);
+    if (allow.find(other) == allow.npos) {
+      if (!allow.empty()) allow += ", ";
+      allow += other;
+      if (route.method == Method::get) allow += ", HEAD";
+    }
+  }
+  p.status = allow.empty() ? 404 : 405;
+  p.code = allow.empty() ? "not-found" : "method-not-allowed";
+  p.detail =
+      allow.empty() ? "there is no such path" : "this path takes " + allow;
+  p.allow = allow;
+  return p;
+}
+
+// What is brought for a lease that is none, or no more, is not kept. A
+// completion that is repeated has the stored answer, whatever it brings now:
+// `wanted` is false.
+MaybeProblem Service::look_at_lease(const Route& route, std::string_view token,
+                                    bool* wanted) {
+  if (!route.pattern.starts_with("/v1/leases/{}")) return std::nullopt;
+  Fence fence = 0;
+  if (auto p = check_token(token, &fence)) return p;
+  *wanted = shard_->leased(fence);
+  if (*wanted || route.handle == &Service::post_complete) return std::nullopt;
+  return stale_lease();
+}
+
+// Decided before the body is read: who asks, what for, how much may come.
+BodyPlan Service::head_read(Peer& peer, std::uint64_t sequence,
+                            const Head& head) {
+  peer.refusal.reset();
+  Pending* pending = peer.connection.pending(sequence);
+  take_request_id(*pending, head);
+  pending->begun_us = mono_us();
+
+  std::array<std::string_view, 2> args;
+  MaybeProblem nowhere = route(head, &peer.route, &args);
+  std::uint8_t flags = peer.route == nullptr ? 0 : peer.route->flags;
+  pending->plain_errors = (flags & Route::plain) != 0;
+  note_request(*pending, head, peer.route);
+  BodyPlan plan{BodyPlan::buffer, options_.max_body_bytes};
+  peer.refusal = let_in(peer, sequence, head, (flags & Route::open) != 0);
+  if (!peer.refusal) peer.refusal = std::move(nowhere);
+  if (peer.route != nullptr && peer.route->max_body != 0) {
+    plan.max = peer.route->max_body;
+  }
+  bool wanted = true;
+  if (!peer.refusal) {
+    peer.refusal = look_at_lease(*peer.route, args[0], &wanted);
+  }
+  bool stream = (flags & Route::stream) != 0;
+  if (stream && !peer.refusal) {
+    // A streamed body's handler begins here and ends in dispatch().
+    (this->*peer.route->handle)(Exchange{peer, sequence, head, {}, args});
+  }
+  if (peer.entry == Gate::Entry::after_body) {
+    // Even what will be refused is read: its digest says who asked, and before
+    // that nothing is told.
+    if (stream) {
+      plan.kind = BodyPlan::stream;
+      if (peer.digest == nullptr) peer.digest = std::make_unique<Sha256>();
+      (void)peer.digest->finish();
+    } else {
+      // What came counts, not what was announced.
+      plan.counted = !peer.proved;
+    }
+  } else if (peer.refusal || !wanted) {
+    plan.kind = BodyPlan::discard;
+  } else if (stream) {
+    plan.kind = BodyPlan::stream;
+  }
+  return plan;
+}
+
+// What is to be kept free for its answer before it is begun.
+std::uint64_t Service::weight_of(const Route& route, const Head& head,
+                                 std::string_view body) {
+  // One that waits long has no answer yet that would need room.
+  if (route.handle == &Service::get_job && preferred_wait(head.prefer) > 0) {
+    return 0;
+  }
+  if (route.handle != &Service::post_jobs) return route.weight;
+  const std::size_t first = body.find_first_not_of(" \t\r\n");
+  const bool lines = is_ndjson(head.content_type);
+  if (!lines && (first == body.npos || body[first] != '[')) return 0;
+  const auto items = static_cast<std::uint64_t>(
+      std::count(body.begin(), body.end(), lines ? '\n' : ','));
+  return std::min<std::uint64_t>(items + 1, kBatchMax) * kItemWeight;
+}
+
+void Service::dispatch(Peer& peer, std::uint64_t sequence, const Head& head,
+                       std::string_view body) {
+  bool stream =
+      peer.route != nullptr && (peer.route->flags & Route::stream) != 0;
+  release(peer);
+  if (peer.entry == Gate::Entry::after_body) {
+    HexDigest digest = stream ? peer.digest->finish() : Sha256::of(body);
+    if (auto p = let_in_signed(peer, sequence, head, digest)) {
+      // What was staged of the body stays out.
+      if (peer.upload != nullptr && peer.upload->sequence == sequence) {
+        peer.upload->dead = true;
+        peer.upload.reset();
+      }
+      peer.refusal.reset();
+      return refuse(peer, sequence, *p);
+    }
+  }
+  if (peer.refusal) {
+    Problem p = std::move(*peer.refusal);
+    peer.refusal.reset();
+    refuse(peer, sequence, p);
+    return;
+  }
+  if (stream) {
+    peer.upload->complete = true;
+    pump_upload(peer.upload);
+    return;
+  }
+  // Small ones, the most by far, are not weighed. What a job is answered with
+  // that was small when it was asked for: reply_job().
+  const std::uint64_t weight = weight_of(*peer.route, head, body);
+  if (weight > kSmallAnswerBytes) {
+    const bool alone = weight > kUnsentMax;
+    if (alone) peer.connection.mark_large(sequence);
+    // What stays behind another answer would be kept as long as that one is.
+    if ((alone && !is_front(peer, sequence)) || crowded(peer, weight)) {
+      peer.later = std::make_unique<Later>(sequence, weight, head, body);
+      return join_crowd(peer);
+    }
+    weigh(peer, *peer.connection.pending(sequence), weight);
+  }
+  handle(peer, sequence, head, body);
+}
+
+void Service::handle(Peer& peer, std::uint64_t sequence, const Head& head,
+                     std::string_view body) {
+  std::array<std::string_view, 2> args;
+  auto path = plain_path(head);
+  matches(peer.route->pattern, *path, &args);
+  (this->*peer.route->handle)(Exchange{peer, sequence, head, body, args});
+}
+
+// --- Room for answers -------------------------------------------------------
+
+Later::Later(std::uint64_t which, std::uint64_t how_much, const Head& from,
+             std::string_view with)
+    : sequence(which), weight(how_much), body(with), head(from) {
+  std::size_t bytes = 0;
+  for (auto view : kHeadViews) bytes += (from.*view).size();
+  text.reserve(bytes);
+  for (auto view : kHeadViews) {
+    const std::size_t at = text.size();
+    text += from.*view;
+    head.*view = std::string_view(text).substr(at);
+  }
+}
+
+// What the peers have not taken yet, what this turn has made for them, and what
+// those may come to that are being made.
+bool Service::crowded(const Peer& peer, std::uint64_t weight) const {
+  return loop_->unsent_bytes() + made_ + weights_ + weight >
+         (peer.local ? 2 * kUnsentAllMax : kUnsentAllMax);
+}
+
+bool Service::is_front(const Peer& peer, std::uint64_t sequence) const {
+  return peer.connection.first_open() == sequence;
+}
+
+void Service::weigh(Peer& peer, Pending& pending, std::uint64_t weight) {
+  pending.room += weight;
+  peer.weight += weight;
+  weights_ += weight;
+}
+
+void Service::unweigh(Peer& peer, Pending& pending) {
+  const std::uint64_t room = std::exchange(pending.room, 0);
+  peer.weight -= room;
+  weights_ -= room;
+}
+
+void Service::weigh_kept(Peer& peer) {
+  const std::uint64_t kept = peer.connection.kept();
+  weights_ += kept - peer.kept;
+  peer.kept = kept;
+}
+
+// The answer may say again what was told: it is made at once where there is
+// room for it now.
+void Service::keep_room(const Exchange& call) {
+  Peer& peer = call.peer;
+  const std::uint64_t bytes = call.body.size();
+  if (bytes <= kSmallAnswerBytes || crowded(peer, bytes)) return;
+  if (is_front(peer, call.sequence) ||
+      peer.weight + peer.kept + bytes <= kUnsentMax) {
+    weigh(peer, *peer.connection.pending(call.sequence), bytes);
+  }
+}
+
+// How much room the first of its answers waits for; 0: it does not.
+std::uint64_t Service::waits_for(Peer& peer) const {
+  const std::uint64_t front = peer.connection.first_open();
+  const Pending* pending = peer.connection.pending(front);
+  if (pending == nullptr) return 0;
+  if (peer.later != nullptr && peer.later->sequence == front) {
+    return peer.later->weight;
+  }
+  return pending->left_out;
+}
+
+// Who has not taken what was made for him gets no place: on_drained().
+void Service::join_crowd(Peer& peer) {
+  if (peer.in_crowd || peer.socket.unsent() > kUnsentMax ||
+      waits_for(peer) == 0) {
+    return;
+  }
+  peer.in_crowd = true;
+  crowd_.push_back(peer.id);
+  // This turn may be over, and nothing else to come.
+  if (crowd_.size() == 1) loop_->post([this] { let_crowd_in(); });
+}
+
+// Whether the first that waits for room has it, or has gone.
+bool Service::crowd_goes_on() {
+  if (crowd_.empty()) return false;
+  Peer* p = peer(crowd_.front());
+  if (p == nullptr) return true;
+  const std::uint64_t weight = waits_for(*p);
+  return weight == 0 || !crowded(*p, weight);
+}
+
+void Service::let_crowd_in() {
+  while (crowd_goes_on()) {
+    Peer* p = peer(crowd_.front());
+    crowd_.pop_front();
+    if (p == nullptr) continue;
+    p->in_crowd = false;
+    const std::uint64_t weight = waits_for(*p);
+    if (weight == 0) continue;
+    const std::uint64_t sequence = p->connection.first_open();
+    Pending& pending = *p->connection.pending(sequence);
+    weigh(*p, pending, weight);
+    if (p->later != nullptr && p->later->sequence == sequence) {
+      const auto later = std::move(p->later);
+      handle(*p, sequence, later->head, later->body);
+    } else {
+      ask_left_out(*p, sequence, pending);
+    }
+    after(*p);
+  }
+}
+
+// While room is short it is not for those who do not take what was made, nor
+// for what waits behind a call that is parked.
+void Service::cut_stalled(Peer& peer, Millis now) {
+  if (!crowd_.empty() && peer.kept > kSmallAnswerBytes && !poisoned_) {
+    shard_->hurry(0, peer.id);
+  }
+  const std::uint64_t sent = peer.socket.sent();
+  if (peer.socket.unsent() == 0 || sent != peer.took) {
+    peer.took = sent;
+    peer.took_at = now;
+    return;
+  }
+  if (now - peer.took_at <= kStalledFullMs ||
+      (crowd_.empty() && loop_->unsent_bytes() < kUnsentAllMax / 2)) {
+    return;
+  }
+  metrics_.cut_off();
+  close(peer);
+}
+
+// --- Query strings ---------------------------------------------------------
+
+namespace {
+
+std::optional<std::string> decoded(std::string_view text) {
+  std::string out;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    if (text[i] == '+') {
+      out += ' ';
+    } else if (text[i] != '%') {
+      out += text[i];
+    } else {
+      if (i + 2 >= text.size()) return std::nullopt;
+      int high = hex_digit(text[i + 1]), low = hex_digit(text[i + 2]);
+      if (high < 0 || low < 0) return std::nullopt;
+      out += static_cast<char>(high << 4 | low);
+      i += 2;
+    }
+  }
+  if (!valid_utf8(out)) return std::nullopt;
+  return out;
+}
+
+}  // namespace
+
+std::string without_cursor(std::string_view query) {
+  std::string rest;
+  while (!query.empty()) {
+    std::size_t end = std::min(query.find('&'), query.size());
+    std::string_view one = query.substr(0, end);
+    query.remove_prefix(std::min(end + 1, query.size()));
+    if (one.empty() || one.substr(0, 7) == "cursor=") continue;
+    rest += std::string(one) + "&";
+  }
+  return rest;
+}
+
+std::optional<std::vector<std::pair<std::string, std::string>>> parse_query(
+    std::string_view query) {
+  std::vector<std::pair<std::string, std::string>> parameters;
+  while (!query.empty()) {
+    std::size_t end = std::min(query.find('&'), query.size());
+    std::string_view one = query.substr(0, end);
+    query.remove_prefix(std::min(end + 1, query.size()));
+    if (one.empty()) continue;
+    std::size_t equals = std::min(one.find('='), one.size());
+    auto name = decoded(one.substr(0, equals));
+    auto value = decoded(one.substr(std::min(equals + 1, one.size())));
+    if (!name || !value) return std::nullopt;
+    parameters.emplace_back(std::move(*name), std::move(*value));
+  }
+  return parameters;
+}
+
+}  // namespace machina

@@ -1,0 +1,419 @@
+// What is asked about patches, and how their store is filled anew. All of it
+// runs on store threads; the loop only carries bytes.
+
+#include <charconv>
+#include <set>
+
+#include "queue/base/say.h"
+#include "server/api/service.h"
+
+namespace machina {
+namespace {
+
+constexpr Millis kRebuildRetryMs = 60'000;
+constexpr int kRebuildPage = 1000;
+
+Problem no_patch(std::string_view id) {
+  Problem p;
+  p.status = 404;
+  p.code = "not-found";
+  p.detail = "patch: " + shown(id) +
+             " is not known; a patch is known when its patch.apply job has "
+             "ended";
+  return p;
+}
+
+// What a result can say (docs/kinds/patch.apply.md); without one, how the job
+// ended.
+constexpr std::string_view kOutcomes[] = {
+    "applied",           "no_change",       "conflict", "rejected",
+    "tests_failed",      "approval_denied", "failed",   "dead",
+    "blocked_alignment", "cancelled",       "succeeded"};
+
+MaybeProblem read_outcome(const std::string& value, PatchQuery* query) {
+  std::string all;
+  for (std::string_view one : kOutcomes) {
+    if (value == one) {
+      query->outcome = value;
+      return std::nullopt;
+    }
+    all += (all.empty() ? "" : ", ") + std::string(one);
+  }
+  return bad_field("outcome", shown(value) + " is none of " + all);
+}
+
+// A repository may have been named by its path or by its name below a root:
+// both are looked for.
+MaybeProblem read_repo(std::string value, const std::vector<std::string>& roots,
+                       PatchQuery* query) {
+  while (value.size() > 1 && value.ends_with('/')) value.pop_back();
+  query->repo = {value};
+  std::string all;
+  bool below = false;
+  for (std::string root : roots) {
+    all += (all.empty() ? "" : ", ") + root;
+    if (!root.ends_with('/')) root += '/';
+    if (!value.starts_with('/')) {
+      query->repo.push_back(root + value);
+    } else if (value.starts_with(root) && value.size() > root.size()) {
+      below = true;
+      query->repo.push_back(value.substr(root.size()));
+    }
+  }
+  if (!value.starts_with('/') || below || roots.empty()) return std::nullopt;
+  return bad_field(
+      "repo", shown(value) + " is not below one of the repository roots (" +
+                  all + "): give a path below one, or the name there");
+}
+
+// A SHA-256, with "sha256:" before it or not.
+MaybeProblem read_digest(const std::string& name, const std::string& value,
+                         PatchQuery* query) {
+  constexpr std::string_view kPrefix = "sha256:";
+  std::string hex = value;
+  if (hex.starts_with(kPrefix)) hex.erase(0, kPrefix.size());
+  if (hex.size() != 64 ||
+      hex.find_first_not_of("0123456789abcdef") != std::string::npos) {
+    return bad_field(name, shown(value) +
+                               " is no SHA-256: 64 hexadecimal digits in lower "
+                               "case, with or without \"sha256:\" before them");
+  }
+  if (name == "diff_digest") {
+    query->diff_digest = std::string(kPrefix) + hex;
+  } else {
+    query->license_fingerprint = hex;
+  }
+  return std::nullopt;
+}
+
+MaybeProblem read_filter(const std::string& name, const std::string& value,
+                         const std::vector<std::string>& roots,
+                         PatchQuery* query) {
+  struct {
+    std::string_view name;
+    std::string* to;
+    std::size_t max;
+  } const texts[] = {{"license", &query->license, 256},
+                     {"vector", &query->vector, kPatchNameBytesMax},
+                     {"path", &query->path, kPatchNameBytesMax},
+                     {"session", &query->session, kPatchNameBytesMax},
+                     {"license_fingerprint", nullptr, 71},
+                     {"diff_digest", nullptr, 71},
+                     {"repo", nullptr, kPatchTextBytesMax},
+                     {"outcome", nullptr, 64}};
+  for (const auto& text : texts) {
+    if (name != text.name) continue;
+    if (value.empty()) return bad_field(name, "it is empty");
+    if (value.size() > text.max) {
+      return bad_field(name, std::to_string(value.size()) + " bytes; at most " +
+                                 std::to_string(text.max));
+    }
+    if (name == "repo") return read_repo(value, roots, query);
+    if (name == "outcome") return read_outcome(value, query);
+    if (text.to == nullptr) return read_digest(name, value, query);
+    *text.to = value;
+    return std::nullopt;
+  }
+  if (name == "limit") {
+    int limit = 0;
+    auto [end, e] =
+        std::from_chars(value.data(), value.data() + value.size(), limit);
+    if (e != std::errc() || end != value.data() + value.size() || limit < 1 ||
+        limit > 1000) {
+      return bad_field(name,
+                       shown(value) + " is not an integer from 1 to 1000");
+    }
+    query->limit = limit;
+    return std::nullopt;
+  }
+  if (name == "cursor") {
+    if (!parse_job_id(value)) {
+      return bad_field(name, "it does not come from this server's last page");
+    }
+    query->cursor = value;
+    return std::nullopt;
+  }
+  return unknown_field(name);
+}
+
+// A body made on a store thread; nothing: there is no such patch.
+using MadeBody = Result<std::optional<std::string>>;
+
+EndedJob ended_job(const JobView& view) {
+  EndedJob job;
+  job.id = view.id;
+  job.kind = view.kind;
+  job.payload = view.payload;
+  job.result = view.result;
+  job.state = view.state;
+  job.message = view.error_message;
+  job.fence = view.fence;
+  job.artifacts = view.artifacts;
+  job.created_ms = view.created_ms;
+  job.finished_ms = view.finished_ms;
+  return job;
+}
+
+}  // namespace
+
+// Goes on when what had ended by now was fed, or after the shard's patience
+// with lists: a list of finished jobs waits for that. This one has no rows.
+void Service::when_fed(std::function<void()> then) {
+  Request request;
+  ListQuery list;
+  list.states = {State::succeeded, State::failed, State::cancelled,
+                 State::dead};
+  list.since_ms = clock_.wall_ms() + kDelayMsMax;
+  list.limit = 1;
+  request.what = std::move(list);
+  request.with_payload = false;
+  ask(std::move(request),
+      [then = std::move(then)](const Response&) { then(); });
+}
+
+void Service::list_patches(const Exchange& call) {
+  auto parameters = parse_query(call.head.query);
+  MaybeProblem problem;
+  PatchQuery query;
+  if (!parameters) {
+    problem = bad_field("query", "malformed percent-encoding");
+    parameters.emplace();
+  }
+  for (const auto& [name, value] : *parameters) {
+    if (problem) break;
+    problem = read_filter(name, value, options_.repo_roots, &query);
+  }
+  if (problem) return refuse(call.peer, call.sequence, *problem);
+  struct Made {
+    std::string body, next;
+  };
+  Where where{call.peer.id, call.sequence};
+  std::string rest = without_cursor(call.head.query);
+  Patches* patches = patches_.get();
+  auto make = [patches, query]() -> Result<Made> {
+    auto page = patches->list(query);
+    if (!page) return page.error();
+    Made made;
+    made.next = page->cursor;
+    JsonWriter json(made.body);
+    json.begin_object();
+    json.key("patches").begin_array();
+    for (const PatchRecord& patch : page->patches) {
+      append_patch(json, patch, ShowPatch::summary);
+    }
+    json.end_array();
+    json.key("cursor");
+    if (page->cursor.empty()) {
+      json.null();
+    } else {
+      json.string(page->cursor);
+    }
+    json.key("scanned").number(page->scanned);
+    json.end_object();
+    return made;
+  };
+  auto show = [this, where, rest](Result<Made> made) {
+    if (!made) return refuse_error(where, made.error());
+    Extras extras;
+    if (!made->next.empty()) {
+      extras.headers = "Link: </v1/patches?" + rest + "cursor=" + made->next +
+                       ">; rel=\"next\"\r\n";
+    }
+    if (Peer* p = peer(where.peer)) {
+      reply(*p, where.sequence, 200, made->body, extras);
+    }
+  };
+  when_fed(
+      [this, where, make, show] { on_store<Result<Made>>(where, make, show); });
+}
+
+// The half that the reads of one patch share.
+void Service::show_patch(
+    const Exchange& call,
+    std::function<Result<std::optional<std::string>>(const std::string&)> make,
+    Extras extras) {
+  const std::string id(call.args[0]);
+  if (!parse_job_id(id)) {
+    return refuse(call.peer, call.sequence, no_patch(id));
+  }
+  if (!call.head.query.empty()) {
+    return refuse(
+        call.peer, call.sequence,
+        unknown_field(call.head.query.substr(0, call.head.query.find('='))));
+  }
+  Where where{call.peer.id, call.sequence};
+  auto show = [this, where, id, extras](MadeBody made) {
+    if (!made) return refuse_error(where, made.error());
+    if (!*made) return refuse(where, no_patch(id));
+    if (Peer* p = peer(where.peer)) {
+      reply(*p, where.sequence, 200, **made, extras);
+    }
+  };
+  when_fed([this, where, id, make = std::move(make), show] {
+    on_store<MadeBody>(
+        where, [id, make] { return make(id); }, show);
+  });
+}
+
+void Service::get_patch(const Exchange& call) {
+  Patches* patches = patches_.get();
+  show_patch(call, [patches](const std::string& id) -> MadeBody {
+    auto patch = patches->find(id);
+    if (!patch) return patch.error();
+    if (!*patch) return std::optional<std::string>();
+    std::string body;
+    JsonWriter json(body);
+    append_patch(json, **patch, ShowPatch::all);
+    return std::optional<std::string>(std::move(body));
+  });
+}
+
+void Service::get_ancestry(const Exchange& call) {
+  Patches* patches = patches_.get();
+  show_patch(call, [patches](const std::string& id) -> MadeBody {
+    auto found = patches->ancestry(id);
+    if (!found) return found.error();
+    if (found->patches.empty()) return std::optional<std::string>();
+    std::string body;
+    JsonWriter json(body);
+    json.begin_object();
+    json.key("patches").begin_array();
+    for (const PatchRecord& patch : found->patches) {
+      append_patch(json, patch, ShowPatch::ancestor);
+    }
+    json.end_array();
+    json.key("truncated").boolean(found->truncated);
+    json.key("cycle").boolean(found->cycle);
+    json.key("missing");
+    if (found->missing.empty()) {
+      json.null();
+    } else {
+      json.string(found->missing);
+    }
+    json.end_object();
+    return std::optional<std::string>(std::move(body));
+  });
+}
+
+// What takes the patch back, for as long as it is kept.
+void Service::get_reverse_diff(const Exchange& call) {
+  Patches* patches = patches_.get();
+  Extras extras;
+  extras.content_type = "text/x-diff";
+  extras.headers =
+      "X-Content-Type-Options: nosniff\r\n"
+      "Content-Disposition: attachment; filename=\"reverse.diff\"\r\n";
+  show_patch(
+      call,
+      [patches](const std::string& id) { return patches->reverse_diff(id); },
+      std::move(extras));
+}
+
+// --- Filling the store anew ------------------------------------------------
+
+// Patches that history still has, one request at a time: first all patch.apply
+// jobs, then all patch.rollback jobs, which need the former's rows.
+struct Service::Rebuild {
+  bool rollbacks = false;
+  std::string cursor;
+  std::vector<JobId> ids;  // of the page, to be read
+  std::uint64_t kept = 0;
+};
+
+void Service::rebuild_patches(Millis now) {
+  if (rebuilding_ || draining_ || poisoned_ || now < rebuild_at_ ||
+      !patches_->rebuild_owed()) {
+    return;
+  }
+  rebuilding_ = true;
+  auto rebuild = std::make_shared<Rebuild>();
+  on_patches([](Patches& patches) { return patches.begin_rebuild(); },
+             [this, rebuild] { rebuild_page(rebuild); });
+}
+
+// Runs `work` on a store thread and goes on with `then`; where it failed the
+// rebuild is left and begun again later.
+void Service::on_patches(std::function<Result<void>(Patches&)> work,
+                         std::function<void()> then) {
+  Patches* patches = patches_.get();
+  bool taken = threads_->run(
+      [this, patches, work = std::move(work), then = std::move(then)] {
+        auto done = std::make_shared<Result<void>>(work(*patches));
+        loop_->post([this, done, then] {
+          if (draining_ || poisoned_) return;
+          if (*done) return then();
+          leave_rebuild(done->error().what);
+        });
+      });
+  if (!taken) leave_rebuild("too many file operations are waiting");
+}
+
+void Service::leave_rebuild(const std::string& why) {
+  Saying(Severity::warn, "patches_rebuild",
+         "tried again in " + std::to_string(kRebuildRetryMs / 1000) +
+             " s: " + why);
+  rebuilding_ = false;
+  rebuild_at_ = clock_.mono_ms() + kRebuildRetryMs;
+}
+
+void Service::rebuild_page(std::shared_ptr<Rebuild> rebuild) {
+  if (draining_ || poisoned_) return;
+  Request request;
+  ListQuery list;
+  list.kind = rebuild->rollbacks ? kRollbackKind : kPatchKind;
+  list.states = {State::succeeded, State::failed, State::cancelled,
+                 State::dead};
+  list.limit = kRebuildPage;
+  list.cursor = rebuild->cursor;
+  request.what = std::move(list);
+  request.with_payload = false;
+  ask(std::move(request), [this, rebuild](Response response) {
+    if (draining_ || poisoned_) return;
+    if (auto p = failure_of(response)) return leave_rebuild(p->detail);
+    for (const JobView& view : response.views) rebuild->ids.push_back(view.id);
+    rebuild->cursor = response.cursor;
+    rebuild_next(rebuild);
+  });
+}
+
+void Service::rebuild_next(std::shared_ptr<Rebuild> rebuild) {
+  if (draining_ || poisoned_) return;
+  if (rebuild->ids.empty()) {
+    if (rebuild->cursor.empty()) {
+      if (rebuild->rollbacks) return end_rebuild(rebuild);
+      rebuild->rollbacks = true;
+    }
+    return rebuild_page(rebuild);
+  }
+  Request request;
+  GetQuery get;
+  get.id = rebuild->ids.back();
+  rebuild->ids.pop_back();
+  request.what = get;
+  ask(std::move(request), [this, rebuild](Response response) {
+    if (draining_ || poisoned_) return;
+    if (auto p = failure_of(response)) return leave_rebuild(p->detail);
+    // It may have expired, or live again.
+    if (response.views.empty() || response.views.front().id.is_nil() ||
+        !is_final(response.views.front().state)) {
+      return rebuild_next(rebuild);
+    }
+    ++rebuild->kept;
+    auto job = std::make_shared<EndedJob>(ended_job(response.views.front()));
+    on_patches([job](Patches& patches) { return patches.add(*job); },
+               [this, rebuild] { rebuild_next(rebuild); });
+  });
+}
+
+void Service::end_rebuild(std::shared_ptr<Rebuild> rebuild) {
+  on_patches([](Patches& patches) { return patches.end_rebuild(); },
+             [this, rebuild] {
+               rebuilding_ = false;
+               if (rebuild->kept == 0) return;
+               Saying(Severity::info, "patches_rebuilt",
+                      "rebuilt from " + std::to_string(rebuild->kept) +
+                          " jobs of the history");
+             });
+}
+
+}  // namespace machina

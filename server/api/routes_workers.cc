@@ -1,0 +1,600 @@
+// The workers' verbs: lease, heartbeat, complete, fail, block, release.
+
+#include "queue/base/check.h"
+#include "server/api/service.h"
+
+namespace machina {
+namespace {
+
+// Which items of a batch went to the shard; the others have their problem.
+struct TokenBatch final : PendingExtra {
+  struct Item {
+    std::string token;
+    MaybeProblem problem;
+    Fence fence = 0;  // of a completion
+  };
+  std::vector<Item> items;
+  std::string session;  // of the leases that go with it
+  std::string worker;   // where more was asked for
+};
+
+struct SessionNote final : PendingExtra {
+  explicit SessionNote(std::string text) : session(std::move(text)) {}
+  std::string session;
+};
+
+Problem no_such_token() {
+  Problem p;
+  p.status = 404;
+  p.code = "not-found";
+  p.detail = "token: not of the form of a lease's token";
+  return p;
+}
+
+}  // namespace
+
+Problem stale_lease() {
+  Problem p;
+  p.status = 409;
+  p.code = "stale-lease";
+  p.detail = "token: the lease is no longer current; nothing was changed";
+  return p;
+}
+
+// Ill-formed: 404; not one of ours: 409, as one that is no longer current.
+MaybeProblem Service::check_token(std::string_view text, Fence* fence) {
+  Tokens::Checked checked = tokens_->check(text);
+  if (!checked.formed) return no_such_token();
+  if (!checked.ours) return stale_lease();
+  *fence = checked.fence;
+  return std::nullopt;
+}
+
+std::optional<Fence> Service::lease_of(const Exchange& call) {
+  Fence fence = 0;
+  if (auto p = check_token(call.args[0], &fence)) {
+    refuse(call.peer, call.sequence, *p);
+    return std::nullopt;
+  }
+  return fence;
+}
+
+// --- Leasing ---------------------------------------------------------------
+
+// A worker that shows no session begins one; its name alone gives no right to
+// what another session of that name holds.
+MaybeProblem Service::finish_lease(const Peer& peer, LeaseBody* lease) {
+  if (lease->session.empty()) lease->session = new_secret();
+  lease->command.session =
+      tokens_->session(lease->command.worker, lease->session, peer.local);
+  if (!lease->holding) return std::nullopt;
+  lease->command.holding.emplace();
+  for (const std::string& token : *lease->holding) {
+    Tokens::Checked checked = tokens_->check(token);
+    if (!checked.formed) {
+      return bad_field("holding", "not of the form of a lease's token");
+    }
+    if (checked.ours) lease->command.holding->push_back(checked.fence);
+  }
+  return std::nullopt;
+}
+
+void Service::note_serving(Peer& peer, const LeaseCommand& lease,
+                           Millis wait_ms) {
+  const Millis now = loop_->now();
+  if (serving_.size() >= kServingMax) {
+    std::erase_if(serving_,
+                  [now](const auto& one) { return one.second->until < now; });
+    if (serving_.size() >= kServingMax) serving_.clear();
+  }
+  std::shared_ptr<Serving>& its = serving_[lease.worker];
+  if (its == nullptr) its = std::make_shared<Serving>();
+  if (its->kinds != lease.kinds || its->until < now) served_.clear();
+  its->kinds = lease.kinds;
+  its->until = now + wait_ms + kServingMs;
+  its->peer = peer.id;
+  peer.serving = its;
+}
+
+void Service::no_longer_serves(const std::string& worker) {
+  if (serving_.erase(worker) != 0) served_.clear();
+}
+
+bool Service::served(const std::string& kind) {
+  if (auto known = served_.find(kind); known != served_.end()) {
+    return known->second;
+  }
+  const Millis now = loop_->now();
+  bool yes = false;
+  for (const auto& [_, its] : serving_) {
+    if (its->until < now) continue;
+    for (const std::string& pattern : its->kinds) {
+      yes = yes || kind_matches(pattern, kind);
+    }
+  }
+  // Whose workers are on their way.
+  if (!yes && target_ > 0 && options_.kinds.contains(kind) &&
+      (!options_.pool_argv.empty() || pool_heard()) &&
+      clock_.mono_ms() - std::max(started_mono_, scaled_mono_) < kPoolComesMs) {
+    yes = true;
+  }
+  if (served_.size() >= kServingMax) served_.clear();
+  served_[kind] = yes;  // housekeeping forgets it
+  return yes;
+}
+
+void Service::post_leases(const Exchange& call) {
+  JsonValue json;
+  if (!parse_body(call, true, &json)) return;
+  LeaseBody lease;
+  MaybeProblem p = read_lease(json, &lease);
+  if (!p) p = finish_lease(call.peer, &lease);
+  if (p) return refuse(call.peer, call.sequence, *p);
+  Pending* pending = call.peer.connection.pending(call.sequence);
+  pending->op = static_cast<std::uint8_t>(PendingOp::lease);
+  pending->extra = std::make_unique<SessionNote>(std::move(lease.session));
+  note_serving(call.peer, lease.command, lease.wait_ms);
+  if (!lease.command.holding || lease.command.holding->empty()) {
+    worker_asks(lease.command.worker);
+  }
+  Request request = request_of(call);
+  request.what.emplace<Command>(std::move(lease.command));
+  request.wait_ms = lease.wait_ms;
+  submit(std::move(request));
+}
+
+namespace {
+
+// The escaping of names and labels at most sextuples them; what matters here,
+// payload and input, is raw.
+std::size_t reply_bytes(const JobView& job) {
+  return job.payload.size() + job.input.size() + job.blocked_data.size() +
+         16 * 1024;
+}
+
+}  // namespace
+
+// Writes "session" and "leases":[...]; those that would make the reply too
+// long, or that there is no room for, go back.
+void Service::append_leases(Peer& peer, JsonWriter& json,
+                            std::vector<LeaseView>& leases,
+                            std::string_view session) {
+  std::vector<Fence> over;
+  if (!session.empty()) json.key("session").string(session);
+  json.key("leases").begin_array();
+  for (LeaseView& lease : leases) {
+    const std::size_t bytes = json.size() + reply_bytes(lease.job);
+    const bool first = &lease == &leases.front();
+    if ((bytes > kLeaseReplyBytesMax && !first) || crowded(peer, bytes)) {
+      over.push_back(lease.fence);
+      continue;
+    }
+    if (first) worker_got(lease);
+    json.begin_object();
+    json.key("token").string(tokens_->make(lease.fence));
+    json.key("fence").string(fence_hex(lease.fence));
+    json.key("expires_at").time(lease.expires_at_ms);
+    json.key("lease_ms").number(options_.shard.core.lease_ms);
+    json.key("job");
+    append_job(json, lease.job, Show::all);
+    json.end_object();
+    if (attempts_.size() >= kAttemptsKeptMax) attempts_.clear();
+    Attempt& attempt = attempts_[lease.fence];
+    attempt = {lease.job.id, lease.job.attempt, "", clock_.mono_ms(),
+               peer.serving};
+    if (lease.job.kind.starts_with("tool.")) attempt.tool = lease.job.kind;
+  }
+  json.end_array();
+  give_back(std::move(over));
+}
+
+void Service::leased(Peer& peer, std::uint64_t sequence, Pending& pending,
+                     Response& response) {
+  if (response.leases.empty()) return reply(peer, sequence, 204, "");
+  if (crowded(peer, reply_bytes(response.leases.front().job))) {
+    give_back(fences_of(response.leases));
+    Problem p;
+    p.status = 503;
+    p.code = "busy";
+    p.retry_after = 1;
+    p.detail = "answers of " + std::to_string(kUnsentAllMax) +
+               " bytes wait for their readers, the most that may";
+    return refuse(peer, sequence, p);
+  }
+  std::string body;
+  JsonWriter json(body);
+  json.begin_object();
+  append_leases(peer, json, response.leases,
+                static_cast<SessionNote&>(*pending.extra).session);
+  json.end_object();
+  reply(peer, sequence, 200, body);
+}
+
+void Service::post_heartbeat(const Exchange& call) {
+  JsonValue json;
+  if (!parse_body(call, true, &json)) return;
+  HeartbeatBody heartbeat;
+  if (auto p = read_heartbeat(json, &heartbeat)) {
+    return refuse(call.peer, call.sequence, *p);
+  }
+  auto batch = std::make_unique<TokenBatch>();
+  HeartbeatCommand command;
+  bool all_good = true;
+  for (auto& item : heartbeat.items) {
+    Fence fence = 0;
+    MaybeProblem problem = check_token(item.token, &fence);
+    if (!problem) {
+      auto known = attempts_.find(fence);
+      if (known != attempts_.end() && known->second.serving != nullptr) {
+        Millis& until = known->second.serving->until;
+        until = std::max(
+            until,
+            loop_->now() +
+                std::max<Millis>(kServingMs, options_.shard.core.lease_ms));
+      }
+      command.items.push_back({fence, item.percent, std::move(item.message)});
+    } else {
+      all_good = false;
+    }
+    batch->items.push_back({std::move(item.token), std::move(problem)});
+  }
+  Pending* pending = call.peer.connection.pending(call.sequence);
+  pending->op = static_cast<std::uint8_t>(PendingOp::heartbeat);
+  pending->extra = std::move(batch);
+  if (command.items.empty()) {
+    Response none;
+    return heartbeaten(call.peer, call.sequence, *pending, none);
+  }
+  Request request = request_of(call);
+  request.what.emplace<Command>(std::move(command));
+  request.wait_ms = all_good ? heartbeat.wait_ms : 0;
+  submit(std::move(request));
+}
+
+void Service::heartbeaten(Peer& peer, std::uint64_t sequence, Pending& pending,
+                          Response& response) {
+  auto& batch = static_cast<TokenBatch&>(*pending.extra);
+  Millis expires = clock_.wall_ms() + options_.shard.core.lease_ms;
+  std::string body;
+  JsonWriter json(body);
+  json.begin_object();
+  json.key("items").begin_array();
+  std::size_t next = 0;
+  for (TokenBatch::Item& item : batch.items) {
+    MaybeProblem problem = std::move(item.problem);
+    bool cancel = false;
+    if (!problem) {
+      const ItemAnswer answer =
+          next < response.items.size()
+              ? response.items[next]
+              : ItemAnswer{Answer::stale_lease, {}, {}, {}, {}};
+      ++next;
+      problem = problem_of(answer, "lease");
+      cancel = answer.cancel;
+    }
+    json.begin_object();
+    json.key("token").string(item.token);
+    if (problem) {
+      std::string text;
+      append_problem(&text, *problem);
+      json.key("expires_at").null();
+      json.key("cancel").boolean(false);
+      json.key("problem").raw(text);
+    } else {
+      json.key("expires_at").time(expires);
+      json.key("cancel").boolean(cancel);
+      json.key("problem").null();
+    }
+    json.end_object();
+  }
+  json.end_array().end_object();
+  reply(peer, sequence, 200, body);
+}
+
+// --- Completing ------------------------------------------------------------
+
+void Service::check_artifacts(
+    const Where& where,
+    std::vector<std::pair<Fence, std::vector<std::string>>> claims,
+    std::function<void(std::vector<MaybeProblem>)> then) {
+  Store* store = store_.get();
+  auto work = [store, claims = std::move(claims)] {
+    std::vector<MaybeProblem> problems;
+    for (const auto& [fence, names] : claims) {
+      MaybeProblem& problem = problems.emplace_back();
+      if (names.empty()) continue;
+      auto staged = store->artifacts(fence);
+      if (!staged) {
+        problem.emplace();
+        problem->status = 500;
+        problem->code = "io";
+        problem->detail = staged.error().what;
+        continue;
+      }
+      for (const std::string& name : names) {
+        bool there = false;
+        for (const Artifact& artifact : *staged) {
+          there = there || artifact.name == name;
+        }
+        if (!there) {
+          problem = bad_field("artifacts", shown(name) +
+                                               " was not uploaded by this "
+                                               "attempt");
+          break;
+        }
+      }
+    }
+    return problems;
+  };
+  on_store<std::vector<MaybeProblem>>(where, std::move(work), std::move(then));
+}
+
+void Service::post_complete(const Exchange& call) {
+  auto fence = lease_of(call);
+  JsonValue json;
+  if (!fence || !parse_body(call, true, &json)) return;
+  auto item = std::make_shared<CompleteCommand::Item>();
+  item->fence = *fence;
+  if (auto p = read_completion(json, context_of(call), item.get(), nullptr)) {
+    return refuse(call.peer, call.sequence, *p);
+  }
+  call.peer.connection.pending(call.sequence)->op =
+      static_cast<std::uint8_t>(PendingOp::complete);
+  keep_room(call);
+  Request request = request_of(call);
+  request.with_payload = false;
+  if (item->outcome.artifacts.empty()) {
+    CompleteCommand command;
+    command.items.push_back(std::move(*item));
+    request.what.emplace<Command>(std::move(command));
+    return submit(std::move(request));
+  }
+  Where where{call.peer.id, call.sequence};
+  check_artifacts(where, {{*fence, item->outcome.artifacts}},
+                  [this, where, item](std::vector<MaybeProblem> problems) {
+                    if (problems[0]) return refuse(where, *problems[0]);
+                    Request later;
+                    later.from = Address{0, where.peer, where.sequence};
+                    later.with_payload = false;
+                    CompleteCommand command;
+                    command.items.push_back(std::move(*item));
+                    later.what.emplace<Command>(std::move(command));
+                    submit(std::move(later));
+                  });
+}
+
+void Service::completed(Peer& peer, std::uint64_t sequence, Pending&,
+                        Response& response) {
+  if (response.items.empty()) return refuse(peer, sequence, stale_lease());
+  const ItemAnswer& answer = response.items.front();
+  if (auto p = problem_of(answer, "lease")) return refuse(peer, sequence, *p);
+  if (!response.views.empty() && !response.views.front().id.is_nil()) {
+    const JobView& job = response.views.front();
+    metrics_.tool_ended(job.kind, job.state == State::succeeded,
+                        job.finished_ms - job.started_ms);
+    return reply_job(peer, sequence, 200, response, Show::no_payload);
+  }
+  reply_with_job(peer, sequence, answer.id, false);
+}
+
+void Service::post_complete_many(const Exchange& call) {
+  JsonValue json;
+  if (!parse_body(call, true, &json)) return;
+  auto fail = [&](const Problem& p) { refuse(call.peer, call.sequence, p); };
+  JsonValue items;
+  LeaseBody lease;
+  bool with_lease = false;
+  for (JsonValue m = json.first(); m; m = m.next()) {
+    if (m.key() == "items") {
+      items = m;
+    } else if (m.key() == "lease") {
+      with_lease = !m.is_null();
+      if (!with_lease) continue;
+      MaybeProblem p = read_lease(m, &lease);
+      if (!p) p = finish_lease(call.peer, &lease);
+      if (p) {
+        p->field = "lease." + p->field;
+        p->detail = "lease." + p->detail;
+        return fail(*p);
+      }
+    } else {
+      return fail(unknown_field(m.key()));
+    }
+  }
+  if (!items || !items.is_array()) {
+    return fail(bad_field("items", "an array of completions is needed"));
+  }
+  auto batch = std::make_unique<TokenBatch>();
+  auto command = std::make_shared<CompleteCommand>();
+  JobContext context = context_of(call);
+  bool artifacts = false;
+  int index = 0;
+  for (JsonValue v = items.first(); v; v = v.next(), ++index) {
+    if (index >= kLeasesPerCallMax) {
+      return fail(
+          bad_field("items", "more than " + std::to_string(kLeasesPerCallMax)));
+    }
+    CompleteCommand::Item item;
+    TokenBatch::Item entry;
+    entry.problem = read_completion(v, context, &item, &entry.token);
+    if (!entry.problem) entry.problem = check_token(entry.token, &item.fence);
+    entry.fence = item.fence;
+    if (!entry.problem) {
+      artifacts = artifacts || !item.outcome.artifacts.empty();
+      command->items.push_back(std::move(item));
+    } else {
+      entry.problem->index = index;
+    }
+    batch->items.push_back(std::move(entry));
+  }
+  if (with_lease) {
+    note_serving(call.peer, lease.command, lease.wait_ms);
+    batch->worker = lease.command.worker;
+    command->lease = std::move(lease.command);
+    batch->session = std::move(lease.session);
+  }
+  Pending* pending = call.peer.connection.pending(call.sequence);
+  pending->op = static_cast<std::uint8_t>(PendingOp::complete_many);
+  pending->extra = std::move(batch);
+  Where where{call.peer.id, call.sequence};
+  Millis wait = with_lease ? lease.wait_ms : 0;
+  auto go = [this, where, wait, command] {
+    Peer* p = peer(where.peer);
+    if (command->items.empty() && !command->lease) {
+      Response none;
+      Pending* waiting =
+          p == nullptr ? nullptr : p->connection.pending(where.sequence);
+      if (waiting != nullptr) {
+        completed_many(*p, where.sequence, *waiting, none);
+      }
+      return;
+    }
+    Request request;
+    request.from = Address{0, where.peer, where.sequence};
+    request.wait_ms = wait;
+    request.with_payload = command->lease.has_value();  // of the leases' jobs
+    request.what.emplace<Command>(std::move(*command));
+    submit(std::move(request));
+  };
+  if (!artifacts) return go();
+  std::vector<std::pair<Fence, std::vector<std::string>>> claims;
+  for (const auto& item : command->items) {
+    claims.emplace_back(item.fence, item.outcome.artifacts);
+  }
+  check_artifacts(
+      where, std::move(claims),
+      [this, where, command, go](std::vector<MaybeProblem> problems) {
+        // What claims an artifact that is not there is not submitted.
+        Peer* p = peer(where.peer);
+        Pending* waiting =
+            p == nullptr ? nullptr : p->connection.pending(where.sequence);
+        if (waiting == nullptr) return;
+        auto& entries = static_cast<TokenBatch&>(*waiting->extra).items;
+        std::vector<CompleteCommand::Item> kept;
+        std::size_t at = 0;
+        for (TokenBatch::Item& entry : entries) {
+          if (entry.problem) continue;
+          if (problems[at]) {
+            entry.problem = std::move(problems[at]);
+          } else {
+            kept.push_back(std::move(command->items[at]));
+          }
+          ++at;
+        }
+        command->items = std::move(kept);
+        go();
+      });
+}
+
+void Service::completed_many(Peer& peer, std::uint64_t sequence,
+                             Pending& pending, Response& response) {
+  auto& batch = static_cast<TokenBatch&>(*pending.extra);
+  std::string body;
+  JsonWriter json(body);
+  json.begin_object();
+  json.key("items").begin_array();
+  std::size_t next = 0;
+  for (TokenBatch::Item& item : batch.items) {
+    MaybeProblem problem = std::move(item.problem);
+    json.begin_object();
+    json.key("token").string(item.token);
+    if (!problem) {
+      std::size_t at = next++;
+      const ItemAnswer answer =
+          at < response.items.size()
+              ? response.items[at]
+              : ItemAnswer{Answer::stale_lease, {}, {}, {}, {}};
+      problem = problem_of(answer, "lease");
+      if (!problem) {
+        State state =
+            at < response.views.size() && !response.views[at].id.is_nil()
+                ? response.views[at].state
+                : answer.state;
+        json.key("state").string(name(state));
+        tool_ended(item.fence, state);
+      }
+    }
+    if (problem) {
+      std::string text;
+      append_problem(&text, *problem);
+      json.key("problem").raw(text);
+    }
+    json.end_object();
+  }
+  json.end_array();
+  if (response.leases.empty()) worker_asks(batch.worker);
+  append_leases(peer, json, response.leases, batch.session);
+  json.end_object();
+  reply(peer, sequence, 200, body);
+}
+
+// One that completed, pass or fail; what fails otherwise comes by acted().
+void Service::tool_ended(Fence fence, State state) {
+  auto found = attempts_.find(fence);
+  if (found == attempts_.end() || found->second.tool.empty()) return;
+  metrics_.tool_ended(found->second.tool, state == State::succeeded,
+                      clock_.mono_ms() - found->second.since);
+  found->second.tool.clear();  // a repeated completion is the same end
+}
+
+// --- Other ends of an attempt ----------------------------------------------
+
+void Service::post_fail(const Exchange& call) {
+  auto fence = lease_of(call);
+  JsonValue json;
+  if (!fence || !parse_body(call, true, &json)) return;
+  auto command = std::make_shared<FailCommand>();
+  command->fence = *fence;
+  if (auto p = read_failure(json, &command->outcome)) {
+    return refuse(call.peer, call.sequence, *p);
+  }
+  call.peer.connection.pending(call.sequence)->op =
+      static_cast<std::uint8_t>(PendingOp::lease_act);
+  keep_room(call);
+  Where where{call.peer.id, call.sequence};
+  auto go = [this, where, command] {
+    Request request;
+    request.from = Address{0, where.peer, where.sequence};
+    request.with_payload = false;
+    request.what.emplace<Command>(std::move(*command));
+    submit(std::move(request));
+  };
+  if (command->outcome.artifacts.empty()) return go();
+  check_artifacts(where, {{*fence, command->outcome.artifacts}},
+                  [this, where, go](std::vector<MaybeProblem> problems) {
+                    if (problems[0]) return refuse(where, *problems[0]);
+                    go();
+                  });
+}
+
+void Service::post_block(const Exchange& call) {
+  auto fence = lease_of(call);
+  JsonValue json;
+  if (!fence || !parse_body(call, true, &json)) return;
+  BlockCommand command;
+  command.fence = *fence;
+  if (auto p = read_block(json, &command)) {
+    return refuse(call.peer, call.sequence, *p);
+  }
+  call.peer.connection.pending(call.sequence)->op =
+      static_cast<std::uint8_t>(PendingOp::lease_act);
+  Request request = request_of(call);
+  request.with_payload = false;
+  request.what.emplace<Command>(std::move(command));
+  submit(std::move(request));
+}
+
+void Service::post_release(const Exchange& call) {
+  auto fence = lease_of(call);
+  if (!fence || !no_members(call)) return;
+  call.peer.connection.pending(call.sequence)->op =
+      static_cast<std::uint8_t>(PendingOp::lease_act);
+  ReleaseCommand command;
+  command.fences.push_back(*fence);
+  Request request = request_of(call);
+  request.with_payload = false;
+  request.what.emplace<Command>(std::move(command));
+  submit(std::move(request));
+}
+
+}  // namespace machina

@@ -1,0 +1,90 @@
+// server/auth/gate.h
+//
+// Who may come in: bearer token, request signature, or both. Decides from a
+// head and, for a signature, the digest of the body; keeps no connection.
+//
+//   head --look()--> granted | refused | after_body --verify()--> granted ...
+//
+//   A1  Whoever is refused learns nothing of why: Cause is for the log alone,
+//       and the signature is computed whatever else is wrong.
+//   A2  A nonce is recorded only for a request that is let in, after all else
+//       about it was found right.
+//   A3  A credential that was sent must be right, even where another is.
+
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "queue/base/clock.h"
+#include "queue/base/result.h"
+#include "server/auth/nonces.h"
+#include "server/auth/signature.h"
+#include "server/http/http_parser.h"
+
+namespace machina {
+
+class Gate {
+ public:
+  struct Options {
+    std::string token, secret;  // empty: none
+    bool all = false;           // where both are set: both are needed
+    Millis window_ms = 60'000;
+    std::string nonce_dir;  // empty: nonces are in memory only
+    std::size_t nonces_max = kNoncesMax;
+  };
+  static Result<std::unique_ptr<Gate>> open(const Options& options,
+                                            Millis wall_ms, Millis mono_ms);
+
+  bool closed() const { return token_ || signer_ != nullptr; }
+  bool signs() const { return signer_ != nullptr; }
+  // The value of WWW-Authenticate.
+  std::string_view challenge() const;
+
+  enum class Entry : std::uint8_t { granted, after_body, refused, full };
+  enum class Cause : std::uint8_t {
+    none,
+    no_credential,
+    one_is_missing,
+    wrong_token,
+    malformed_signature,
+    stale_signature,
+    wrong_signature,
+    used_nonce,
+  };
+  static std::string_view text(Cause cause);
+
+  // `presented`: whether it carried a credential that had to be looked at.
+  Entry look(const Head& head, Cause* cause, bool* presented) const;
+  // For after_body. `head_wall_ms`: when the head came.
+  Entry verify(const Head& head, const HexDigest& body, Millis head_wall_ms,
+               Millis mono_ms, Cause* cause);
+  // For a request that verify() granted.
+  void record(const Head& head);
+  int retry_s(Millis mono_ms) const { return nonces_->retry_s(mono_ms); }
+
+  // Once a turn.
+  void flush() {
+    if (nonces_ != nullptr) nonces_->flush();
+  }
+  Result<void> close() {
+    return nonces_ == nullptr ? Result<void>() : nonces_->close();
+  }
+  std::string trouble() {
+    return nonces_ == nullptr ? std::string() : nonces_->trouble();
+  }
+  std::size_t nonces() const {
+    return nonces_ == nullptr ? 0 : nonces_->size();
+  }
+
+ private:
+  Gate() = default;
+  Options options_;  // without the secret
+  bool token_ = false;
+  std::unique_ptr<Signer> signer_;
+  std::unique_ptr<Nonces> nonces_;
+};
+
+}  // namespace machina
