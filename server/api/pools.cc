@@ -256,6 +256,8 @@ void Service::post_sync(const Exchange& call) {
   for (auto* names : {&gone, &ended}) {
     GoneCommand command = gone_of(id, said, std::move(*names));
     command.ended = names == &ended;
+    if (gone_sessions_.size() > kGoneSessionsMax) gone_sessions_.clear();
+    gone_sessions_.insert(command.sessions.begin(), command.sessions.end());
     if (!command.workers.empty()) reports.push_back(std::move(command));
   }
   Pool& pool = pools_[id];

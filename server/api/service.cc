@@ -942,6 +942,23 @@ void Service::submit(Request request) {
     request.view_bytes =
         kSmallAnswerBytes + (pending == nullptr ? 0 : pending->room);
   }
+  // The call of a worker that died may be read after its pool's report. A lease
+  // would go to nobody, and hold its job until it runs out.
+  if (auto* command = std::get_if<Command>(&request.what)) {
+    if (auto* complete = std::get_if<CompleteCommand>(command);
+        complete != nullptr && complete->lease &&
+        gone_sessions_.contains(complete->lease->session)) {
+      complete->lease.reset();
+    }
+    if (auto* lease = std::get_if<LeaseCommand>(command);
+        lease != nullptr && gone_sessions_.contains(lease->session)) {
+      Problem p;
+      p.status = 409;
+      p.code = "stale-lease";
+      p.detail = "session: its pool has reported that this worker has ended";
+      return refuse(Where{request.from.connection, request.from.sequence}, p);
+    }
+  }
   shard_->submit(std::move(request));
 }
 

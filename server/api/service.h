@@ -92,6 +92,7 @@ struct Serving {
   std::uint64_t peer = 0;  // where it asked last
 };
 constexpr std::size_t kServingMax = 4096;
+constexpr std::size_t kGoneSessionsMax = 4096;  // remembered; then anew
 constexpr Millis kServingMs = 60'000, kServingGoneMs = 15'000;
 constexpr Millis kPoolComesMs = 30'000;    // until a pool's workers may ask
 constexpr std::size_t kUnservedMax = 100;  // kinds, of /stats
@@ -580,6 +581,9 @@ class Service {
   Millis rebuild_at_ = 0;
 
   std::map<std::string, Pool> pools_;
+  // Of workers that their pool has reported as ended. What such a worker had
+  // sent before must not lease: nobody would hear of it.
+  std::set<Session> gone_sessions_;
   int target_ = 0;
   Millis scaled_mono_ = 0;       // when workers were last asked for
   PoolTrouble pool_trouble_;     // of the one that we start

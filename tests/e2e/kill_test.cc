@@ -733,7 +733,7 @@ TEST_P(Kills, LandedAndNotTold) {
     const std::string ref = repo_ + "/.git/refs/heads/" + branch;
     const std::string before = read_file(ref);
     const Held held = hold(id, phase);
-    ASSERT_NE(held.shell, 0);
+    if (held.shell == 0) return;  // it was over before it was seen
     const std::vector<pid_t> workers = p().worker_pids();
     kill(p().server(), SIGSTOP);
     kill(held.shell, SIGCONT);
@@ -741,9 +741,9 @@ TEST_P(Kills, LandedAndNotTold) {
     for (const pid_t pid : workers) kill(pid, SIGKILL);
     kill(p().server(), SIGCONT);
   };
-  // A worker may be so fast that its completion lies in the server's socket
-  // before the branch is seen here. Then the job was told, which is right too,
-  // and another one is tried.
+  // The phase may be over before it is seen, and a worker may be so fast that
+  // its completion lies in the server's socket before the branch is seen here.
+  // Then the job was told, which is right too, and another one is tried.
   const auto untold = [&](const Phase& phase, const auto& submit,
                           const auto& expect_end) {
     Json job;

@@ -1,6 +1,7 @@
 // Preloaded into a server under test (LD_PRELOAD): its wall clock is so many
 // seconds off as the file named by WALL_CLOCK_SHIFT_FILE says. Nothing of the
-// host is changed, and its monotonic clocks are left alone.
+// host is changed, and its monotonic clocks are left alone; but with
+// WALL_CLOCK_SHIFT_BOOT set the clock since the boot is off as much.
 
 #include <fcntl.h>
 #include <sys/syscall.h>
@@ -30,7 +31,9 @@ extern "C" {
 int clock_gettime(clockid_t id, struct timespec* at) noexcept {
   const int result = static_cast<int>(syscall(SYS_clock_gettime, id, at));
   const bool wall = id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE;
-  if (result == 0 && wall) at->tv_sec += shift_s();
+  const bool boot =
+      id == CLOCK_BOOTTIME && std::getenv("WALL_CLOCK_SHIFT_BOOT") != nullptr;
+  if (result == 0 && (wall || boot)) at->tv_sec += shift_s();
   return result;
 }
 
