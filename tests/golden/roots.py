@@ -307,6 +307,16 @@ NAMES = {"clean": clean, "crashed": crashed, "handed-over": handed_over,
          "rotating": rotating}
 
 
+def write_lines(path, out):
+    """As JSON, an answer a line."""
+    lines = lambda d: ",\n".join(f"{json.dumps(k)}: {json.dumps(d[k], sort_keys=True)}"
+                                 for k in sorted(d))
+    head = {k: v for k, v in out.items() if k != "answers"}
+    with open(path, "w") as file:
+        file.write("{\n" + lines(head) + ',\n"answers": {\n' + lines(out["answers"])
+                   + "\n}\n}\n")
+
+
 def make(binary, version):
     for name, write in NAMES.items():
         base = os.path.join(HERE, f"{version}-{name}")
@@ -324,9 +334,7 @@ def make(binary, version):
                             "--hole-detection=raw", "--exclude=*.sock", "--owner=0",
                             "--group=0", "--numeric-owner", "-C", root, "."],
                            check=True)
-        with open(base + ".json", "w") as file:
-            json.dump(out, file, indent=1, sort_keys=True)
-            file.write("\n")
+        write_lines(base + ".json", out)
 
 
 def differences(was, now, path=""):
