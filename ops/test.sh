@@ -92,6 +92,5 @@ say "release: building everything"
 configure release -DMACHINA_WERROR=ON
 cmake --build --preset release -j "$jobs"
 say "release: testing everything ($((SECONDS - started)) s so far)"
-# Most tests of the real binary wait: one more than there are cores.
-exec ctest --test-dir build/release -j "$((jobs + 1))" --output-on-failure \
+exec ctest --test-dir build/release -j "$jobs" --output-on-failure \
   --no-tests=error
