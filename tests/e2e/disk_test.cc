@@ -145,6 +145,13 @@ class Disk : public EndToEnd {
     }
   }
 
+  // What takes the room.
+  std::string files() {
+    p().shell("cd " + p().root() + "; du -ak . | sort -rn | head -60 >" +
+              p().dir() + "/files");
+    return "\n" + read_file(p().dir() + "/files");
+  }
+
   bool mounted_ = false;
   std::string why_;
   std::atomic<bool> stop_{false};
@@ -180,7 +187,7 @@ TEST_P(Disk, F05_FilledAndFreedUnderLoadWithKills) {
     EXPECT_EQ(p().get("/health").status, 200) << cycle << end_of(p().log());
     empty();
     EXPECT_TRUE(eventually([&] { return takes_jobs(); }, 10'000))
-        << cycle << ": " << p().get("/ready").body;
+        << cycle << ": " << p().get("/ready").body << files();
   }
   stop_ = true;
   for (std::thread& thread : load) thread.join();
