@@ -35,7 +35,8 @@ while [ $# -gt 0 ]; do
 done
 if [ -n "$repeat$folder" ] || [ "$filter" != . ]; then
   [[ $repeat =~ ^[1-9][0-9]{0,4}$ ]] || die_usage "--repeat must be 1 to 99999"
-  compgen -G "tests/$folder/**/*_test.cc" >/dev/null ||
+  [[ $folder =~ ^[a-z0-9]+$ ]] &&
+    compgen -G "tests/$folder/**/*_test.cc" >/dev/null ||
     die_usage "--folder \"$folder\": there is no tests/$folder with tests"
 fi
 shopt -s globstar
