@@ -16,6 +16,7 @@
 # stops at the first failure: a test that fails then fails by itself.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+shopt -s globstar
 quick=no repeat='' folder='' filter=.
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -39,7 +40,6 @@ if [ -n "$repeat$folder" ] || [ "$filter" != . ]; then
     compgen -G "tests/$folder/**/*_test.cc" >/dev/null ||
     die_usage "--folder \"$folder\": there is no tests/$folder with tests"
 fi
-shopt -s globstar
 jobs=$(nproc)
 started=$SECONDS
 
