@@ -7,6 +7,10 @@ namespace machina::sqlite {
 namespace {
 
 constexpr int kBusyMs = 5000;
+// The index of a write-ahead log in memory of this process, which alone opens
+// the file. In a file (-shm) it takes blocks of its own at each start, and on a
+// full disk, after a kill, there are none: the server would not start.
+constexpr char kVfs[] = "unix-excl";
 
 static_assert(kOk == SQLITE_OK && kRow == SQLITE_ROW && kDone == SQLITE_DONE);
 
@@ -90,7 +94,7 @@ Result<void> Database::open(const std::string& path, const Setup& setup) {
   const bool writer = setup.schema != nullptr;
   int flags = SQLITE_OPEN_READWRITE | SQLITE_OPEN_NOMUTEX;
   if (writer) flags |= SQLITE_OPEN_CREATE;
-  int rc = sqlite3_open_v2(path.c_str(), &db_, flags, nullptr);
+  int rc = sqlite3_open_v2(path.c_str(), &db_, flags, kVfs);
   if (rc != SQLITE_OK) return error(rc, "open " + path);
   sqlite3_extended_result_codes(db_, 1);
   sqlite3_busy_timeout(db_, kBusyMs);

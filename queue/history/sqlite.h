@@ -3,7 +3,7 @@
 // SQLite, as far as it is used here: connections and prepared statements. The
 // only includer of sqlite3.h is sqlite.cc. Who writes a file has one connection
 // that creates, writes and checkpoints it (WAL mode, synchronous FULL: a commit
-// is durable); readers have others.
+// is durable); readers have others. A file is open in one process at a time.
 //
 // Not for the loop thread: every call blocks. A connection and its statements
 // are used by one thread at a time.

@@ -110,6 +110,18 @@ TEST_F(HistoryTest, AppliedAndRowsSurviveReopen) {
   EXPECT_TRUE(find(change.id));
 }
 
+// A start takes no room: on a full disk there is none.
+TEST_F(HistoryTest, F05_NoIndexOfAWriteAheadLogTakesRoomOnDisk) {
+  apply({finished(kNoon)}, 10);
+  int logs = 0;
+  for (const auto& file : std::filesystem::recursive_directory_iterator(dir_)) {
+    const std::string name = file.path().filename();
+    logs += name.ends_with("-wal");
+    EXPECT_FALSE(name.ends_with("-shm")) << name;
+  }
+  EXPECT_GT(logs, 0);
+}
+
 TEST_F(HistoryTest, SameRowTwiceIsOneRow) {
   HistoryChange change = finished(kNoon);
   apply({change}, 10);
