@@ -51,7 +51,8 @@ class File {
 
   // Makes the file at least `bytes` long, of blocks that are its own from now
   // on: no write within them is refused for want of room. What was not written
-  // reads as zeros. Code::full: not enough room; the file may have grown.
+  // reads as zeros. `bytes` > 0. Code::full: not enough room; the file may have
+  // grown.
   virtual Result<void> allocate(std::uint64_t bytes);
 
   virtual Result<std::uint64_t> size() const = 0;

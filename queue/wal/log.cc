@@ -303,6 +303,8 @@ Result<void> Log::Impl::adopt() {
     if (!file) return file.error();
     auto size = (*file)->size();
     if (!size) return size.error();
+    // Killed between making the file and giving it blocks, or refused these.
+    if (*size == 0) continue;
     // After a power cut it may be shorter than it was, or have holes.
     auto whole = (*file)->allocate(*size);
     if (!whole && whole.error().code != Code::full) return whole;

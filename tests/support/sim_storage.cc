@@ -216,6 +216,8 @@ Result<void> SimStorage::write(Node& node, const std::string& name,
 Result<void> SimStorage::allocate(Node& node, const std::string& name,
                                   std::uint64_t bytes) {
   if (auto ok = step("allocate", name); !ok) return ok;
+  if (bytes == 0)  // as fallocate(2)
+    return Error{Code::io, "cannot allocate " + name + ": Invalid argument"};
   const std::uint64_t now = node.cache.size();
   if (bytes <= now) return {};
   if (quota_ != 0 && used() + bytes - now > quota_)

@@ -704,6 +704,27 @@ TEST(FullDisk, F05_AStartOnAFullDiskHasTheRoomThatWasHeld) {
   }
 }
 
+// A file that was made and got no blocks: the end came in between, or the disk
+// refused them. The kernel refuses to allocate nothing.
+TEST(FullDisk, F05_AStartPassesOverHeldFilesWithoutBlocks) {
+  Journal j(12, holding_log());
+  ASSERT_TRUE(j.open());
+  ASSERT_TRUE(j.put(5));
+  j.kill();
+  for (const char* name :
+       {"wal/checkpoint-room.tmp", "wal/held-90.tmp", "wal/spare-91.tmp"}) {
+    (void)j.disk.remove(name);
+    ASSERT_TRUE(j.disk.open(name, OpenMode::create));
+  }
+  j.disk.set_quota(j.disk.bytes_used() + (1 << 20));
+  ASSERT_TRUE(j.open()) << j.error.what;
+  EXPECT_TRUE(j.sound());
+  j.log->hold(64 << 10, 16 << 10);
+  j.settle();
+  EXPECT_FALSE(j.log->lacking()) << j.log->room().why;
+  ASSERT_TRUE(j.put(1));
+}
+
 // Where a unit is as large as a spare (a small file system) as elsewhere.
 TEST(FullDisk, F01_StartsOfAnIdleRootKeepTheSameFiles) {
   for (int segment_kib : {128, 20 << 10}) {
