@@ -262,15 +262,34 @@ void ShardImpl::run_checkpoint() {
     checkpoint_lsn_ = log_->checkpointed();
     checkpoint_retry_mono_ = mono() + kFullRetryMs;
   }
-  if (core_.applied() <= checkpoint_lsn_ || mono() < checkpoint_retry_mono_) {
-    return;
+  if (mono() < checkpoint_retry_mono_) return;
+  // At once where it frees more than it writes.
+  if (reclaim_bytes_ != 0 &&
+      (reclaim_bytes_ > image_bytes_ || mono() >= checkpoint_at_mono_)) {
+    return reclaim();
   }
+  if (core_.applied() <= checkpoint_lsn_) return;
   // It is due when the log has grown by as much as the last image had bytes,
   // so that the disk's time for it stays a small share.
   const std::uint64_t grown = log_->bytes_since_checkpoint();
   const bool due = grown >= options_.checkpoint_log_bytes ||
                    (mono() >= checkpoint_at_mono_ && grown >= image_bytes_);
   if (due) take_image();
+}
+
+// A low disk refuses what would let the log grow, and a log that does not grow
+// gets no further checkpoint: the segments that the checkpoints keep would stay
+// for ever, and the disk low with them. A checkpoint needs an lsn of its own:
+// where nothing is new, the clock is written once more.
+void ShardImpl::reclaim() {
+  reclaim_bytes_ = 0;
+  if (core_.applied() <= checkpoint_lsn_) {
+    if (log_->lacking() && !log_->fits(kDecisionBytes, core_.reserved_bytes()))
+      return;
+    new_anchor_ = true;
+    say_clock();
+  }
+  take_image();
 }
 
 // Freezes what is applied; the log's thread makes bytes of it.
@@ -296,6 +315,8 @@ void ShardImpl::sample_disk() {
       disk_busy_ = false;
       disk_free_ = bytes;
       hold_room(true);
+      reclaim_bytes_ =
+          disk().level != DiskLevel::ok ? log_->kept_for_checkpoints() : 0;
       if (disk_low(disk_hard_) || log_->lacking()) answer_parked_leases();
       say_disk();
     };

@@ -307,6 +307,7 @@ class ShardImpl final : public Shard {
   EndedPtr find_ended(Fence fence) const;
   void read_page(const CallPtr& call);
   void run_checkpoint();
+  void reclaim();
   void take_image();
   void sample_disk();
   // What must be free, and where that number comes from.
@@ -413,6 +414,7 @@ class ShardImpl final : public Shard {
   std::uint64_t hold_log_ = 0, hold_checkpoint_ = 0;
   Millis due_retry_mono_ = 0;         // what is due waits for room until then
   Millis checkpoint_retry_mono_ = 0;  // "
+  std::uint64_t reclaim_bytes_ = 0;   // checkpoints would give a low disk
   DiskLevel disk_said_ = DiskLevel::ok;
   Millis disk_said_mono_ = 0;
   std::uint64_t disk_free_ = UINT64_MAX;

@@ -75,6 +75,7 @@ class Log::Impl {
   void poll();
   void checkpoint(Lsn lsn, Millis time_ms, Image image);
   void release();
+  std::uint64_t kept_for_checkpoints() const;
   Result<void> close();
 
   // --- the threads' work, one piece at a time; true if there was any ---
@@ -1256,6 +1257,19 @@ void Log::Impl::release() {
   keeper_ready_.notify_one();
 }
 
+std::uint64_t Log::Impl::kept_for_checkpoints() const {
+  std::uint64_t bytes = 0;
+  std::shared_lock hold(table_mutex_);
+  for (auto it = table_.begin(); it != table_.end(); ++it) {
+    auto next = std::next(it);
+    if (next == table_.end() ||
+        next->second->header.first_lsn > history_applied_ + 1)
+      break;
+    if (it->second->needs == 0) bytes += it->second->header.bytes;
+  }
+  return bytes;
+}
+
 void Log::Impl::need(Place place, int delta) {
   if (place == 0) return;
   std::shared_lock hold(table_mutex_);
@@ -1445,6 +1459,9 @@ bool Log::lacking() const { return impl_->lacking(); }
 bool Log::stalled() const { return impl_->stalled(); }
 bool Log::fits(std::uint64_t bytes, std::uint64_t keep) const {
   return impl_->fits(bytes, keep);
+}
+std::uint64_t Log::kept_for_checkpoints() const {
+  return impl_->kept_for_checkpoints();
 }
 std::uint64_t Log::bytes_since_checkpoint() const {
   return impl_->bytes_since_checkpoint_;

@@ -164,6 +164,9 @@ class Log {
   void checkpoint(Lsn lsn, Millis time_ms, std::vector<std::byte> image);
   bool checkpointing() const;
   std::uint64_t bytes_since_checkpoint() const;
+  // Bytes of segments that nothing but the checkpoints keeps: two more, the
+  // second of a later lsn, let all of them go. O(segments).
+  std::uint64_t kept_for_checkpoints() const;
 
   // The room that is to be there before it is needed, beside the segment being
   // written and the spare: files of their own blocks, made in the background

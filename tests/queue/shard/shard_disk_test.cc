@@ -167,6 +167,46 @@ TEST_P(ShardOnAFullDisk, F05_EndsFindTheirRoomAndEverythingElseIsRefused) {
   for (const JobId& id : told_) state_of(id);
 }
 
+// A refused job does not grow the log, and the segments of what ended are kept
+// for the checkpoints alone: the server itself must let them go.
+TEST_P(ShardOnAFullDisk, F05_AnEmptyQueueGivesItsSegmentsBackToALowDisk) {
+  options_.checkpoint_log_bytes = 1 << 30;  // none is due by growth
+  options_.log.first_segment_bytes = options_.log.segment_bytes;
+  options_.disk_soft_bytes = 3 << 20;
+  for (const bool killed : {false, true}) {
+    open();
+    for (int i = 0; i < 60; ++i) {
+      ASSERT_EQ(enqueue(20'000).status, Status::done);
+      for (Fence fence : lease(1)) {
+        ASSERT_EQ(complete(fence, 60'000), Status::done);
+      }
+    }
+    if (killed) {
+      kill();
+      open();
+    }
+    look();
+    const std::uint64_t used = disk_.bytes_used();
+    disk_.set_quota(used + (1 << 20));
+    look();
+    ASSERT_EQ(shard_->disk().level, DiskLevel::soft) << killed;
+    ASSERT_EQ(enqueue().status, Status::disk_low);
+    for (int i = 0; i < 6; ++i) look();
+    EXPECT_EQ(shard_->disk().level, DiskLevel::ok)
+        << killed << ", " << shard_->disk().says << "; used " << used
+        << ", now " << disk_.bytes_used();
+    // Low again, with nothing to give back: no checkpoint is written for that.
+    disk_.set_quota(disk_.bytes_used() + (1 << 20));
+    for (int i = 0; i < 6; ++i) look();
+    EXPECT_EQ(shard_->disk().level, DiskLevel::soft);
+    const Lsn applied = shard_->stats().applied;
+    for (int i = 0; i < 6; ++i) look();
+    EXPECT_EQ(shard_->stats().applied, applied);
+    disk_.set_quota(0);
+  }
+  for (const JobId& id : told_) state_of(id);
+}
+
 // Between two looks at the disk, with everything at once.
 TEST_P(ShardOnAFullDisk, F05_FilledByAnotherUnderLoadNothingIsLostOrPoisoned) {
   SeededRandom chance(99);
