@@ -133,8 +133,9 @@ class Disk : public EndToEnd {
                        .status == 507
                ? uploads_refused_
                : uploads_);
-        const Json end = {
-            {"result", {{"text", std::string(n++ % 3 * 20'000, 'r')}}}};
+        // Large ones now and then: history keeps all, and 500 cycles must fit.
+        const std::size_t large = n++ % 64 == 0 ? 40'000 : 0;
+        const Json end = {{"result", {{"text", std::string(large, 'r')}}}};
         while (!stop_) {
           int status = p().post(at + "/complete", end).status;
           if (status == 200 || status / 100 == 4) break;
@@ -167,6 +168,12 @@ TEST_P(Disk, F05_FilledAndFreedUnderLoadWithKills) {
   if (!mount(256)) GTEST_SKIP() << "no disk to fill: " << why_;
   Serve serve;
   serve.env["MACHINA_WAL_FSYNC"] = "1";
+  // A job that waits for its next attempt, or whose lease's answer was lost
+  // with a server, keeps its segment: not for longer than a cycle waits for
+  // room.
+  serve.env["MACHINA_RETRY_MIN_MS"] = "50";
+  serve.env["MACHINA_RETRY_MAX_MS"] = "500";
+  serve.env["MACHINA_LEASE_MS"] = "2000";
   start(serve);
   ASSERT_TRUE(takes_jobs());
   std::vector<std::thread> load;
