@@ -214,67 +214,66 @@ void Service::report_gone(GoneCommand command,
   ask(std::move(request), std::move(then));
 }
 
-void Service::post_sync(const Exchange& call) {
+static void post_sync(Service& s, const Exchange& call) {
   // What a pool says of its workers is believed: that they are dead, how
   // strong their sandboxes are. So it must come from this host's own user.
   if (!call.peer.local) {
-    return refuse(call.peer, call.sequence,
-                  not_implemented("",
-                                  "pools over TCP: a pool reports over "
-                                  "the server's Unix socket"));
+    return s.refuse(call.peer, call.sequence,
+                    not_implemented("",
+                                    "pools over TCP: a pool reports over "
+                                    "the server's Unix socket"));
   }
   if (!valid_name(call.args[0]) || call.args[0].size() > kWorkerBytesMax) {
     Problem p;
     p.status = 404;
     p.code = "not-found";
     p.detail = "pool: " + shown(call.args[0]) + " is no pool's id";
-    return refuse(call.peer, call.sequence, p);
+    return s.refuse(call.peer, call.sequence, p);
   }
   JsonValue json;
-  if (!parse_body(call, true, &json)) return;
-  Pool said;
+  if (!s.parse_body(call, true, &json)) return;
+  Service::Pool said;
   std::vector<std::string> gone, ended;
   Millis wait_ms = 0;
-  if (!read_sync(call, json, &said, &gone, &ended, &wait_ms)) return;
+  if (!s.read_sync(call, json, &said, &gone, &ended, &wait_ms)) return;
   std::string id(call.args[0]);
-  if (pools_.count(id) == 0 && pools_.size() >= kPoolsMax) {
-    return refuse(
+  if (s.pools_.count(id) == 0 && s.pools_.size() >= kPoolsMax) {
+    return s.refuse(
         call.peer, call.sequence,
         bad_field("pool", "more than " + std::to_string(kPoolsMax) + " pools"));
   }
-  for (const auto& [other, theirs] : pools_) {
+  for (const auto& [other, theirs] : s.pools_) {
     if (other == id) continue;
     std::erase_if(said.listed, [&](const std::string& name) {
       return theirs.listed.contains(name) || called_after(name, other);
     });
   }
-  if (auto known = pools_.find(id); known != pools_.end()) {
+  if (auto known = s.pools_.find(id); known != s.pools_.end()) {
     auto& listed = known->second.listed;
     if (listed.size() <= kListedMax) said.listed.merge(listed);
   }
   std::vector<GoneCommand> reports;
   for (auto* names : {&gone, &ended}) {
-    GoneCommand command = gone_of(id, said, std::move(*names));
+    GoneCommand command = s.gone_of(id, said, std::move(*names));
     command.ended = names == &ended;
-    if (gone_sessions_.size() > kGoneSessionsMax) gone_sessions_.clear();
-    gone_sessions_.insert(command.sessions.begin(), command.sessions.end());
+    if (s.gone_sessions_.size() > kGoneSessionsMax) s.gone_sessions_.clear();
+    s.gone_sessions_.insert(command.sessions.begin(), command.sessions.end());
     if (!command.workers.empty()) reports.push_back(std::move(command));
   }
-  Pool& pool = pools_[id];
+  Service::Pool& pool = s.pools_[id];
   // A pool has one open sync: an older one was left behind.
   Where old = pool.parked;
-  said.seen_mono = clock_.mono_ms();
-  said.seen_wall = clock_.wall_ms();
-  if (said.counts) metrics_.pool_counts(id, *said.counts);
-  pool_trouble_ = {};
-  pool_unusable_times_ = 0;
+  said.seen_mono = s.clock_.mono_ms();
+  said.seen_wall = s.clock_.wall_ms();
+  if (said.counts) s.metrics_.pool_counts(id, *said.counts);
+  s.pool_trouble_ = {};
+  s.pool_unusable_times_ = 0;
   pool = std::move(said);
-  if (Peer* p = peer(old.peer)) answer_sync(*p, old.sequence);
+  if (Peer* p = s.peer(old.peer)) s.answer_sync(*p, old.sequence);
 
-  Pending* pending = call.peer.connection.pending(call.sequence);
-  pending->op = static_cast<std::uint8_t>(PendingOp::sync);
-  check_levels();
-  if (reports.empty()) return park_sync(call.peer, call.sequence, id, wait_ms);
+  s.check_levels();
+  if (reports.empty())
+    return s.park_sync(call.peer, call.sequence, id, wait_ms);
   // A pool forgets what it was answered 200 to: nothing that the log did not
   // take may be.
   struct Reported {
@@ -284,12 +283,12 @@ void Service::post_sync(const Exchange& call) {
   auto reported = std::make_shared<Reported>(Reported{reports.size(), {}});
   const Where where{call.peer.id, call.sequence};
   for (GoneCommand& report : reports) {
-    report_gone(std::move(report), [=, this](const Response& response) {
-      if (auto p = failure_of(response)) reported->refused = std::move(p);
+    s.report_gone(std::move(report), [=, &s](const Response& response) {
+      if (auto p = s.failure_of(response)) reported->refused = std::move(p);
       if (--reported->open > 0) return;
-      if (reported->refused) return refuse(where, *reported->refused);
-      if (Peer* p = peer(where.peer)) {
-        park_sync(*p, where.sequence, id, wait_ms);
+      if (reported->refused) return s.refuse(where, *reported->refused);
+      if (Peer* p = s.peer(where.peer)) {
+        s.park_sync(*p, where.sequence, id, wait_ms);
       }
     });
   }
@@ -418,19 +417,19 @@ void Service::pool_unusable() {
       .with("remedy", remedy);
 }
 
-void Service::get_workers(const Exchange& call) {
-  WorkerNumbers numbers = worker_numbers();
+static void get_workers(Service& s, const Exchange& call) {
+  WorkerNumbers numbers = s.worker_numbers();
   std::string body;
   JsonWriter json(body);
   json.begin_object();
   json.key("workers").begin_array();
-  for (const auto& [id, pool] : pools_) {
-    for (const Pool::Worker& worker : pool.workers) {
+  for (const auto& [id, pool] : s.pools_) {
+    for (const Service::Pool::Worker& worker : pool.workers) {
       json.begin_object();
       json.key("pool").string(id);
       json.key("host").string(pool.host);
       json.key("seen_at").time(pool.seen_wall);
-      const std::string job = job_of(worker);
+      const std::string job = s.job_of(worker);
       std::string state = worker.state;
       // What a pool says of a start may come after the first job's.
       if ((state == "idle" || state == "starting") && !job.empty()) {
@@ -448,9 +447,9 @@ void Service::get_workers(const Exchange& call) {
   json.key("reported").number(numbers.reported);
   json.key("busy").number(numbers.busy);
   json.key("trouble");
-  append_trouble(json, trouble());
+  append_trouble(json, s.trouble());
   json.key("pools").begin_array();
-  for (const auto& [id, pool] : pools_) {
+  for (const auto& [id, pool] : s.pools_) {
     json.begin_object();
     json.key("pool").string(id);
     json.key("host").string(pool.host);
@@ -461,12 +460,12 @@ void Service::get_workers(const Exchange& call) {
     json.end_object();
   }
   json.end_array().end_object();
-  reply(call.peer, call.sequence, 200, body);
+  s.reply(call.peer, call.sequence, 200, body);
 }
 
-void Service::put_scale(const Exchange& call) {
+static void put_scale(Service& s, const Exchange& call) {
   JsonValue json;
-  if (!parse_body(call, true, &json)) return;
+  if (!s.parse_body(call, true, &json)) return;
   std::int64_t count = -1;
   for (JsonValue m = json.first(); m; m = m.next()) {
     MaybeProblem p;
@@ -478,21 +477,21 @@ void Service::put_scale(const Exchange& call) {
     } else {
       p = unknown_field(m.key());
     }
-    if (p) return refuse(call.peer, call.sequence, *p);
+    if (p) return s.refuse(call.peer, call.sequence, *p);
   }
   if (count < 0) {
-    return refuse(call.peer, call.sequence,
-                  bad_field("count", "it is missing"));
+    return s.refuse(call.peer, call.sequence,
+                    bad_field("count", "it is missing"));
   }
-  if (count > target_) scaled_mono_ = clock_.mono_ms();
-  target_ = static_cast<int>(count);
-  served_.clear();
-  reply(call.peer, call.sequence, 200,
-        "{\"configured\":" + std::to_string(target_) + "}");
-  pool_start_at_ = 0;
-  pool_unusable_times_ = 0;
-  answer_parked(true);
-  supervise_pool();
+  if (count > s.target_) s.scaled_mono_ = s.clock_.mono_ms();
+  s.target_ = static_cast<int>(count);
+  s.served_.clear();
+  s.reply(call.peer, call.sequence, 200,
+          "{\"configured\":" + std::to_string(s.target_) + "}");
+  s.pool_start_at_ = 0;
+  s.pool_unusable_times_ = 0;
+  s.answer_parked(true);
+  s.supervise_pool();
 }
 
 // --- Starting one ----------------------------------------------------------
@@ -631,6 +630,15 @@ void Service::check_levels() {
              "); run `machina doctor`, or set MACHINA_SANDBOX_MIN_LEVEL");
   exit_code_ = 2;
   begin_drain(false);
+}
+
+std::span<const Route> pool_routes() {
+  static constexpr Route kRows[] = {
+      {Method::post, "/v1/pools/{}/sync", post_sync, Route::worker},
+      {Method::get, "/v1/workers", get_workers, 0, 0, kPageWeight},
+      {Method::put, "/v1/workers/scale", put_scale},
+  };
+  return kRows;
 }
 
 }  // namespace machina

@@ -7,66 +7,15 @@
 
 namespace machina {
 
-const std::vector<Route>& Service::routes() {
-  using S = Service;
-  using M = Method;
-  constexpr auto open = Route::open;
-  constexpr auto worker = Route::worker;
-  constexpr std::uint8_t stream = Route::raw | Route::stream | Route::worker;
-  constexpr std::uint8_t log = Route::raw | Route::worker;
-  constexpr std::uint8_t jobs = Route::enqueue | Route::may_wait;
-  constexpr std::uint8_t enqueue = Route::enqueue | Route::plain;
-  constexpr std::uint8_t run_sync = Route::enqueue | Route::waits;
-  static const std::vector<Route> table = {
-      {M::post, "/v1/jobs", &S::post_jobs, jobs},
-      {M::post, "/v1/leases", &S::post_leases, worker},
-      {M::post, "/v1/leases/complete", &S::post_complete_many, worker},
-      {M::post, "/v1/leases/heartbeat", &S::post_heartbeat, worker},
-      {M::get, "/v1/jobs", &S::list_jobs, 0, 0, kListWeight},
-      {M::get, "/v1/jobs/{}", &S::get_job, 0, 0, kJobWeight},
-      {M::post, "/v1/jobs/cancel", &S::not_built},
-      {M::post, "/v1/jobs/retry", &S::not_built},
-      {M::post, "/v1/jobs/delete", &S::not_built},
-      {M::post, "/v1/jobs/{}/cancel", &S::cancel_job},
-      {M::post, "/v1/jobs/{}/retry", &S::retry_job},
-      {M::post, "/v1/jobs/{}/unblock", &S::unblock_job},
-      {M::get, "/v1/jobs/{}/logs", &S::get_logs, 0, 0, kDownloadPieceBytes},
-      {M::get, "/v1/jobs/{}/artifacts", &S::list_artifacts, 0, 0, kJobWeight},
-      {M::get, "/v1/jobs/{}/artifacts/{}", &S::get_artifact, 0, 0,
-       kDownloadPieceBytes},
-      {M::post, "/v1/leases/{}/complete", &S::post_complete, worker},
-      {M::post, "/v1/leases/{}/fail", &S::post_fail, worker},
-      {M::post, "/v1/leases/{}/block", &S::post_block, worker},
-      {M::post, "/v1/leases/{}/release", &S::post_release, worker},
-      {M::post, "/v1/leases/{}/log", &S::post_log, log, kLogChunkBytesMax},
-      {M::put, "/v1/leases/{}/artifacts/{}", &S::put_artifact, stream,
-       kArtifactBytesMax},
-      {M::post, "/v1/pools/{}/sync", &S::post_sync, worker},
-      {M::get, "/v1/patches", &S::list_patches, 0, 0, kListWeight},
-      {M::get, "/v1/patches/{}", &S::get_patch, 0, 0, kPageWeight},
-      {M::get, "/v1/patches/{}/ancestry", &S::get_ancestry, 0, 0, kPageWeight},
-      {M::get, "/v1/patches/{}/reverse_diff", &S::get_reverse_diff, 0, 0,
-       kDiffWeight},
-      {M::get, "/v1/workers", &S::get_workers, 0, 0, kPageWeight},
-      {M::put, "/v1/workers/scale", &S::put_scale},
-      {M::post, "/enqueue", &S::post_enqueue, enqueue},
-      {M::post, "/run_sync", &S::post_run_sync, run_sync},
-      {M::get, "/health", &S::get_health, open},
-      {M::get, "/ready", &S::get_ready, open},
-      {M::get, "/stats", &S::get_stats, 0, 0, kJobWeight},
-      {M::get, "/metrics", &S::get_metrics, open, 0, kJobWeight},
-      {M::post, "/shutdown", &S::post_shutdown},
-      {M::get, "/", &S::get_root, open},
-      {M::get, "/openapi.json", &S::not_built, open},
-      {M::get, "/v1/queues", &S::not_built},
-      {M::put, "/v1/queues/{}", &S::not_built},
-      {M::post, "/v1/queues/{}/pause", &S::not_built},
-      {M::post, "/v1/queues/{}/resume", &S::not_built},
-      {M::get, "/v1/schedules/{}", &S::not_built},
-      {M::put, "/v1/schedules/{}", &S::not_built},
-      {M::del, "/v1/schedules/{}", &S::not_built},
-      {M::get, "/v1/events", &S::not_built},
-  };
+const std::vector<Route>& routes() {
+  static const std::vector<Route> table = [] {
+    std::vector<Route> all;
+    for (auto rows : {job_routes(), worker_routes(), file_routes(),
+                      patch_routes(), pool_routes(), ops_routes()}) {
+      all.insert(all.end(), rows.begin(), rows.end());
+    }
+    return all;
+  }();
   return table;
 }
 
@@ -241,7 +190,7 @@ void Service::release(Peer& peer) {
 MaybeProblem Service::spend(Peer& peer, std::uint64_t sequence,
                             const Head& head) {
   if (limits_.active() == 0) return std::nullopt;
-  std::uint8_t flags = peer.route == nullptr ? 0 : peer.route->flags;
+  std::uint16_t flags = peer.route == nullptr ? 0 : peer.route->flags;
   if ((flags & Route::worker) != 0) return std::nullopt;
   auto mask = static_cast<std::uint8_t>(1u << kRequests);
   if ((flags & Route::enqueue) != 0) mask |= 1u << kEnqueues;
@@ -389,7 +338,7 @@ MaybeProblem Service::look_at_lease(const Route& route, std::string_view token,
   Fence fence = 0;
   if (auto p = check_token(token, &fence)) return p;
   *wanted = shard_->leased(fence);
-  if (*wanted || route.handle == &Service::post_complete) return std::nullopt;
+  if (*wanted || (route.flags & Route::repeats) != 0) return std::nullopt;
   return stale_lease();
 }
 
@@ -403,7 +352,7 @@ BodyPlan Service::head_read(Peer& peer, std::uint64_t sequence,
 
   std::array<std::string_view, 2> args;
   MaybeProblem nowhere = route(head, &peer.route, &args);
-  std::uint8_t flags = peer.route == nullptr ? 0 : peer.route->flags;
+  std::uint16_t flags = peer.route == nullptr ? 0 : peer.route->flags;
   pending->plain_errors = (flags & Route::plain) != 0;
   note_request(*pending, head, peer.route);
   BodyPlan plan{BodyPlan::buffer, options_.max_body_bytes};
@@ -419,7 +368,7 @@ BodyPlan Service::head_read(Peer& peer, std::uint64_t sequence,
   bool stream = (flags & Route::stream) != 0;
   if (stream && !peer.refusal) {
     // A streamed body's handler begins here and ends in dispatch().
-    (this->*peer.route->handle)(Exchange{peer, sequence, head, {}, args});
+    peer.route->handle(*this, Exchange{peer, sequence, head, {}, args});
   }
   if (peer.entry == Gate::Entry::after_body) {
     // Even what will be refused is read: its digest says who asked, and before
@@ -438,22 +387,6 @@ BodyPlan Service::head_read(Peer& peer, std::uint64_t sequence,
     plan.kind = BodyPlan::stream;
   }
   return plan;
-}
-
-// What is to be kept free for its answer before it is begun.
-std::uint64_t Service::weight_of(const Route& route, const Head& head,
-                                 std::string_view body) {
-  // One that waits long has no answer yet that would need room.
-  if (route.handle == &Service::get_job && preferred_wait(head.prefer) > 0) {
-    return 0;
-  }
-  if (route.handle != &Service::post_jobs) return route.weight;
-  const std::size_t first = body.find_first_not_of(" \t\r\n");
-  const bool lines = is_ndjson(head.content_type);
-  if (!lines && (first == body.npos || body[first] != '[')) return 0;
-  const auto items = static_cast<std::uint64_t>(
-      std::count(body.begin(), body.end(), lines ? '\n' : ','));
-  return std::min<std::uint64_t>(items + 1, kBatchMax) * kItemWeight;
 }
 
 void Service::dispatch(Peer& peer, std::uint64_t sequence, const Head& head,
@@ -486,7 +419,9 @@ void Service::dispatch(Peer& peer, std::uint64_t sequence, const Head& head,
   }
   // Small ones, the most by far, are not weighed. What a job is answered with
   // that was small when it was asked for: reply_job().
-  const std::uint64_t weight = weight_of(*peer.route, head, body);
+  const std::uint64_t weight = peer.route->weigh != nullptr
+                                   ? peer.route->weigh(head, body)
+                                   : peer.route->weight;
   if (weight > kSmallAnswerBytes) {
     const bool alone = weight > kUnsentMax;
     if (alone) peer.connection.mark_large(sequence);
@@ -505,7 +440,7 @@ void Service::handle(Peer& peer, std::uint64_t sequence, const Head& head,
   std::array<std::string_view, 2> args;
   auto path = plain_path(head);
   matches(peer.route->pattern, *path, &args);
-  (this->*peer.route->handle)(Exchange{peer, sequence, head, body, args});
+  peer.route->handle(*this, Exchange{peer, sequence, head, body, args});
 }
 
 // --- Room for answers -------------------------------------------------------

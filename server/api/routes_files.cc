@@ -90,8 +90,8 @@ void Service::with_job(const Where& where, const JobId& id,
 
 // --- Logs ------------------------------------------------------------------
 
-void Service::post_log(const Exchange& call) {
-  auto fence = lease_of(call);
+static void post_log(Service& s, const Exchange& call) {
+  auto fence = s.lease_of(call);
   if (!fence) return;
   auto parameters = parse_query(call.head.query);
   std::optional<std::uint64_t> offset;
@@ -109,32 +109,31 @@ void Service::post_log(const Exchange& call) {
     }
   }
   if (!problem && !offset) problem = bad_field("offset", "it is missing");
-  if (!problem) problem = no_room_for_files();
-  if (problem) return refuse(call.peer, call.sequence, *problem);
+  if (!problem) problem = s.no_room_for_files();
+  if (problem) return s.refuse(call.peer, call.sequence, *problem);
   Where where{call.peer.id, call.sequence};
   auto bytes = std::make_shared<std::string>(call.body);
-  with_attempt(where, *fence,
-               [this, where, fence = *fence, at = *offset, bytes](JobId id,
-                                                                  int attempt) {
-                 Store* store = store_.get();
-                 on_store<Result<std::uint64_t>>(
-                     where,
-                     [store, id, attempt, fence, at, bytes] {
-                       return store->write_log(id, attempt, fence, at, *bytes);
-                     },
-                     [this, where](Result<std::uint64_t> size) {
-                       if (!size) return refuse_error(where, size.error());
-                       if (Peer* p = peer(where.peer)) {
-                         reply(
-                             *p, where.sequence, 200,
-                             "{\"size_bytes\":" + std::to_string(*size) + "}");
-                       }
-                     });
-               });
+  s.with_attempt(
+      where, *fence,
+      [&s, where, fence = *fence, at = *offset, bytes](JobId id, int attempt) {
+        Store* store = s.store_.get();
+        s.on_store<Result<std::uint64_t>>(
+            where,
+            [store, id, attempt, fence, at, bytes] {
+              return store->write_log(id, attempt, fence, at, *bytes);
+            },
+            [&s, where](Result<std::uint64_t> size) {
+              if (!size) return s.refuse_error(where, size.error());
+              if (Peer* p = s.peer(where.peer)) {
+                s.reply(*p, where.sequence, 200,
+                        "{\"size_bytes\":" + std::to_string(*size) + "}");
+              }
+            });
+      });
 }
 
-void Service::get_logs(const Exchange& call) {
-  auto id = job_of(call);
+static void get_logs(Service& s, const Exchange& call) {
+  auto id = s.job_of(call);
   if (!id) return;
   auto parameters = parse_query(call.head.query);
   MaybeProblem problem;
@@ -162,28 +161,28 @@ void Service::get_logs(const Exchange& call) {
       problem = unknown_field(name);
     }
   }
-  if (problem) return refuse(call.peer, call.sequence, *problem);
+  if (problem) return s.refuse(call.peer, call.sequence, *problem);
   Where where{call.peer.id, call.sequence};
-  with_job(where, *id, [this, where, id = *id, attempt](JobView& view) {
+  s.with_job(where, *id, [&s, where, id = *id, attempt](JobView& view) {
     if (attempt > view.attempt) {
-      return refuse(where,
-                    not_found("attempt: " + std::to_string(attempt) +
-                              "; the job had " + std::to_string(view.attempt)));
+      return s.refuse(
+          where, not_found("attempt: " + std::to_string(attempt) +
+                           "; the job had " + std::to_string(view.attempt)));
     }
-    Store* store = store_.get();
-    on_store<Result<OpenedFile>>(
+    Store* store = s.store_.get();
+    s.on_store<Result<OpenedFile>>(
         where, [store, id, attempt] { return store->open_log(id, attempt); },
-        [this, where](Result<OpenedFile> file) {
+        [&s, where](Result<OpenedFile> file) {
           Extras extras;
           extras.content_type = "text/plain; charset=utf-8";
           extras.headers = "X-Content-Type-Options: nosniff\r\n";
-          if (file) return send_file(where, *file, std::move(extras));
+          if (file) return s.send_file(where, *file, std::move(extras));
           if (file.error().code != Code::not_found) {
-            return refuse_error(where, file.error());
+            return s.refuse_error(where, file.error());
           }
           // An attempt that wrote nothing has an empty log.
-          if (Peer* p = peer(where.peer)) {
-            reply(*p, where.sequence, 200, "", extras);
+          if (Peer* p = s.peer(where.peer)) {
+            s.reply(*p, where.sequence, 200, "", extras);
           }
         });
   });
@@ -204,13 +203,13 @@ std::optional<Problem> Service::no_room_for_files() const {
 }
 
 // Called when the head is read; the body follows in pieces.
-void Service::put_artifact(const Exchange& call) {
-  if (auto p = no_room_for_files()) {
+static void put_artifact(Service& s, const Exchange& call) {
+  if (auto p = s.no_room_for_files()) {
     call.peer.refusal = std::move(*p);
     return;
   }
   Fence fence = 0;
-  if (auto p = check_token(call.args[0], &fence)) {
+  if (auto p = s.check_token(call.args[0], &fence)) {
     call.peer.refusal = std::move(*p);
     return;
   }
@@ -221,12 +220,12 @@ void Service::put_artifact(const Exchange& call) {
                               "[A-Za-z0-9_][A-Za-z0-9._-]{0,127}");
     return;
   }
-  if (auto busy = no_file_left()) {
+  if (auto busy = s.no_file_left()) {
     call.peer.refusal = std::move(busy);
     return;
   }
   auto upload = std::make_shared<Peer::Upload>();
-  upload->slot = std::make_unique<FileSlot>(files_);
+  upload->slot = std::make_unique<FileSlot>(s.files_);
   upload->peer = call.peer.id;
   upload->sequence = call.sequence;
   upload->fence = fence;
@@ -333,11 +332,11 @@ void Service::with_artifacts(const Where& where, const JobId& id,
   });
 }
 
-void Service::list_artifacts(const Exchange& call) {
-  auto id = job_of(call);
+static void list_artifacts(Service& s, const Exchange& call) {
+  auto id = s.job_of(call);
   if (!id) return;
   Where where{call.peer.id, call.sequence};
-  with_artifacts(where, *id, [this, where](std::vector<Artifact> artifacts) {
+  s.with_artifacts(where, *id, [&s, where](std::vector<Artifact> artifacts) {
     std::string body;
     JsonWriter json(body);
     json.begin_object();
@@ -350,40 +349,40 @@ void Service::list_artifacts(const Exchange& call) {
       json.end_object();
     }
     json.end_array().end_object();
-    if (Peer* p = peer(where.peer)) reply(*p, where.sequence, 200, body);
+    if (Peer* p = s.peer(where.peer)) s.reply(*p, where.sequence, 200, body);
   });
 }
 
-void Service::get_artifact(const Exchange& call) {
-  auto id = job_of(call);
+static void get_artifact(Service& s, const Exchange& call) {
+  auto id = s.job_of(call);
   if (!id) return;
   Where where{call.peer.id, call.sequence};
   std::string name(call.args[1]);
-  with_artifacts(
-      where, *id, [this, where, name](std::vector<Artifact> artifacts) {
+  s.with_artifacts(
+      where, *id, [&s, where, name](std::vector<Artifact> artifacts) {
         auto found = std::find_if(
             artifacts.begin(), artifacts.end(),
             [&](const Artifact& artifact) { return artifact.name == name; });
         if (found == artifacts.end()) {
-          return refuse(where,
-                        not_found("artifact: the job has none of the name " +
-                                  shown(name)));
+          return s.refuse(where,
+                          not_found("artifact: the job has none of the name " +
+                                    shown(name)));
         }
-        Store* store = store_.get();
-        on_store<Result<OpenedFile>>(
+        Store* store = s.store_.get();
+        s.on_store<Result<OpenedFile>>(
             where,
             [store, artifact = *found] {
               return store->open_artifact(artifact);
             },
-            [this, where, name](Result<OpenedFile> file) {
-              if (!file) return refuse_error(where, file.error());
+            [&s, where, name](Result<OpenedFile> file) {
+              if (!file) return s.refuse_error(where, file.error());
               Extras extras;
               extras.content_type = "application/octet-stream";
               extras.headers =
                   "X-Content-Type-Options: nosniff\r\n"
                   "Content-Disposition: attachment; filename=\"" +
                   name + "\"\r\n";
-              send_file(where, *file, std::move(extras));
+              s.send_file(where, *file, std::move(extras));
             });
       });
 }
@@ -413,8 +412,7 @@ void Service::send_file(const Where& where, OpenedFile file, Extras extras) {
   download->slot = std::make_unique<FileSlot>(files_);
   download->fd = std::move(file.fd);
   download->size = p->connection.is_head(where.sequence) ? 0 : file.size;
-  pending->op = static_cast<std::uint8_t>(PendingOp::stream);
-  pending->stage = 1;
+  pending->head_sent = true;
   pending->extra = std::move(download);
   p->streams.push_back(where.sequence);
   p->socket.touch();
@@ -512,6 +510,20 @@ void Service::sweep_next(std::shared_ptr<std::vector<Store::Kept>> kept) {
     }
     sweep_next(kept);
   });
+}
+
+std::span<const Route> file_routes() {
+  static constexpr Route kRows[] = {
+      {Method::get, "/v1/jobs/{}/logs", get_logs, 0, 0, kDownloadPieceBytes},
+      {Method::get, "/v1/jobs/{}/artifacts", list_artifacts, 0, 0, kJobWeight},
+      {Method::get, "/v1/jobs/{}/artifacts/{}", get_artifact, 0, 0,
+       kDownloadPieceBytes},
+      {Method::post, "/v1/leases/{}/log", post_log, Route::raw | Route::worker,
+       kLogChunkBytesMax},
+      {Method::put, "/v1/leases/{}/artifacts/{}", put_artifact,
+       Route::raw | Route::stream | Route::worker, kArtifactBytesMax},
+  };
+  return kRows;
 }
 
 }  // namespace machina

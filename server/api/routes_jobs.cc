@@ -94,6 +94,10 @@ Problem malformed(const JsonError& error) {
   return p;
 }
 
+// The second halves, defined below.
+Answerer* enqueue_answer(std::uint8_t form);
+Answerer enqueued_many, listed;
+
 }  // namespace
 
 bool is_ndjson(std::string_view content_type) {
@@ -185,30 +189,30 @@ void Service::took(const Pending& pending) {
 
 // --- Submitting ------------------------------------------------------------
 
-void Service::post_jobs(const Exchange& call) {
-  if (is_ndjson(call.head.content_type)) return enqueue_many(call, true);
+static void post_jobs(Service& s, const Exchange& call) {
+  if (is_ndjson(call.head.content_type)) return s.enqueue_many(call, true);
   JsonValue json;
-  if (!parse_body(call, false, &json)) return;
-  if (json.is_array()) return enqueue_many(call, false);
+  if (!s.parse_body(call, false, &json)) return;
+  if (json.is_array()) return s.enqueue_many(call, false);
   int wait = preferred_wait(call.head.prefer);
   if (wait >= 0) {
     auto waited = std::make_unique<Waited>();
     waited->seconds = wait;
     call.peer.connection.pending(call.sequence)->extra = std::move(waited);
   }
-  enqueue_one(call, json, wait > 0 ? wait * Millis{1000} : 0, kPlain);
+  s.enqueue_one(call, json, wait > 0 ? wait * Millis{1000} : 0, kPlain);
 }
 
-void Service::post_enqueue(const Exchange& call) {
+static void post_enqueue(Service& s, const Exchange& call) {
   JsonValue json;
-  if (!parse_body(call, false, &json)) return;
-  enqueue_one(call, json, 0, kEnqueueForm);
+  if (!s.parse_body(call, false, &json)) return;
+  s.enqueue_one(call, json, 0, kEnqueueForm);
 }
 
-void Service::post_run_sync(const Exchange& call) {
+static void post_run_sync(Service& s, const Exchange& call) {
   JsonValue json;
-  if (!parse_body(call, false, &json)) return;
-  enqueue_one(call, json, kRunSyncWaitMs, kRunSync);
+  if (!s.parse_body(call, false, &json)) return;
+  s.enqueue_one(call, json, kRunSyncWaitMs, kRunSync);
 }
 
 void Service::enqueue_one(const Exchange& call, const JsonValue& json,
@@ -237,8 +241,7 @@ void Service::enqueue_one(const Exchange& call, const JsonValue& json,
     return refuse(call.peer, call.sequence, *p);
   }
   Pending* pending = call.peer.connection.pending(call.sequence);
-  pending->op = static_cast<std::uint8_t>(PendingOp::enqueue);
-  pending->stage = form;
+  pending->then = enqueue_answer(form);
   if (wait_ms == 0 && form != kEnqueueForm) keep_room(call);
   Request request = request_of(call);
   request.what.emplace<Command>(std::move(command));
@@ -247,16 +250,19 @@ void Service::enqueue_one(const Exchange& call, const JsonValue& json,
   submit(std::move(request));
 }
 
-void Service::enqueued(Peer& peer, std::uint64_t sequence, Pending& pending,
-                       Response& response) {
-  took(pending);
+namespace {
+
+template <Form form>
+void enqueued(Service& s, Peer& peer, std::uint64_t sequence, Pending& pending,
+              Response& response) {
+  s.took(pending);
   const ItemAnswer answer = response.items.empty()
                                 ? ItemAnswer{Answer::need_facts, {}, {}, {}, {}}
                                 : response.items.front();
-  if (auto p = problem_of(answer, "job")) return refuse(peer, sequence, *p);
+  if (auto p = s.problem_of(answer, "job")) return s.refuse(peer, sequence, *p);
   pending.job = answer.id;
   bool duplicate = answer.answer == Answer::duplicate;
-  if (pending.stage == kEnqueueForm) {
+  if (form == kEnqueueForm) {
     std::string body;
     JsonWriter json(body);
     json.begin_object();
@@ -269,7 +275,7 @@ void Service::enqueued(Peer& peer, std::uint64_t sequence, Pending& pending,
       append_end(json, view.kind, answer);
     }
     json.end_object();
-    return reply(peer, sequence, 200, body);
+    return s.reply(peer, sequence, 200, body);
   }
   if (response.views.empty()) {
     // Its job ended and was forgotten (keep_result_ms 0) while we waited.
@@ -277,10 +283,10 @@ void Service::enqueued(Peer& peer, std::uint64_t sequence, Pending& pending,
     p.status = 404;
     p.code = "not-found";
     p.detail = "job: " + to_string(answer.id) + " is past its retention";
-    return refuse(peer, sequence, p);
+    return s.refuse(peer, sequence, p);
   }
   JobView& view = response.views.front();
-  if (!duplicate) metrics_.enqueued(view.kind, view.queue);
+  if (!duplicate) s.metrics_.enqueued(view.kind, view.queue);
   view.duplicate = duplicate;
   int status = duplicate ? 200 : 201;
   std::string headers = location_of(answer.id);
@@ -289,9 +295,17 @@ void Service::enqueued(Peer& peer, std::uint64_t sequence, Pending& pending,
     headers += "Preference-Applied: wait=" + std::to_string(seconds) + "\r\n";
     if (seconds > 0) status = is_final(view.state) ? 200 : 202;
   }
-  if (pending.stage == kRunSync) status = is_final(view.state) ? 200 : 202;
-  reply_job(peer, sequence, status, response, Show::all, std::move(headers));
+  if (form == kRunSync) status = is_final(view.state) ? 200 : 202;
+  s.reply_job(peer, sequence, status, response, Show::all, std::move(headers));
 }
+
+Answerer* enqueue_answer(std::uint8_t form) {
+  return form == kPlain         ? enqueued<kPlain>
+         : form == kEnqueueForm ? enqueued<kEnqueueForm>
+                                : enqueued<kRunSync>;
+}
+
+}  // namespace
 
 // An array, or a job a line. What can be read goes to the shard in one
 // command: one commit; the rest is answered with its problem.
@@ -351,11 +365,11 @@ void Service::enqueue_many(const Exchange& call, bool lines) {
   spend_jobs(call.peer, call.sequence, command.jobs.size());
   Pending* pending = call.peer.connection.pending(call.sequence);
   bool nothing = command.jobs.empty();
-  pending->op = static_cast<std::uint8_t>(PendingOp::enqueue_many);
+  pending->then = enqueued_many;
   pending->extra = std::move(bulk);
   if (nothing) {
     Response none;
-    return enqueued_many(call.peer, call.sequence, *pending, none);
+    return enqueued_many(*this, call.peer, call.sequence, *pending, none);
   }
   Request request = request_of(call);
   request.what.emplace<Command>(std::move(command));
@@ -363,9 +377,11 @@ void Service::enqueue_many(const Exchange& call, bool lines) {
   submit(std::move(request));
 }
 
-void Service::enqueued_many(Peer& peer, std::uint64_t sequence,
-                            Pending& pending, Response& response) {
-  took(pending);
+namespace {
+
+void enqueued_many(Service& s, Peer& peer, std::uint64_t sequence,
+                   Pending& pending, Response& response) {
+  s.took(pending);
   auto& bulk = static_cast<Bulk&>(*pending.extra);
   int accepted = 0, duplicates = 0, rejected = 0;
   std::string jobs;
@@ -382,19 +398,19 @@ void Service::enqueued_many(Peer& peer, std::uint64_t sequence,
           at < response.items.size()
               ? response.items[at]
               : ItemAnswer{Answer::need_facts, {}, {}, {}, {}};
-      problem = problem_of(answer, "job");
+      problem = s.problem_of(answer, "job");
       if (!problem) {
         bool duplicate = answer.answer == Answer::duplicate;
         ++(duplicate ? duplicates : accepted);
         if (!duplicate && at < bulk.names.size()) {
-          metrics_.enqueued(bulk.names[at].first, bulk.names[at].second);
+          s.metrics_.enqueued(bulk.names[at].first, bulk.names[at].second);
         }
         json.key("id").id(answer.id);
         json.key("state").string(name(answer.state));
         json.key("duplicate").boolean(duplicate);
         if (at < response.views.size() && response.views[at].past_retention) {
           append_end(json, bulk.names[at].first, answer);
-        } else if (!is_final(answer.state) && !served(bulk.names[at].first)) {
+        } else if (!is_final(answer.state) && !s.served(bulk.names[at].first)) {
           json.key("served").boolean(false);
         }
       } else {
@@ -414,17 +430,18 @@ void Service::enqueued_many(Peer& peer, std::uint64_t sequence,
                      ",\"duplicates\":" + std::to_string(duplicates) +
                      ",\"rejected\":" + std::to_string(rejected) +
                      ",\"jobs\":" + jobs + "}";
-  reply(peer, sequence, 200, body);
+  s.reply(peer, sequence, 200, body);
 }
+
+}  // namespace
 
 // --- Looking ---------------------------------------------------------------
 
-void Service::get_job(const Exchange& call) {
-  auto id = job_of(call);
+static void get_job(Service& s, const Exchange& call) {
+  auto id = s.job_of(call);
   if (!id) return;
   Pending* pending = call.peer.connection.pending(call.sequence);
-  pending->op = static_cast<std::uint8_t>(PendingOp::get);
-  pending->stage = 0;
+  pending->then = got<Show::all>;
   GetQuery get;
   get.id = *id;
   int wait = preferred_wait(call.head.prefer);
@@ -435,20 +452,21 @@ void Service::get_job(const Exchange& call) {
     waited->seconds = wait;
     pending->extra = std::move(waited);
   }
-  Request request = request_of(call);
+  Request request = s.request_of(call);
   request.wait_ms = get.wait_ms;
   request.what = get;
-  submit(std::move(request));
+  s.submit(std::move(request));
 }
 
-void Service::got(Peer& peer, std::uint64_t sequence, Pending& pending,
-                  Response& response) {
+template <Show show>
+void got(Service& s, Peer& peer, std::uint64_t sequence, Pending& pending,
+         Response& response) {
   if (response.views.empty() || response.views.front().id.is_nil()) {
     Problem p;
     p.status = 404;
     p.code = "not-found";
     p.detail = "job: unknown, or past its retention";
-    return refuse(peer, sequence, p);
+    return s.refuse(peer, sequence, p);
   }
   std::string headers;
   int status = 200;
@@ -458,10 +476,13 @@ void Service::got(Peer& peer, std::uint64_t sequence, Pending& pending,
     headers = "Preference-Applied: wait=" + std::to_string(seconds) + "\r\n";
     if (!is_final(view.state)) status = 202;
   }
-  reply_job(peer, sequence, status, response,
-            pending.stage == 2 ? Show::no_payload : Show::all,
-            std::move(headers));
+  s.reply_job(peer, sequence, status, response, show, std::move(headers));
 }
+
+template void got<Show::all>(Service&, Peer&, std::uint64_t, Pending&,
+                             Response&);
+template void got<Show::no_payload>(Service&, Peer&, std::uint64_t, Pending&,
+                                    Response&);
 
 namespace {
 
@@ -587,30 +608,32 @@ std::string percent_encoded(std::string_view text) {
 
 }  // namespace
 
-void Service::list_jobs(const Exchange& call) {
+static void list_jobs(Service& s, const Exchange& call) {
   ListQuery query;
   auto page = std::make_unique<ListPage>();
   if (auto p = read_list(call.head.query, &query, &page->query)) {
-    return refuse(call.peer, call.sequence, *p);
+    return s.refuse(call.peer, call.sequence, *p);
   }
   Pending* pending = call.peer.connection.pending(call.sequence);
-  pending->op = static_cast<std::uint8_t>(PendingOp::list);
+  pending->then = listed;
   pending->extra = std::move(page);
-  Request request = request_of(call);
+  Request request = s.request_of(call);
   request.what = std::move(query);
   request.with_payload = false;
-  submit(std::move(request));
+  s.submit(std::move(request));
 }
 
-void Service::listed(Peer& peer, std::uint64_t sequence, Pending& pending,
-                     Response& response) {
+namespace {
+
+void listed(Service& s, Peer& peer, std::uint64_t sequence, Pending& pending,
+            Response& response) {
   std::string body;
   JsonWriter json(body);
   json.begin_object();
   json.key("jobs").begin_array();
   for (const JobView& view : response.views) {
-    append_job(json, view, Show::summary, served(view.kind),
-               waiting_reason(view));
+    append_job(json, view, Show::summary, s.served(view.kind),
+               s.waiting_reason(view));
   }
   json.end_array();
   json.key("cursor");
@@ -625,38 +648,38 @@ void Service::listed(Peer& peer, std::uint64_t sequence, Pending& pending,
   }
   json.key("scanned").number(response.scanned);
   json.end_object();
-  reply(peer, sequence, 200, body, extras);
+  s.reply(peer, sequence, 200, body, extras);
 }
+
+}  // namespace
 
 // --- Acting ----------------------------------------------------------------
 
-void Service::cancel_job(const Exchange& call) {
-  auto id = job_of(call);
-  if (!id || !no_members(call)) return;
-  call.peer.connection.pending(call.sequence)->op =
-      static_cast<std::uint8_t>(PendingOp::act);
-  Request request = request_of(call);
+static void cancel_job(Service& s, const Exchange& call) {
+  auto id = s.job_of(call);
+  if (!id || !s.no_members(call)) return;
+  call.peer.connection.pending(call.sequence)->then = acted<Show::all>;
+  Request request = s.request_of(call);
   request.what.emplace<Command>(CancelCommand{*id});
-  submit(std::move(request));
+  s.submit(std::move(request));
 }
 
-void Service::retry_job(const Exchange& call) {
-  auto id = job_of(call);
+static void retry_job(Service& s, const Exchange& call) {
+  auto id = s.job_of(call);
   JsonValue json;
-  if (!id || !parse_body(call, true, &json)) return;
+  if (!id || !s.parse_body(call, true, &json)) return;
   RetryCommand retry;
   retry.id = *id;
   for (JsonValue m = json.first(); m; m = m.next()) {
     MaybeProblem p = m.key() == "ignore_dependencies"
                          ? read_bool(m, m.key(), &retry.ignore_dependencies)
                          : unknown_field(m.key());
-    if (p) return refuse(call.peer, call.sequence, *p);
+    if (p) return s.refuse(call.peer, call.sequence, *p);
   }
-  call.peer.connection.pending(call.sequence)->op =
-      static_cast<std::uint8_t>(PendingOp::act);
-  Request request = request_of(call);
+  call.peer.connection.pending(call.sequence)->then = acted<Show::all>;
+  Request request = s.request_of(call);
   request.what.emplace<Command>(std::move(retry));
-  submit(std::move(request));
+  s.submit(std::move(request));
 }
 
 namespace {
@@ -784,10 +807,10 @@ MaybeProblem check_approval(const JobView& job, UnblockCommand* unblock) {
 
 }  // namespace
 
-void Service::unblock_job(const Exchange& call) {
-  auto id = job_of(call);
+static void unblock_job(Service& s, const Exchange& call) {
+  auto id = s.job_of(call);
   JsonValue json;
-  if (!id || !parse_body(call, true, &json)) return;
+  if (!id || !s.parse_body(call, true, &json)) return;
   UnblockCommand unblock;
   unblock.id = *id;
   for (JsonValue m = json.first(); m; m = m.next()) {
@@ -806,54 +829,99 @@ void Service::unblock_job(const Exchange& call) {
     } else {
       p = unknown_field(m.key());
     }
-    if (p) return refuse(call.peer, call.sequence, *p);
+    if (p) return s.refuse(call.peer, call.sequence, *p);
   }
   if (unblock.token.empty()) {
-    return refuse(
+    return s.refuse(
         call.peer, call.sequence,
         bad_field("token", "it is missing: send the job's blocked.token"));
   }
   // What it waits for decides what the input has to say. The token is of this
   // one block, so that the core's look at it makes this look hold.
   Where where{call.peer.id, call.sequence};
-  with_job(where, *id, [this, where, unblock](const JobView& job) mutable {
-    if (auto p = check_approval(job, &unblock)) return refuse(where, *p);
-    Peer* waiting = peer(where.peer);
+  s.with_job(where, *id, [&s, where, unblock](const JobView& job) mutable {
+    if (auto p = check_approval(job, &unblock)) return s.refuse(where, *p);
+    Peer* waiting = s.peer(where.peer);
     Pending* pending = waiting == nullptr
                            ? nullptr
                            : waiting->connection.pending(where.sequence);
     if (pending == nullptr) return;
-    pending->op = static_cast<std::uint8_t>(PendingOp::act);
+    pending->then = acted<Show::all>;
     Request request;
     request.from = Address{0, where.peer, where.sequence};
     request.what.emplace<Command>(std::move(unblock));
-    submit(std::move(request));
+    s.submit(std::move(request));
   });
 }
 
 // Of clients' and of workers' actions alike: done, so show the job.
-void Service::acted(Peer& peer, std::uint64_t sequence, Pending& pending,
-                    Response& response) {
+template <Show show>
+void acted(Service& s, Peer& peer, std::uint64_t sequence, Pending&,
+           Response& response) {
   if (response.items.empty()) {
-    return refuse(peer, sequence,
-                  *problem_of({Answer::need_facts, {}, {}, {}, {}}, "job"));
+    return s.refuse(peer, sequence,
+                    *s.problem_of({Answer::need_facts, {}, {}, {}, {}}, "job"));
   }
   const ItemAnswer& answer = response.items.front();
-  if (auto p = problem_of(answer, "job")) return refuse(peer, sequence, *p);
-  bool worker = static_cast<PendingOp>(pending.op) == PendingOp::lease_act;
+  if (auto p = s.problem_of(answer, "job")) return s.refuse(peer, sequence, *p);
+  constexpr bool worker = show == Show::no_payload;
   if (!response.views.empty() && !response.views.front().id.is_nil()) {
     const JobView& job = response.views.front();
     // Given back and blocked attempts did not fail.
     if (worker && job.error_code != EndCode::none &&
         job.error_attempt == job.attempt) {
-      const Millis end = job.finished_ms ? job.finished_ms : clock_.wall_ms();
-      metrics_.tool_ended(job.kind, false,
-                          job.started_ms ? end - job.started_ms : 0);
+      const Millis end = job.finished_ms ? job.finished_ms : s.clock_.wall_ms();
+      s.metrics_.tool_ended(job.kind, false,
+                            job.started_ms ? end - job.started_ms : 0);
     }
-    return reply_job(peer, sequence, 200, response,
-                     worker ? Show::no_payload : Show::all);
+    return s.reply_job(peer, sequence, 200, response,
+                       worker ? Show::no_payload : Show::all);
   }
-  reply_with_job(peer, sequence, answer.id, !worker);
+  s.reply_with_job(peer, sequence, answer.id, !worker);
+}
+
+template void acted<Show::all>(Service&, Peer&, std::uint64_t, Pending&,
+                               Response&);
+template void acted<Show::no_payload>(Service&, Peer&, std::uint64_t, Pending&,
+                                      Response&);
+
+// --- The rows ---------------------------------------------------------------
+
+namespace {
+
+// What is to be kept free for the answer before the request is begun.
+std::uint64_t weight_of_jobs(const Head& head, std::string_view body) {
+  const std::size_t first = body.find_first_not_of(" \t\r\n");
+  const bool lines = is_ndjson(head.content_type);
+  if (!lines && (first == body.npos || body[first] != '[')) return 0;
+  const auto items = static_cast<std::uint64_t>(
+      std::count(body.begin(), body.end(), lines ? '\n' : ','));
+  return std::min<std::uint64_t>(items + 1, kBatchMax) * kItemWeight;
+}
+
+// A request that waits long has no answer yet that would need room.
+std::uint64_t weight_of_job(const Head& head, std::string_view) {
+  return preferred_wait(head.prefer) > 0 ? 0 : kJobWeight;
+}
+
+}  // namespace
+
+std::span<const Route> job_routes() {
+  static constexpr Route kRows[] = {
+      {Method::post, "/v1/jobs", post_jobs, Route::enqueue | Route::may_wait, 0,
+       0, weight_of_jobs},
+      {Method::get, "/v1/jobs", list_jobs, 0, 0, kListWeight},
+      {Method::get, "/v1/jobs/{}", get_job, 0, 0, kJobWeight, weight_of_job},
+      {Method::post, "/v1/jobs/cancel", not_built},
+      {Method::post, "/v1/jobs/retry", not_built},
+      {Method::post, "/v1/jobs/delete", not_built},
+      {Method::post, "/v1/jobs/{}/cancel", cancel_job},
+      {Method::post, "/v1/jobs/{}/retry", retry_job},
+      {Method::post, "/v1/jobs/{}/unblock", unblock_job},
+      {Method::post, "/enqueue", post_enqueue, Route::enqueue | Route::plain},
+      {Method::post, "/run_sync", post_run_sync, Route::enqueue | Route::waits},
+  };
+  return kRows;
 }
 
 }  // namespace machina

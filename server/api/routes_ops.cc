@@ -4,8 +4,8 @@
 
 namespace machina {
 
-void Service::get_health(const Exchange& call) {
-  reply(call.peer, call.sequence, 200, R"({"status":"ok","ok":true})");
+static void get_health(Service& s, const Exchange& call) {
+  s.reply(call.peer, call.sequence, 200, R"({"status":"ok","ok":true})");
 }
 
 std::string Service::unready() const {
@@ -38,17 +38,17 @@ void Service::add_disk(const DiskState& disk, JsonWriter* json) {
   json->end_object();
 }
 
-void Service::get_ready(const Exchange& call) {
-  std::string why = unready();
+static void get_ready(Service& s, const Exchange& call) {
+  std::string why = s.unready();
   if (why.empty()) {
     std::string body;
     JsonWriter json(body);
     json.begin_object();
     json.key("ready").boolean(true);
     json.key("disk");
-    add_disk(shard_->disk(), &json);
+    s.add_disk(s.shard_->disk(), &json);
     json.end_object();
-    reply(call.peer, call.sequence, 200, body);
+    s.reply(call.peer, call.sequence, 200, body);
     return;
   }
   Problem p;
@@ -56,41 +56,41 @@ void Service::get_ready(const Exchange& call) {
   p.code = "not-ready";
   p.detail = why;
   p.retry_after = 1;
-  refuse(call.peer, call.sequence, p);
+  s.refuse(call.peer, call.sequence, p);
 }
 
-void Service::get_root(const Exchange& call) {
+static void get_root(Service& s, const Exchange& call) {
   std::string body;
   JsonWriter json(body);
   json.begin_object();
   json.key("name").string("machina");
-  json.key("version").string(options_.version);
+  json.key("version").string(s.options_.version);
   json.end_object();
-  reply(call.peer, call.sequence, 200, body);
+  s.reply(call.peer, call.sequence, 200, body);
 }
 
-void Service::get_stats(const Exchange& call) {
-  ShardStats stats = shard_->stats();
-  metrics_.absorb(stats);
-  WorkerNumbers workers = worker_numbers();
+static void get_stats(Service& s, const Exchange& call) {
+  ShardStats stats = s.shard_->stats();
+  s.metrics_.absorb(stats);
+  WorkerNumbers workers = s.worker_numbers();
   std::string body;
   JsonWriter json(body);
   json.begin_object();
-  json.key("version").string(options_.version);
-  json.key("profile").string(options_.prod ? "prod" : "dev");
-  json.key("durability").string(options_.shard.log.fsync ? "fsync" : "os");
-  json.key("uptime_ms").number(clock_.mono_ms() - started_mono_);
-  json.key("time").time(clock_.wall_ms());
-  std::string why = unready();
+  json.key("version").string(s.options_.version);
+  json.key("profile").string(s.options_.prod ? "prod" : "dev");
+  json.key("durability").string(s.options_.shard.log.fsync ? "fsync" : "os");
+  json.key("uptime_ms").number(s.clock_.mono_ms() - s.started_mono_);
+  json.key("time").time(s.clock_.wall_ms());
+  std::string why = s.unready();
   json.key("ready").boolean(why.empty());
   json.key("recovery")
-      .string(stats.recovery.empty() ? recovery_ : stats.recovery);
+      .string(stats.recovery.empty() ? s.recovery_ : stats.recovery);
   json.key("live_jobs").number(stats.live_jobs);
   json.key("queues").begin_object();
   for (const QueueCounts& queue : stats.queues) {
     json.key_escaped(queue.queue).begin_object();
-    for (int s = 0; s < kStates; ++s) {
-      json.key(name(static_cast<State>(s))).number(queue.by_state[s]);
+    for (int i = 0; i < kStates; ++i) {
+      json.key(name(static_cast<State>(i))).number(queue.by_state[i]);
     }
     json.key("oldest_ready_at").time(queue.oldest_ready_ms);
     json.end_object();
@@ -99,8 +99,8 @@ void Service::get_stats(const Exchange& call) {
   // What is ready and waits for a worker that nobody is.
   json.key("unserved").begin_array();
   std::size_t unserved = 0;
-  for (const auto& [kind, ready] : shard_->ready_kinds()) {
-    if (served(kind) || ++unserved > kUnservedMax) continue;
+  for (const auto& [kind, ready] : s.shard_->ready_kinds()) {
+    if (s.served(kind) || ++unserved > kUnservedMax) continue;
     json.begin_object();
     json.key("kind").string(kind);
     json.key("ready").number(ready);
@@ -155,46 +155,46 @@ void Service::get_stats(const Exchange& call) {
   json.key("lag_bytes").number(stats.history_lag_bytes);
   json.end_object();
   json.key("scraped_at");
-  if (scraped_wall_ == 0) {
+  if (s.scraped_wall_ == 0) {
     json.null();
   } else {
-    json.time(scraped_wall_);
+    json.time(s.scraped_wall_);
   }
   json.key("disk_free_bytes").number(stats.disk_free_bytes);
   json.key("reserved_bytes").number(stats.reserved_bytes);
   json.key("disk");
-  add_disk(stats.disk, &json);
-  json.key("connections").number(connections_);
+  s.add_disk(stats.disk, &json);
+  json.key("connections").number(s.connections_);
   json.key("descriptors").begin_object();
-  json.key("limit").number(descriptors_.limit);
-  json.key("connections").number(descriptors_.connections);
-  json.key("local").number(descriptors_.local);
-  json.key("files").number(descriptors_.files);
+  json.key("limit").number(s.descriptors_.limit);
+  json.key("connections").number(s.descriptors_.connections);
+  json.key("local").number(s.descriptors_.local);
+  json.key("files").number(s.descriptors_.files);
   json.key("own").number(kOwnDescriptors);
   json.end_object();
   json.end_object();
-  reply(call.peer, call.sequence, 200, body);
+  s.reply(call.peer, call.sequence, 200, body);
 }
 
-void Service::get_metrics(const Exchange& call) {
-  if (!call.peer.local) scraped_wall_ = clock_.wall_ms();
+static void get_metrics(Service& s, const Exchange& call) {
+  if (!call.peer.local) s.scraped_wall_ = s.clock_.wall_ms();
   // Made once a turn, however many ask.
-  if (metrics_text_.empty()) {
-    ShardStats stats = shard_->stats();
-    metrics_.absorb(stats);
-    metrics_text_ = metrics_.text(
-        stats, worker_numbers(), {connections_, loop_->unsent_bytes()},
-        clock_.wall_ms(), clock_.mono_ms() - started_mono_, unready().empty(),
-        options_.version);
+  if (s.metrics_text_.empty()) {
+    ShardStats stats = s.shard_->stats();
+    s.metrics_.absorb(stats);
+    s.metrics_text_ = s.metrics_.text(
+        stats, s.worker_numbers(), {s.connections_, s.loop_->unsent_bytes()},
+        s.clock_.wall_ms(), s.clock_.mono_ms() - s.started_mono_,
+        s.unready().empty(), s.options_.version);
   }
   Extras extras;
   extras.content_type = "text/plain; version=0.0.4; charset=utf-8";
-  reply(call.peer, call.sequence, 200, metrics_text_, extras);
+  s.reply(call.peer, call.sequence, 200, s.metrics_text_, extras);
 }
 
-void Service::post_shutdown(const Exchange& call) {
+static void post_shutdown(Service& s, const Exchange& call) {
   JsonValue json;
-  if (!parse_body(call, true, &json)) return;
+  if (!s.parse_body(call, true, &json)) return;
   std::string mode = "drain";
   for (JsonValue m = json.first(); m; m = m.next()) {
     MaybeProblem p = m.key() == "mode" ? read_string(m, "mode", 16, &mode)
@@ -203,18 +203,39 @@ void Service::post_shutdown(const Exchange& call) {
       p = bad_field("mode",
                     shown(mode) + " is neither \"drain\" nor \"handover\"");
     }
-    if (p) return refuse(call.peer, call.sequence, *p);
+    if (p) return s.refuse(call.peer, call.sequence, *p);
   }
-  reply(call.peer, call.sequence, 200,
-        "{\"ok\":true,\"mode\":\"" + mode + "\"}");
-  begin_drain(mode == "handover");
+  s.reply(call.peer, call.sequence, 200,
+          "{\"ok\":true,\"mode\":\"" + mode + "\"}");
+  s.begin_drain(mode == "handover");
 }
 
-void Service::not_built(const Exchange& call) {
-  refuse(call.peer, call.sequence,
-         not_implemented("", std::string(name(call.head.method)) + " " +
-                                 std::string(call.peer.route->pattern) +
-                                 ": this version does not have it"));
+void not_built(Service& s, const Exchange& call) {
+  s.refuse(call.peer, call.sequence,
+           not_implemented("", std::string(name(call.head.method)) + " " +
+                                   std::string(call.peer.route->pattern) +
+                                   ": this version does not have it"));
+}
+
+std::span<const Route> ops_routes() {
+  static constexpr Route kRows[] = {
+      {Method::get, "/health", get_health, Route::open},
+      {Method::get, "/ready", get_ready, Route::open},
+      {Method::get, "/stats", get_stats, 0, 0, kJobWeight},
+      {Method::get, "/metrics", get_metrics, Route::open, 0, kJobWeight},
+      {Method::post, "/shutdown", post_shutdown},
+      {Method::get, "/", get_root, Route::open},
+      {Method::get, "/openapi.json", not_built, Route::open},
+      {Method::get, "/v1/queues", not_built},
+      {Method::put, "/v1/queues/{}", not_built},
+      {Method::post, "/v1/queues/{}/pause", not_built},
+      {Method::post, "/v1/queues/{}/resume", not_built},
+      {Method::get, "/v1/schedules/{}", not_built},
+      {Method::put, "/v1/schedules/{}", not_built},
+      {Method::del, "/v1/schedules/{}", not_built},
+      {Method::get, "/v1/events", not_built},
+  };
+  return kRows;
 }
 
 }  // namespace machina

@@ -171,7 +171,7 @@ void Service::when_fed(std::function<void()> then) {
       [then = std::move(then)](const Response&) { then(); });
 }
 
-void Service::list_patches(const Exchange& call) {
+static void list_patches(Service& s, const Exchange& call) {
   auto parameters = parse_query(call.head.query);
   MaybeProblem problem;
   PatchQuery query;
@@ -181,15 +181,15 @@ void Service::list_patches(const Exchange& call) {
   }
   for (const auto& [name, value] : *parameters) {
     if (problem) break;
-    problem = read_filter(name, value, options_.repo_roots, &query);
+    problem = read_filter(name, value, s.options_.repo_roots, &query);
   }
-  if (problem) return refuse(call.peer, call.sequence, *problem);
+  if (problem) return s.refuse(call.peer, call.sequence, *problem);
   struct Made {
     std::string body, next;
   };
   Where where{call.peer.id, call.sequence};
   std::string rest = without_cursor(call.head.query);
-  Patches* patches = patches_.get();
+  Patches* patches = s.patches_.get();
   auto make = [patches, query]() -> Result<Made> {
     auto page = patches->list(query);
     if (!page) return page.error();
@@ -212,19 +212,19 @@ void Service::list_patches(const Exchange& call) {
     json.end_object();
     return made;
   };
-  auto show = [this, where, rest](Result<Made> made) {
-    if (!made) return refuse_error(where, made.error());
+  auto show = [&s, where, rest](Result<Made> made) {
+    if (!made) return s.refuse_error(where, made.error());
     Extras extras;
     if (!made->next.empty()) {
       extras.headers = "Link: </v1/patches?" + rest + "cursor=" + made->next +
                        ">; rel=\"next\"\r\n";
     }
-    if (Peer* p = peer(where.peer)) {
-      reply(*p, where.sequence, 200, made->body, extras);
+    if (Peer* p = s.peer(where.peer)) {
+      s.reply(*p, where.sequence, 200, made->body, extras);
     }
   };
-  when_fed(
-      [this, where, make, show] { on_store<Result<Made>>(where, make, show); });
+  s.when_fed(
+      [&s, where, make, show] { s.on_store<Result<Made>>(where, make, show); });
 }
 
 // The half that the reads of one patch share.
@@ -255,9 +255,9 @@ void Service::show_patch(
   });
 }
 
-void Service::get_patch(const Exchange& call) {
-  Patches* patches = patches_.get();
-  show_patch(call, [patches](const std::string& id) -> MadeBody {
+static void get_patch(Service& s, const Exchange& call) {
+  Patches* patches = s.patches_.get();
+  s.show_patch(call, [patches](const std::string& id) -> MadeBody {
     auto patch = patches->find(id);
     if (!patch) return patch.error();
     if (!*patch) return std::optional<std::string>();
@@ -268,9 +268,9 @@ void Service::get_patch(const Exchange& call) {
   });
 }
 
-void Service::get_ancestry(const Exchange& call) {
-  Patches* patches = patches_.get();
-  show_patch(call, [patches](const std::string& id) -> MadeBody {
+static void get_ancestry(Service& s, const Exchange& call) {
+  Patches* patches = s.patches_.get();
+  s.show_patch(call, [patches](const std::string& id) -> MadeBody {
     auto found = patches->ancestry(id);
     if (!found) return found.error();
     if (found->patches.empty()) return std::optional<std::string>();
@@ -296,14 +296,14 @@ void Service::get_ancestry(const Exchange& call) {
 }
 
 // What takes the patch back, for as long as it is kept.
-void Service::get_reverse_diff(const Exchange& call) {
-  Patches* patches = patches_.get();
+static void get_reverse_diff(Service& s, const Exchange& call) {
+  Patches* patches = s.patches_.get();
   Extras extras;
   extras.content_type = "text/x-diff";
   extras.headers =
       "X-Content-Type-Options: nosniff\r\n"
       "Content-Disposition: attachment; filename=\"reverse.diff\"\r\n";
-  show_patch(
+  s.show_patch(
       call,
       [patches](const std::string& id) { return patches->reverse_diff(id); },
       std::move(extras));
@@ -414,6 +414,17 @@ void Service::end_rebuild(std::shared_ptr<Rebuild> rebuild) {
                       "rebuilt from " + std::to_string(rebuild->kept) +
                           " jobs of the history");
              });
+}
+
+std::span<const Route> patch_routes() {
+  static constexpr Route kRows[] = {
+      {Method::get, "/v1/patches", list_patches, 0, 0, kListWeight},
+      {Method::get, "/v1/patches/{}", get_patch, 0, 0, kPageWeight},
+      {Method::get, "/v1/patches/{}/ancestry", get_ancestry, 0, 0, kPageWeight},
+      {Method::get, "/v1/patches/{}/reverse_diff", get_reverse_diff, 0, 0,
+       kDiffWeight},
+  };
+  return kRows;
 }
 
 }  // namespace machina

@@ -31,6 +31,9 @@ Problem no_such_token() {
   return p;
 }
 
+// The second halves, defined below.
+Answerer leased, heartbeaten, completed, completed_many;
+
 }  // namespace
 
 Problem stale_lease() {
@@ -123,24 +126,24 @@ bool Service::served(const std::string& kind) {
   return yes;
 }
 
-void Service::post_leases(const Exchange& call) {
+static void post_leases(Service& s, const Exchange& call) {
   JsonValue json;
-  if (!parse_body(call, true, &json)) return;
+  if (!s.parse_body(call, true, &json)) return;
   LeaseBody lease;
   MaybeProblem p = read_lease(json, &lease);
-  if (!p) p = finish_lease(call.peer, &lease);
-  if (p) return refuse(call.peer, call.sequence, *p);
+  if (!p) p = s.finish_lease(call.peer, &lease);
+  if (p) return s.refuse(call.peer, call.sequence, *p);
   Pending* pending = call.peer.connection.pending(call.sequence);
-  pending->op = static_cast<std::uint8_t>(PendingOp::lease);
+  pending->then = leased;
   pending->extra = std::make_unique<SessionNote>(std::move(lease.session));
-  note_serving(call.peer, lease.command, lease.wait_ms);
+  s.note_serving(call.peer, lease.command, lease.wait_ms);
   if (!lease.command.holding || lease.command.holding->empty()) {
-    worker_asks(lease.command.worker);
+    s.worker_asks(lease.command.worker);
   }
-  Request request = request_of(call);
+  Request request = s.request_of(call);
   request.what.emplace<Command>(std::move(lease.command));
   request.wait_ms = lease.wait_ms;
-  submit(std::move(request));
+  s.submit(std::move(request));
 }
 
 namespace {
@@ -188,49 +191,53 @@ void Service::append_leases(Peer& peer, JsonWriter& json,
   give_back(std::move(over));
 }
 
-void Service::leased(Peer& peer, std::uint64_t sequence, Pending& pending,
-                     Response& response) {
-  if (response.leases.empty()) return reply(peer, sequence, 204, "");
-  if (crowded(peer, reply_bytes(response.leases.front().job))) {
-    give_back(fences_of(response.leases));
+namespace {
+
+void leased(Service& s, Peer& peer, std::uint64_t sequence, Pending& pending,
+            Response& response) {
+  if (response.leases.empty()) return s.reply(peer, sequence, 204, "");
+  if (s.crowded(peer, reply_bytes(response.leases.front().job))) {
+    s.give_back(fences_of(response.leases));
     Problem p;
     p.status = 503;
     p.code = "busy";
     p.retry_after = 1;
     p.detail = "answers of " + std::to_string(kUnsentAllMax) +
                " bytes wait for their readers, the most that may";
-    return refuse(peer, sequence, p);
+    return s.refuse(peer, sequence, p);
   }
   std::string body;
   JsonWriter json(body);
   json.begin_object();
-  append_leases(peer, json, response.leases,
-                static_cast<SessionNote&>(*pending.extra).session);
+  s.append_leases(peer, json, response.leases,
+                  static_cast<SessionNote&>(*pending.extra).session);
   json.end_object();
-  reply(peer, sequence, 200, body);
+  s.reply(peer, sequence, 200, body);
 }
 
-void Service::post_heartbeat(const Exchange& call) {
+}  // namespace
+
+static void post_heartbeat(Service& s, const Exchange& call) {
   JsonValue json;
-  if (!parse_body(call, true, &json)) return;
+  if (!s.parse_body(call, true, &json)) return;
   HeartbeatBody heartbeat;
   if (auto p = read_heartbeat(json, &heartbeat)) {
-    return refuse(call.peer, call.sequence, *p);
+    return s.refuse(call.peer, call.sequence, *p);
   }
   auto batch = std::make_unique<TokenBatch>();
   HeartbeatCommand command;
   bool all_good = true;
   for (auto& item : heartbeat.items) {
     Fence fence = 0;
-    MaybeProblem problem = check_token(item.token, &fence);
+    MaybeProblem problem = s.check_token(item.token, &fence);
     if (!problem) {
-      auto known = attempts_.find(fence);
-      if (known != attempts_.end() && known->second.serving != nullptr) {
+      auto known = s.attempts_.find(fence);
+      if (known != s.attempts_.end() && known->second.serving != nullptr) {
         Millis& until = known->second.serving->until;
         until = std::max(
             until,
-            loop_->now() +
-                std::max<Millis>(kServingMs, options_.shard.core.lease_ms));
+            s.loop_->now() +
+                std::max<Millis>(kServingMs, s.options_.shard.core.lease_ms));
       }
       command.items.push_back({fence, item.percent, std::move(item.message)});
     } else {
@@ -239,22 +246,24 @@ void Service::post_heartbeat(const Exchange& call) {
     batch->items.push_back({std::move(item.token), std::move(problem)});
   }
   Pending* pending = call.peer.connection.pending(call.sequence);
-  pending->op = static_cast<std::uint8_t>(PendingOp::heartbeat);
+  pending->then = heartbeaten;
   pending->extra = std::move(batch);
   if (command.items.empty()) {
     Response none;
-    return heartbeaten(call.peer, call.sequence, *pending, none);
+    return heartbeaten(s, call.peer, call.sequence, *pending, none);
   }
-  Request request = request_of(call);
+  Request request = s.request_of(call);
   request.what.emplace<Command>(std::move(command));
   request.wait_ms = all_good ? heartbeat.wait_ms : 0;
-  submit(std::move(request));
+  s.submit(std::move(request));
 }
 
-void Service::heartbeaten(Peer& peer, std::uint64_t sequence, Pending& pending,
-                          Response& response) {
+namespace {
+
+void heartbeaten(Service& s, Peer& peer, std::uint64_t sequence,
+                 Pending& pending, Response& response) {
   auto& batch = static_cast<TokenBatch&>(*pending.extra);
-  Millis expires = clock_.wall_ms() + options_.shard.core.lease_ms;
+  Millis expires = s.clock_.wall_ms() + s.options_.shard.core.lease_ms;
   std::string body;
   JsonWriter json(body);
   json.begin_object();
@@ -269,7 +278,7 @@ void Service::heartbeaten(Peer& peer, std::uint64_t sequence, Pending& pending,
               ? response.items[next]
               : ItemAnswer{Answer::stale_lease, {}, {}, {}, {}};
       ++next;
-      problem = problem_of(answer, "lease");
+      problem = s.problem_of(answer, "lease");
       cancel = answer.cancel;
     }
     json.begin_object();
@@ -288,8 +297,10 @@ void Service::heartbeaten(Peer& peer, std::uint64_t sequence, Pending& pending,
     json.end_object();
   }
   json.end_array().end_object();
-  reply(peer, sequence, 200, body);
+  s.reply(peer, sequence, 200, body);
 }
+
+}  // namespace
 
 // --- Completing ------------------------------------------------------------
 
@@ -329,58 +340,62 @@ void Service::check_artifacts(
   on_store<std::vector<MaybeProblem>>(where, std::move(work), std::move(then));
 }
 
-void Service::post_complete(const Exchange& call) {
-  auto fence = lease_of(call);
+static void post_complete(Service& s, const Exchange& call) {
+  auto fence = s.lease_of(call);
   JsonValue json;
-  if (!fence || !parse_body(call, true, &json)) return;
+  if (!fence || !s.parse_body(call, true, &json)) return;
   auto item = std::make_shared<CompleteCommand::Item>();
   item->fence = *fence;
-  if (auto p = read_completion(json, context_of(call), item.get(), nullptr)) {
-    return refuse(call.peer, call.sequence, *p);
+  if (auto p = read_completion(json, s.context_of(call), item.get(), nullptr)) {
+    return s.refuse(call.peer, call.sequence, *p);
   }
-  call.peer.connection.pending(call.sequence)->op =
-      static_cast<std::uint8_t>(PendingOp::complete);
-  keep_room(call);
-  Request request = request_of(call);
+  call.peer.connection.pending(call.sequence)->then = completed;
+  s.keep_room(call);
+  Request request = s.request_of(call);
   request.with_payload = false;
   if (item->outcome.artifacts.empty()) {
     CompleteCommand command;
     command.items.push_back(std::move(*item));
     request.what.emplace<Command>(std::move(command));
-    return submit(std::move(request));
+    return s.submit(std::move(request));
   }
   Where where{call.peer.id, call.sequence};
-  check_artifacts(where, {{*fence, item->outcome.artifacts}},
-                  [this, where, item](std::vector<MaybeProblem> problems) {
-                    if (problems[0]) return refuse(where, *problems[0]);
-                    Request later;
-                    later.from = Address{0, where.peer, where.sequence};
-                    later.with_payload = false;
-                    CompleteCommand command;
-                    command.items.push_back(std::move(*item));
-                    later.what.emplace<Command>(std::move(command));
-                    submit(std::move(later));
-                  });
+  s.check_artifacts(where, {{*fence, item->outcome.artifacts}},
+                    [&s, where, item](std::vector<MaybeProblem> problems) {
+                      if (problems[0]) return s.refuse(where, *problems[0]);
+                      Request later;
+                      later.from = Address{0, where.peer, where.sequence};
+                      later.with_payload = false;
+                      CompleteCommand command;
+                      command.items.push_back(std::move(*item));
+                      later.what.emplace<Command>(std::move(command));
+                      s.submit(std::move(later));
+                    });
 }
 
-void Service::completed(Peer& peer, std::uint64_t sequence, Pending&,
-                        Response& response) {
-  if (response.items.empty()) return refuse(peer, sequence, stale_lease());
+namespace {
+
+void completed(Service& s, Peer& peer, std::uint64_t sequence, Pending&,
+               Response& response) {
+  if (response.items.empty()) return s.refuse(peer, sequence, stale_lease());
   const ItemAnswer& answer = response.items.front();
-  if (auto p = problem_of(answer, "lease")) return refuse(peer, sequence, *p);
+  if (auto p = s.problem_of(answer, "lease"))
+    return s.refuse(peer, sequence, *p);
   if (!response.views.empty() && !response.views.front().id.is_nil()) {
     const JobView& job = response.views.front();
-    metrics_.tool_ended(job.kind, job.state == State::succeeded,
-                        job.finished_ms - job.started_ms);
-    return reply_job(peer, sequence, 200, response, Show::no_payload);
+    s.metrics_.tool_ended(job.kind, job.state == State::succeeded,
+                          job.finished_ms - job.started_ms);
+    return s.reply_job(peer, sequence, 200, response, Show::no_payload);
   }
-  reply_with_job(peer, sequence, answer.id, false);
+  s.reply_with_job(peer, sequence, answer.id, false);
 }
 
-void Service::post_complete_many(const Exchange& call) {
+}  // namespace
+
+static void post_complete_many(Service& s, const Exchange& call) {
   JsonValue json;
-  if (!parse_body(call, true, &json)) return;
-  auto fail = [&](const Problem& p) { refuse(call.peer, call.sequence, p); };
+  if (!s.parse_body(call, true, &json)) return;
+  auto fail = [&](const Problem& p) { s.refuse(call.peer, call.sequence, p); };
   JsonValue items;
   LeaseBody lease;
   bool with_lease = false;
@@ -391,7 +406,7 @@ void Service::post_complete_many(const Exchange& call) {
       with_lease = !m.is_null();
       if (!with_lease) continue;
       MaybeProblem p = read_lease(m, &lease);
-      if (!p) p = finish_lease(call.peer, &lease);
+      if (!p) p = s.finish_lease(call.peer, &lease);
       if (p) {
         p->field = "lease." + p->field;
         p->detail = "lease." + p->detail;
@@ -406,7 +421,7 @@ void Service::post_complete_many(const Exchange& call) {
   }
   auto batch = std::make_unique<TokenBatch>();
   auto command = std::make_shared<CompleteCommand>();
-  JobContext context = context_of(call);
+  JobContext context = s.context_of(call);
   bool artifacts = false;
   int index = 0;
   for (JsonValue v = items.first(); v; v = v.next(), ++index) {
@@ -417,7 +432,7 @@ void Service::post_complete_many(const Exchange& call) {
     CompleteCommand::Item item;
     TokenBatch::Item entry;
     entry.problem = read_completion(v, context, &item, &entry.token);
-    if (!entry.problem) entry.problem = check_token(entry.token, &item.fence);
+    if (!entry.problem) entry.problem = s.check_token(entry.token, &item.fence);
     entry.fence = item.fence;
     if (!entry.problem) {
       artifacts = artifacts || !item.outcome.artifacts.empty();
@@ -428,24 +443,24 @@ void Service::post_complete_many(const Exchange& call) {
     batch->items.push_back(std::move(entry));
   }
   if (with_lease) {
-    note_serving(call.peer, lease.command, lease.wait_ms);
+    s.note_serving(call.peer, lease.command, lease.wait_ms);
     batch->worker = lease.command.worker;
     command->lease = std::move(lease.command);
     batch->session = std::move(lease.session);
   }
   Pending* pending = call.peer.connection.pending(call.sequence);
-  pending->op = static_cast<std::uint8_t>(PendingOp::complete_many);
+  pending->then = completed_many;
   pending->extra = std::move(batch);
   Where where{call.peer.id, call.sequence};
   Millis wait = with_lease ? lease.wait_ms : 0;
-  auto go = [this, where, wait, command] {
-    Peer* p = peer(where.peer);
+  auto go = [&s, where, wait, command] {
+    Peer* p = s.peer(where.peer);
     if (command->items.empty() && !command->lease) {
       Response none;
       Pending* waiting =
           p == nullptr ? nullptr : p->connection.pending(where.sequence);
       if (waiting != nullptr) {
-        completed_many(*p, where.sequence, *waiting, none);
+        completed_many(s, *p, where.sequence, *waiting, none);
       }
       return;
     }
@@ -454,18 +469,18 @@ void Service::post_complete_many(const Exchange& call) {
     request.wait_ms = wait;
     request.with_payload = command->lease.has_value();  // of the leases' jobs
     request.what.emplace<Command>(std::move(*command));
-    submit(std::move(request));
+    s.submit(std::move(request));
   };
   if (!artifacts) return go();
   std::vector<std::pair<Fence, std::vector<std::string>>> claims;
   for (const auto& item : command->items) {
     claims.emplace_back(item.fence, item.outcome.artifacts);
   }
-  check_artifacts(
+  s.check_artifacts(
       where, std::move(claims),
-      [this, where, command, go](std::vector<MaybeProblem> problems) {
+      [&s, where, command, go](std::vector<MaybeProblem> problems) {
         // What claims an artifact that is not there is not submitted.
-        Peer* p = peer(where.peer);
+        Peer* p = s.peer(where.peer);
         Pending* waiting =
             p == nullptr ? nullptr : p->connection.pending(where.sequence);
         if (waiting == nullptr) return;
@@ -486,8 +501,10 @@ void Service::post_complete_many(const Exchange& call) {
       });
 }
 
-void Service::completed_many(Peer& peer, std::uint64_t sequence,
-                             Pending& pending, Response& response) {
+namespace {
+
+void completed_many(Service& s, Peer& peer, std::uint64_t sequence,
+                    Pending& pending, Response& response) {
   auto& batch = static_cast<TokenBatch&>(*pending.extra);
   std::string body;
   JsonWriter json(body);
@@ -504,14 +521,14 @@ void Service::completed_many(Peer& peer, std::uint64_t sequence,
           at < response.items.size()
               ? response.items[at]
               : ItemAnswer{Answer::stale_lease, {}, {}, {}, {}};
-      problem = problem_of(answer, "lease");
+      problem = s.problem_of(answer, "lease");
       if (!problem) {
         State state =
             at < response.views.size() && !response.views[at].id.is_nil()
                 ? response.views[at].state
                 : answer.state;
         json.key("state").string(name(state));
-        tool_ended(item.fence, state);
+        s.tool_ended(item.fence, state);
       }
     }
     if (problem) {
@@ -522,11 +539,13 @@ void Service::completed_many(Peer& peer, std::uint64_t sequence,
     json.end_object();
   }
   json.end_array();
-  if (response.leases.empty()) worker_asks(batch.worker);
-  append_leases(peer, json, response.leases, batch.session);
+  if (response.leases.empty()) s.worker_asks(batch.worker);
+  s.append_leases(peer, json, response.leases, batch.session);
   json.end_object();
-  reply(peer, sequence, 200, body);
+  s.reply(peer, sequence, 200, body);
 }
+
+}  // namespace
 
 // One that completed, pass or fail; what fails otherwise comes by acted().
 void Service::tool_ended(Fence fence, State state) {
@@ -539,62 +558,73 @@ void Service::tool_ended(Fence fence, State state) {
 
 // --- Other ends of an attempt ----------------------------------------------
 
-void Service::post_fail(const Exchange& call) {
-  auto fence = lease_of(call);
+static void post_fail(Service& s, const Exchange& call) {
+  auto fence = s.lease_of(call);
   JsonValue json;
-  if (!fence || !parse_body(call, true, &json)) return;
+  if (!fence || !s.parse_body(call, true, &json)) return;
   auto command = std::make_shared<FailCommand>();
   command->fence = *fence;
   if (auto p = read_failure(json, &command->outcome)) {
-    return refuse(call.peer, call.sequence, *p);
+    return s.refuse(call.peer, call.sequence, *p);
   }
-  call.peer.connection.pending(call.sequence)->op =
-      static_cast<std::uint8_t>(PendingOp::lease_act);
-  keep_room(call);
+  call.peer.connection.pending(call.sequence)->then = acted<Show::no_payload>;
+  s.keep_room(call);
   Where where{call.peer.id, call.sequence};
-  auto go = [this, where, command] {
+  auto go = [&s, where, command] {
     Request request;
     request.from = Address{0, where.peer, where.sequence};
     request.with_payload = false;
     request.what.emplace<Command>(std::move(*command));
-    submit(std::move(request));
+    s.submit(std::move(request));
   };
   if (command->outcome.artifacts.empty()) return go();
-  check_artifacts(where, {{*fence, command->outcome.artifacts}},
-                  [this, where, go](std::vector<MaybeProblem> problems) {
-                    if (problems[0]) return refuse(where, *problems[0]);
-                    go();
-                  });
+  s.check_artifacts(where, {{*fence, command->outcome.artifacts}},
+                    [&s, where, go](std::vector<MaybeProblem> problems) {
+                      if (problems[0]) return s.refuse(where, *problems[0]);
+                      go();
+                    });
 }
 
-void Service::post_block(const Exchange& call) {
-  auto fence = lease_of(call);
+static void post_block(Service& s, const Exchange& call) {
+  auto fence = s.lease_of(call);
   JsonValue json;
-  if (!fence || !parse_body(call, true, &json)) return;
+  if (!fence || !s.parse_body(call, true, &json)) return;
   BlockCommand command;
   command.fence = *fence;
   if (auto p = read_block(json, &command)) {
-    return refuse(call.peer, call.sequence, *p);
+    return s.refuse(call.peer, call.sequence, *p);
   }
-  call.peer.connection.pending(call.sequence)->op =
-      static_cast<std::uint8_t>(PendingOp::lease_act);
-  Request request = request_of(call);
+  call.peer.connection.pending(call.sequence)->then = acted<Show::no_payload>;
+  Request request = s.request_of(call);
   request.with_payload = false;
   request.what.emplace<Command>(std::move(command));
-  submit(std::move(request));
+  s.submit(std::move(request));
 }
 
-void Service::post_release(const Exchange& call) {
-  auto fence = lease_of(call);
-  if (!fence || !no_members(call)) return;
-  call.peer.connection.pending(call.sequence)->op =
-      static_cast<std::uint8_t>(PendingOp::lease_act);
+static void post_release(Service& s, const Exchange& call) {
+  auto fence = s.lease_of(call);
+  if (!fence || !s.no_members(call)) return;
+  call.peer.connection.pending(call.sequence)->then = acted<Show::no_payload>;
   ReleaseCommand command;
   command.fences.push_back(*fence);
-  Request request = request_of(call);
+  Request request = s.request_of(call);
   request.with_payload = false;
   request.what.emplace<Command>(std::move(command));
-  submit(std::move(request));
+  s.submit(std::move(request));
+}
+
+std::span<const Route> worker_routes() {
+  static constexpr Route kRows[] = {
+      {Method::post, "/v1/leases", post_leases, Route::worker},
+      {Method::post, "/v1/leases/complete", post_complete_many, Route::worker},
+      {Method::post, "/v1/leases/heartbeat", post_heartbeat, Route::worker},
+      {Method::post, "/v1/leases/{}/complete", post_complete,
+       Route::worker | Route::repeats},
+      {Method::post, "/v1/leases/{}/fail", post_fail, Route::worker},
+      {Method::post, "/v1/leases/{}/block", post_block, Route::worker},
+      {Method::post, "/v1/leases/{}/release", post_release, Route::worker},
+  };
+  return kRows;
 }
 
 }  // namespace machina

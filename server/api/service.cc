@@ -777,8 +777,7 @@ void Service::refuse(Peer& peer, std::uint64_t sequence,
   if (peer.closed) return;
   Pending* pending = peer.connection.pending(sequence);
   if (pending == nullptr) return;
-  if (pending->op == static_cast<std::uint8_t>(PendingOp::stream) &&
-      pending->stage == 1) {
+  if (pending->head_sent) {
     close(peer);  // the head is out: only an early end tells the truth now
     return;
   }
@@ -854,6 +853,8 @@ struct LeftOut final : PendingExtra {
   JobView view;  // as it was then, without payload and result
 };
 
+Answerer reply_left_out;
+
 }  // namespace
 
 void Service::reply_job(Peer& peer, std::uint64_t sequence, int status,
@@ -866,7 +867,7 @@ void Service::reply_job(Peer& peer, std::uint64_t sequence, int status,
     waits->show = show;
     waits->headers = std::move(headers);
     waits->view = std::move(view);
-    pending.op = static_cast<std::uint8_t>(PendingOp::left_out);
+    pending.then = reply_left_out;
     pending.extra = std::move(waits);
     pending.left_out = response.left_out;
     unweigh(peer, pending);
@@ -898,8 +899,10 @@ void Service::ask_left_out(Peer& peer, std::uint64_t sequence,
 }
 
 // There was room, and the job was asked for again.
-void Service::reply_left_out(Peer& peer, std::uint64_t sequence,
-                             Pending& pending, Response& response) {
+namespace {
+
+void reply_left_out(Service& s, Peer& peer, std::uint64_t sequence,
+                    Pending& pending, Response& response) {
   auto waits =
       std::unique_ptr<LeftOut>(static_cast<LeftOut*>(pending.extra.release()));
   Show show = waits->show;
@@ -912,9 +915,11 @@ void Service::reply_left_out(Peer& peer, std::uint64_t sequence,
   JobView& view = response.views.front();
   view.duplicate = waits->view.duplicate;
   if (waits->status == 202 && is_final(view.state)) waits->status = 200;
-  reply_job(peer, sequence, waits->status, response, show,
-            std::move(waits->headers));
+  s.reply_job(peer, sequence, waits->status, response, show,
+              std::move(waits->headers));
 }
+
+}  // namespace
 
 // --- The shard -------------------------------------------------------------
 
@@ -1113,9 +1118,8 @@ void Service::on_response(Response response) {
     give_back(fences_of(response.leases));
     return;
   }
-  const auto op = static_cast<PendingOp>(pending->op);
   // What was promised is not taken back because it cannot be shown whole.
-  if (op == PendingOp::left_out &&
+  if (pending->then == &reply_left_out &&
       response.status == Response::Status::disk_low) {
     response.status = Response::Status::done;
     response.views.clear();
@@ -1124,42 +1128,15 @@ void Service::on_response(Response response) {
     refuse(*p, sequence, *problem);
     return;
   }
-  switch (op) {
-    case PendingOp::enqueue:
-      return enqueued(*p, sequence, *pending, response);
-    case PendingOp::enqueue_many:
-      return enqueued_many(*p, sequence, *pending, response);
-    case PendingOp::get:
-      return got(*p, sequence, *pending, response);
-    case PendingOp::act:
-    case PendingOp::lease_act:
-      return acted(*p, sequence, *pending, response);
-    case PendingOp::list:
-      return listed(*p, sequence, *pending, response);
-    case PendingOp::lease:
-      return leased(*p, sequence, *pending, response);
-    case PendingOp::heartbeat:
-      return heartbeaten(*p, sequence, *pending, response);
-    case PendingOp::complete:
-      return completed(*p, sequence, *pending, response);
-    case PendingOp::complete_many:
-      return completed_many(*p, sequence, *pending, response);
-    case PendingOp::left_out:
-      return reply_left_out(*p, sequence, *pending, response);
-    case PendingOp::none:
-    case PendingOp::sync:
-    case PendingOp::stream:
-      break;
-  }
-  CHECK(false);  // a response that nobody asked for
+  CHECK(pending->then != nullptr);  // a response that nobody asked for
+  pending->then(*this, *p, sequence, *pending, response);
 }
 
 void Service::reply_with_job(Peer& peer, std::uint64_t sequence,
                              const JobId& id, bool payload) {
   Pending* pending = peer.connection.pending(sequence);
   if (pending == nullptr) return;
-  pending->op = static_cast<std::uint8_t>(PendingOp::get);
-  pending->stage = payload ? 1 : 2;
+  pending->then = payload ? got<Show::all> : got<Show::no_payload>;
   Request request;
   request.from = Address{0, peer.id, sequence};
   GetQuery get;

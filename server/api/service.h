@@ -30,6 +30,7 @@
 #include "server/api/metrics.h"
 #include "server/api/patches.h"
 #include "server/api/problem.h"
+#include "server/api/route.h"
 #include "server/api/server.h"
 #include "server/api/store.h"
 #include "server/auth/gate.h"
@@ -100,55 +101,6 @@ constexpr std::size_t kUnservedMax = 100;  // kinds, of /stats
 // Why a pool can run no job, and what to change (workers/pool/pool.h, P7).
 struct PoolTrouble {
   std::string reason, remedy;
-};
-
-class Service;
-struct Peer;
-
-enum class PendingOp : std::uint8_t {
-  none,
-  enqueue,
-  enqueue_many,
-  get,
-  act,
-  list,
-  lease,
-  heartbeat,
-  complete,
-  complete_many,
-  lease_act,
-  sync,
-  stream,
-  left_out,
-};
-
-// What a handler is given. The views die with the call.
-struct Exchange {
-  Peer& peer;
-  std::uint64_t sequence;
-  const Head& head;
-  std::string_view body;
-  std::array<std::string_view, 2> args;
-};
-
-struct Route {
-  Method method;
-  std::string_view pattern;  // "/v1/jobs/{}/cancel"
-  void (Service::*handle)(const Exchange&);
-  enum Flags : std::uint8_t {
-    none = 0,
-    open = 1,       // needs no credential, and is not limited
-    raw = 2,        // its body is not JSON
-    stream = 4,     // its body is handed over in pieces
-    enqueue = 8,    // counts against MACHINA_API_ENQUEUE_RPM
-    waits = 16,     // counts against MACHINA_API_RUNSYNC_RPM
-    may_wait = 32,  // so, where the request has Prefer: wait
-    worker = 64,    // is not limited: a late heartbeat costs a job
-    plain = 128,    // /enqueue's error form
-  };
-  std::uint8_t flags = none;
-  std::uint64_t max_body = 0;  // 0: the configured one
-  std::uint64_t weight = 0;    // how large its answer may be; 0: small
 };
 
 // A request whose answer there is no room for yet.
@@ -233,10 +185,6 @@ class Service {
   ~Service();
   int run();
 
- private:
-  friend struct Peer;
-  static const std::vector<Route>& routes();
-
   // --- life (service.cc) ---
   int open();  // 0, or an exit code
   int recover();
@@ -265,8 +213,6 @@ class Service {
   void close(Peer& peer);
   void after(Peer& peer);  // replies were written: flush, linger, resume
   // --- room for answers (routes.cc) ---
-  static std::uint64_t weight_of(const Route& route, const Head& head,
-                                 std::string_view body);
   bool crowded(const Peer& peer, std::uint64_t weight) const;
   bool is_front(const Peer& peer, std::uint64_t sequence) const;
   void weigh(Peer& peer, Pending& pending, std::uint64_t weight);
@@ -323,8 +269,6 @@ class Service {
   void reply_job(Peer& peer, std::uint64_t sequence, int status,
                  Response& response, Show show, std::string headers = {});
   void ask_left_out(Peer& peer, std::uint64_t sequence, Pending& pending);
-  void reply_left_out(Peer& peer, std::uint64_t sequence, Pending& pending,
-                      Response& response);
 
   // --- the shard ---
   Request request_of(const Exchange& call);
@@ -340,27 +284,9 @@ class Service {
                       bool payload);
 
   // --- jobs (routes_jobs.cc) ---
-  void post_jobs(const Exchange& call);
-  void post_enqueue(const Exchange& call);
-  void post_run_sync(const Exchange& call);
   void enqueue_one(const Exchange& call, const JsonValue& json, Millis wait_ms,
                    std::uint8_t stage);
   void enqueue_many(const Exchange& call, bool lines);
-  void get_job(const Exchange& call);
-  void list_jobs(const Exchange& call);
-  void cancel_job(const Exchange& call);
-  void retry_job(const Exchange& call);
-  void unblock_job(const Exchange& call);
-  void enqueued(Peer& peer, std::uint64_t sequence, Pending& pending,
-                Response& response);
-  void enqueued_many(Peer& peer, std::uint64_t sequence, Pending& pending,
-                     Response& response);
-  void got(Peer& peer, std::uint64_t sequence, Pending& pending,
-           Response& response);
-  void acted(Peer& peer, std::uint64_t sequence, Pending& pending,
-             Response& response);
-  void listed(Peer& peer, std::uint64_t sequence, Pending& pending,
-              Response& response);
   void took(const Pending& pending);
   JobContext context_of(const Exchange& call);
   // Parses a body that must be one JSON value; replies where it is not.
@@ -369,13 +295,6 @@ class Service {
   std::optional<JobId> job_of(const Exchange& call);
 
   // --- workers (routes_workers.cc) ---
-  void post_leases(const Exchange& call);
-  void post_heartbeat(const Exchange& call);
-  void post_complete(const Exchange& call);
-  void post_complete_many(const Exchange& call);
-  void post_fail(const Exchange& call);
-  void post_block(const Exchange& call);
-  void post_release(const Exchange& call);
   std::optional<Fence> lease_of(const Exchange& call);
   MaybeProblem check_token(std::string_view text, Fence* fence);
   MaybeProblem finish_lease(const Peer& peer, LeaseBody* lease);
@@ -384,31 +303,18 @@ class Service {
       const Where& where,
       std::vector<std::pair<Fence, std::vector<std::string>>> claims,
       std::function<void(std::vector<MaybeProblem>)> then);
-  void leased(Peer& peer, std::uint64_t sequence, Pending& pending,
-              Response& response);
   void append_leases(Peer& peer, JsonWriter& json,
                      std::vector<LeaseView>& leases, std::string_view session);
   void note_serving(Peer& peer, const LeaseCommand& lease, Millis wait_ms);
   void no_longer_serves(const std::string& worker);
   // Whether a worker that is connected, or about to be, leases this kind.
   bool served(const std::string& kind);
-  void heartbeaten(Peer& peer, std::uint64_t sequence, Pending& pending,
-                   Response& response);
-  void completed(Peer& peer, std::uint64_t sequence, Pending& pending,
-                 Response& response);
-  void completed_many(Peer& peer, std::uint64_t sequence, Pending& pending,
-                      Response& response);
   void give_back(std::vector<Fence> fences);
   void tool_ended(Fence fence, State state);
 
   // --- files (routes_files.cc) ---
-  void post_log(const Exchange& call);
-  void put_artifact(const Exchange& call);
   void upload_piece(Peer& peer, std::string_view piece);
   void pump_upload(std::shared_ptr<Peer::Upload> upload);
-  void get_logs(const Exchange& call);
-  void list_artifacts(const Exchange& call);
-  void get_artifact(const Exchange& call);
   void with_attempt(const Where& where, Fence fence,
                     std::function<void(JobId, int)> then);
   void with_job(const Where& where, const JobId& id,
@@ -429,10 +335,6 @@ class Service {
 
   // --- patches (routes_patches.cc) ---
   void when_fed(std::function<void()> then);
-  void list_patches(const Exchange& call);
-  void get_patch(const Exchange& call);
-  void get_ancestry(const Exchange& call);
-  void get_reverse_diff(const Exchange& call);
   void show_patch(
       const Exchange& call,
       std::function<Result<std::optional<std::string>>(const std::string&)>
@@ -448,13 +350,6 @@ class Service {
                   std::function<void()> then);
 
   // --- operations (routes_ops.cc) ---
-  void get_health(const Exchange& call);
-  void get_ready(const Exchange& call);
-  void get_stats(const Exchange& call);
-  void get_metrics(const Exchange& call);
-  void post_shutdown(const Exchange& call);
-  void get_root(const Exchange& call);
-  void not_built(const Exchange& call);
   std::string unready() const;  // why; empty: ready
   static void add_disk(const DiskState& disk, JsonWriter* json);
   std::optional<Problem> no_room_for_files() const;
@@ -476,9 +371,6 @@ class Service {
     Where parked;  // its waiting sync
     Millis answer_at = 0;
   };
-  void post_sync(const Exchange& call);
-  void get_workers(const Exchange& call);
-  void put_scale(const Exchange& call);
   bool read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
                  std::vector<std::string>* gone,
                  std::vector<std::string>* ended, Millis* wait_ms);
@@ -649,6 +541,14 @@ void Service::on_store(const Where& where, std::function<T()> work,
   p.retry_after = 1;
   refuse(where, p);
 }
+
+// Second halves that several files name: show the job, with its payload or not.
+template <Show show>
+void got(Service& s, Peer& peer, std::uint64_t sequence, Pending& pending,
+         Response& response);
+template <Show show>
+void acted(Service& s, Peer& peer, std::uint64_t sequence, Pending& pending,
+           Response& response);
 
 Problem stale_lease();  // 409
 std::vector<Fence> fences_of(const std::vector<LeaseView>& leases);

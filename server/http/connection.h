@@ -54,13 +54,22 @@ constexpr std::uint64_t kLingerBytes = 16u << 20;
 constexpr std::size_t kRequestIdBytesMax = 64;
 constexpr std::size_t kSaidPathBytesMax = 120;
 
+// Makes the reply to a request when the shard has answered it. The owner
+// (server/api) has the types; this file only keeps the pointer.
+class Service;
+struct Peer;
+struct Pending;
+struct Response;
+using Answerer = void(Service&, Peer&, std::uint64_t sequence, Pending&,
+                      Response&);
+
 // What the owner keeps with a request until its reply is written.
 struct PendingExtra {
   virtual ~PendingExtra() = default;
 };
 struct Pending {
-  std::uint8_t op = 0;
-  std::uint8_t stage = 0;
+  Answerer* then = nullptr;   // what answers it, when the shard has
+  bool head_sent = false;     // its reply has begun: only `close` can end it
   bool plain_errors = false;  // /enqueue's error form
   Millis begun_ms = 0;
   std::uint64_t begun_us = 0;
