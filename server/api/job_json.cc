@@ -504,6 +504,7 @@ MaybeProblem read_new_job(const JsonValue& json, const JobContext& context,
     if (job->timeout_ms == 0) job->timeout_ms = facts->second.timeout_ms;
     if (!level_set) job->min_level = options.min_level;
   }
+  job->tenant.assign(context.tenant);
   job->traceparent.assign(context.traceparent);
   job->request_id.assign(context.request_id);
   return std::nullopt;

@@ -50,6 +50,7 @@ struct JobContext {
   std::string_view traceparent = {};  // checked
   std::string_view request_id = {};
   std::string_view idempotency_key = {};
+  std::string_view tenant = "default";
 };
 
 MaybeProblem read_new_job(const JsonValue& json, const JobContext& context,

@@ -410,6 +410,7 @@ PatchRecord read_patch(const EndedJob& job, std::string* reverse_diff) {
   const JsonValue payload = parse_object(&asked, job.payload);
   const JsonValue result = parse_object(&answered, job.result);
   patch.patch_id = to_string(job.id);
+  patch.tenant = job.tenant;
   patch.state = name(job.state);
   patch.outcome = outcome_of(result, job.state);
   patch.reason = text_in(result, "reason", kPatchTextBytesMax);

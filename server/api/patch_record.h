@@ -92,6 +92,7 @@ struct RollbackRecord {
 
 struct PatchRecord {
   std::string patch_id;  // the job's id
+  std::string tenant;    // the job's
   std::string state, outcome, reason;
   std::string repo, base_rev, base_commit, commit, branch;
   bool pushed = false;
@@ -119,7 +120,7 @@ struct PatchRecord {
 struct EndedJob {
   JobId id;
   Lsn lsn = 0;  // 0: read back, not fed
-  std::string kind, payload, result;
+  std::string kind, tenant = "default", payload, result;
   State state = State::succeeded;
   std::string message;  // of its error
   Fence fence = 0;      // where its artifacts are

@@ -19,7 +19,9 @@ namespace {
 using sqlite::Database;
 using sqlite::Statement;
 
-constexpr int kSchemaVersion = 2;
+constexpr int kSchemaVersion = 3;
+// Of what a patch's row is made of: an earlier one's is filled in (fill_in()).
+constexpr int kRowVersion = 2;
 
 // Texts that are not there are empty, not NULL, but for parent_patch_id and
 // rolled_back_by, which point elsewhere. A licence is one word in any case
@@ -105,10 +107,15 @@ CREATE TABLE metrics(
   time_to_completion INTEGER NOT NULL) WITHOUT ROWID;
 UPDATE meta SET value=1 WHERE key='rebuild';
 )";
-constexpr const char* kUpgrades[] = {kSchema2};
+
+// What there was before was the tenant "default"'s.
+constexpr char kSchema3[] = R"(
+ALTER TABLE patches ADD COLUMN tenant TEXT NOT NULL DEFAULT 'default';
+)";
+constexpr const char* kUpgrades[] = {kSchema2, kSchema3};
 
 const char* newest_schema() {
-  static const std::string all = std::string(kSchema1) + kSchema2;
+  static const std::string all = std::string(kSchema1) + kSchema2 + kSchema3;
   return all.c_str();
 }
 
@@ -119,7 +126,7 @@ constexpr char kSummary[] =
     "approval_actor,approval_comment,approval_digest,approval_at,lines_added,"
     "lines_removed,file_count,tests_before,tests_after,newly_failing,"
     "newly_passing,newly_failing_count,newly_passing_count,reverse_diff_bytes,"
-    "rolled_back_by,created,finished";
+    "rolled_back_by,created,finished,tenant";
 
 std::string string_at(Statement& row, int column) {
   return std::string(row.text_at(column));
@@ -162,6 +169,7 @@ PatchRecord read_summary(Statement& row) {
   patch.rolled_back_by = text();
   patch.created_ms = number();
   patch.finished_ms = number();
+  patch.tenant = text();
   return patch;
 }
 
@@ -246,6 +254,7 @@ EndedJob ended_job(const HistoryChange& change) {
   job.id = change.id;
   job.lsn = change.lsn;
   job.kind = asked.kind;
+  job.tenant = asked.tenant;
   job.payload = asked.payload;
   job.result = outcome.result;
   job.state = change.end->state;
@@ -261,7 +270,7 @@ EndedJob ended_job(const HistoryChange& change) {
 
 struct Patches::Writer {
   Database db;
-  Statement set_meta, patch_lsn, rollback_lsn;
+  Statement set_meta, patch_lsn, own_patch, rollback_lsn;
   Statement put_patch, put_file, put_source, put_log, put_rollback;
   Statement put_reverse, put_unblock, get_unblock, drop_unblock;
   Statement set_rolled_back, trim_rollbacks;
@@ -279,19 +288,20 @@ int Patches::Writer::prepare() {
   const std::pair<Statement*, std::string> all[] = {
       {&set_meta, "INSERT OR REPLACE INTO meta(key,value) VALUES(?1,?2)"},
       {&patch_lsn, "SELECT lsn FROM patches WHERE patch_id=?1"},
+      {&own_patch, "SELECT lsn FROM patches WHERE patch_id=?1 AND tenant=?2"},
       {&rollback_lsn, "SELECT lsn,patch_id FROM rollbacks WHERE job_id=?1"},
       {&put_patch,
        "INSERT OR REPLACE INTO patches(" + summary +
            ",lsn,suite,written) "
            "VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,"
            "?16,?17,?18,?19,?20,?21,?22,?23,?24,?25,?26,?27,?28,?29,?30,?31,"
-           "?32,?33,?34," +
-           std::to_string(kSchemaVersion) + ")"},
+           "?32,?33,?34,?35," +
+           std::to_string(kRowVersion) + ")"},
       {&old_patch,
        "SELECT approval_digest FROM patches WHERE patch_id=?1 AND written<" +
-           std::to_string(kSchemaVersion)},
+           std::to_string(kRowVersion)},
       {&set_suite, "UPDATE patches SET suite=?2,written=" +
-                       std::to_string(kSchemaVersion) + " WHERE patch_id=?1"},
+                       std::to_string(kRowVersion) + " WHERE patch_id=?1"},
       {&put_contributor,
        "INSERT OR REPLACE INTO contributors VALUES(?1,?2,?3,?4)"},
       {&put_metrics,
@@ -351,7 +361,8 @@ struct Patches::Reader {
   Statement suite, contributors, metrics;
 
   int prepare();
-  Result<std::optional<PatchRecord>> one(const std::string& patch_id);
+  Result<std::optional<PatchRecord>> one(const std::string& patch_id,
+                                         const std::string& tenant);
   Result<std::vector<PatchSource>> sources_of(const std::string& patch_id);
   Result<void> origin_of(const std::string& patch_id, PatchRecord* patch);
   // Runs `row` for each row of `statement`, whose parameters are bound.
@@ -709,6 +720,7 @@ Result<void> Patches::put_patch(const EndedJob& job) {
   row.null(++at);
   number(patch.created_ms);
   number(patch.finished_ms);
+  text(patch.tenant);
   number(static_cast<std::int64_t>(job.lsn));
   text(patch.suite);
   int rc = row.run();
@@ -873,10 +885,11 @@ Result<void> Patches::keep_reverse_diff(const EndedJob& job,
 Result<void> Patches::put_rollback(const EndedJob& job) {
   Writer& to = *writer_;
   const RollbackRecord rollback = read_rollback(job);
-  to.patch_lsn.text(1, rollback.patch_id);
-  auto known = text_of_row(to.db, to.patch_lsn, 0);
+  to.own_patch.text(1, rollback.patch_id);
+  to.own_patch.text(2, job.tenant);
+  auto known = text_of_row(to.db, to.own_patch, 0);
   if (!known) return known.error();
-  if (!*known) return {};  // of a patch that nobody knows
+  if (!*known) return {};  // of a patch that its tenant does not know
   to.rollback_lsn.text(1, rollback.job_id);
   auto lsn = text_of_row(to.db, to.rollback_lsn, 0);
   if (!lsn) return lsn.error();
@@ -1087,7 +1100,7 @@ Result<void> Patches::Reader::each(Statement& statement,
 }
 
 Result<std::optional<PatchRecord>> Patches::Reader::one(
-    const std::string& patch_id) {
+    const std::string& patch_id, const std::string& tenant) {
   std::optional<PatchRecord> patch;
   summary.text(1, patch_id);
   auto done = each(summary, [&] {
@@ -1095,6 +1108,7 @@ Result<std::optional<PatchRecord>> Patches::Reader::one(
     return false;
   });
   if (!done) return done.error();
+  if (patch && !tenant.empty() && patch->tenant != tenant) patch.reset();
   return patch;
 }
 
@@ -1171,10 +1185,11 @@ Result<void> Patches::Reader::origin_of(const std::string& patch_id,
   });
 }
 
-Result<std::optional<PatchRecord>> Patches::find(const std::string& patch_id) {
+Result<std::optional<PatchRecord>> Patches::find(const std::string& patch_id,
+                                                 const std::string& tenant) {
   using Found = std::optional<PatchRecord>;
   return reading<Found>([&](Reader& from) -> Result<Found> {
-    auto patch = from.one(patch_id);
+    auto patch = from.one(patch_id, tenant);
     if (!patch || !*patch) return patch;
     PatchRecord& to = **patch;
     from.files.text(1, patch_id);
@@ -1297,7 +1312,7 @@ Result<PatchPage> Patches::list(const PatchQuery& query) {
       }
       ++page.scanned;
       last = id;
-      auto patch = from.one(id);
+      auto patch = from.one(id, query.tenant);
       auto good = patch && *patch ? wanted(**patch) : Result<bool>(false);
       if (!patch || !good) {
         failed = !patch ? patch.error() : good.error();
@@ -1337,7 +1352,8 @@ Result<PatchPage> Patches::list(const PatchQuery& query) {
   });
 }
 
-Result<Ancestry> Patches::ancestry(const std::string& patch_id) {
+Result<Ancestry> Patches::ancestry(const std::string& patch_id,
+                                   const std::string& tenant) {
   return reading<Ancestry>([&](Reader& from) -> Result<Ancestry> {
     Ancestry out;
     std::set<std::string> seen;
@@ -1351,7 +1367,7 @@ Result<Ancestry> Patches::ancestry(const std::string& patch_id) {
         out.truncated = true;
         break;
       }
-      auto patch = from.one(next);
+      auto patch = from.one(next, tenant);
       if (!patch) return patch.error();
       if (!*patch) {
         out.missing = next;
@@ -1372,9 +1388,12 @@ Result<Ancestry> Patches::ancestry(const std::string& patch_id) {
 }
 
 Result<std::optional<std::string>> Patches::reverse_diff(
-    const std::string& patch_id) {
+    const std::string& patch_id, const std::string& tenant) {
   using Found = std::optional<std::string>;
   return reading<Found>([&](Reader& from) -> Result<Found> {
+    auto patch = from.one(patch_id, tenant);
+    if (!patch) return patch.error();
+    if (!*patch) return Found();
     from.reverse_diff.text(1, patch_id);
     return text_of_row(from.db, from.reverse_diff, 0);
   });

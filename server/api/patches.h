@@ -70,6 +70,7 @@ struct PatchLimits {
 
 // All that is set must hold.
 struct PatchQuery {
+  std::string tenant;                          // empty: any, as below
   std::string license, vector, path, outcome;  // empty: any
   std::string license_fingerprint, session;    // the same
   std::string diff_digest;                     // "sha256:<hex>"
@@ -109,11 +110,15 @@ class Patches final : public EndSink {
   Result<void> add(const EndedJob& job);
   Result<void> end_rebuild();
 
-  Result<std::optional<PatchRecord>> find(const std::string& patch_id);
+  // Of one tenant, where `tenant` is not empty: another's is not there.
+  Result<std::optional<PatchRecord>> find(const std::string& patch_id,
+                                          const std::string& tenant = {});
   Result<PatchPage> list(const PatchQuery& query);
-  Result<Ancestry> ancestry(const std::string& patch_id);
+  Result<Ancestry> ancestry(const std::string& patch_id,
+                            const std::string& tenant = {});
   // Nothing where none is kept.
-  Result<std::optional<std::string>> reverse_diff(const std::string& patch_id);
+  Result<std::optional<std::string>> reverse_diff(
+      const std::string& patch_id, const std::string& tenant = {});
 
   // The statements behind the reads, for a look at their plans (P6).
   static std::vector<std::string> read_statements();

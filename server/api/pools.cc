@@ -635,8 +635,8 @@ void Service::check_levels() {
 std::span<const Route> pool_routes() {
   static constexpr Route kRows[] = {
       {Method::post, "/v1/pools/{}/sync", post_sync, Route::worker},
-      {Method::get, "/v1/workers", get_workers, 0, 0, kPageWeight},
-      {Method::put, "/v1/workers/scale", put_scale},
+      {Method::get, "/v1/workers", get_workers, Route::operate, 0, kPageWeight},
+      {Method::put, "/v1/workers/scale", put_scale, Route::operate},
   };
   return kRows;
 }

@@ -101,4 +101,12 @@ std::string shown(std::string_view value) {
   return out;
 }
 
+Problem no_such_job() {
+  Problem p;
+  p.status = 404;
+  p.code = "not-found";
+  p.detail = "job: unknown, or past its retention";
+  return p;
+}
+
 }  // namespace machina

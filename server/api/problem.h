@@ -31,4 +31,6 @@ Problem bad_field(std::string_view field, std::string_view detail);
 // A value as it may be shown in an error: quoted where it is text, cut.
 std::string shown(std::string_view value);
 
+Problem no_such_job();  // 404
+
 }  // namespace machina

@@ -25,12 +25,14 @@ namespace machina {
 
 class Service;
 struct Peer;
+struct Principal;
 
 // What a handler is given. The views die with the call.
 struct Exchange {
   Peer& peer;
   std::uint64_t sequence;
   const Head& head;
+  const Principal& principal;
   std::string_view body;
   std::array<std::string_view, 2> args;
 };
@@ -47,9 +49,11 @@ struct Route {
     enqueue = 8,    // counts against MACHINA_API_ENQUEUE_RPM
     waits = 16,     // counts against MACHINA_API_RUNSYNC_RPM
     may_wait = 32,  // so, where the request has Prefer: wait
-    worker = 64,    // is not limited: a late heartbeat costs a job
+    // Is not limited: a late heartbeat costs a job. Needs the scope `worker`.
+    worker = 64,
     plain = 128,    // /enqueue's error form
     repeats = 256,  // a lease that has ended gets its stored answer again
+    operate = 512,  // needs the scope `operate`
   };
   std::uint16_t flags = none;
   std::uint64_t max_body = 0;  // 0: the configured one

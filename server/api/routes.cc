@@ -115,6 +115,7 @@ MaybeProblem Service::unauthorized(Peer& peer, Gate::Cause cause,
 MaybeProblem Service::let_in(Peer& peer, std::uint64_t sequence,
                              const Head& head, bool open) {
   peer.entry = Gate::Entry::granted;
+  peer.principal = peer.local ? &gate_->host() : &gate_->local();
   if (open || peer.local) return std::nullopt;
   peer.credential = 0;
   if (!gate_->closed()) {
@@ -123,7 +124,7 @@ MaybeProblem Service::let_in(Peer& peer, std::uint64_t sequence,
   }
   Gate::Cause cause = Gate::Cause::none;
   bool presented = false;
-  Gate::Entry entry = gate_->look(head, &cause, &presented);
+  Gate::Entry entry = gate_->look(head, &cause, &presented, &peer.principal);
   if (presented && !peer.proved) {
     // Whoever guesses too much is not told whether the next guess was right.
     int wait =
@@ -180,6 +181,20 @@ MaybeProblem Service::let_in_signed(Peer& peer, std::uint64_t sequence,
   if (auto limited = spend(peer, sequence, head)) return limited;
   gate_->record(head);
   return std::nullopt;
+}
+
+MaybeProblem Service::look_at_scopes(const Route& route, const Principal& who) {
+  const std::uint8_t needed =
+      (route.flags & Route::open) != 0      ? 0
+      : (route.flags & Route::worker) != 0  ? Principal::worker
+      : (route.flags & Route::operate) != 0 ? Principal::operate
+                                            : Principal::client;
+  if ((who.scopes & needed) == needed) return std::nullopt;
+  Problem p;
+  p.status = 403;
+  p.code = "forbidden";
+  p.detail = "this credential has not the scope that the path needs";
+  return p;
 }
 
 void Service::release(Peer& peer) {
@@ -361,14 +376,19 @@ BodyPlan Service::head_read(Peer& peer, std::uint64_t sequence,
   if (peer.route != nullptr && peer.route->max_body != 0) {
     plan.max = peer.route->max_body;
   }
+  pending->principal = peer.principal;
   bool wanted = true;
+  if (!peer.refusal) {
+    peer.refusal = look_at_scopes(*peer.route, *peer.principal);
+  }
   if (!peer.refusal) {
     peer.refusal = look_at_lease(*peer.route, args[0], &wanted);
   }
   bool stream = (flags & Route::stream) != 0;
   if (stream && !peer.refusal) {
     // A streamed body's handler begins here and ends in dispatch().
-    peer.route->handle(*this, Exchange{peer, sequence, head, {}, args});
+    peer.route->handle(
+        *this, Exchange{peer, sequence, head, *peer.principal, {}, args});
   }
   if (peer.entry == Gate::Entry::after_body) {
     // Even what will be refused is read: its digest says who asked, and before
@@ -440,7 +460,8 @@ void Service::handle(Peer& peer, std::uint64_t sequence, const Head& head,
   std::array<std::string_view, 2> args;
   auto path = plain_path(head);
   matches(peer.route->pattern, *path, &args);
-  peer.route->handle(*this, Exchange{peer, sequence, head, body, args});
+  peer.route->handle(
+      *this, Exchange{peer, sequence, head, *peer.principal, body, args});
 }
 
 // --- Room for answers -------------------------------------------------------

@@ -61,7 +61,7 @@ void Service::with_attempt(const Where& where, Fence fence,
           return then(known->second.id, known->second.number);
         }
         // Granted before this server started.
-        with_job(where, answer.id, [this, fence, then](JobView& view) {
+        with_any_job(where, answer.id, [this, fence, then](JobView& view) {
           if (attempts_.size() >= kAttemptsKeptMax) attempts_.clear();
           attempts_[fence] = {view.id, view.attempt};
           then(view.id, view.attempt);
@@ -71,6 +71,18 @@ void Service::with_attempt(const Where& where, Fence fence,
 
 void Service::with_job(const Where& where, const JobId& id,
                        std::function<void(JobView&)> then) {
+  with_any_job(where, id, [this, where, then = std::move(then)](JobView& view) {
+    const Pending* waiting = pending_at(where);
+    if (waiting == nullptr) return;
+    if (!waiting->principal->sees(view.tenant)) {
+      return refuse(where, no_such_job());
+    }
+    then(view);
+  });
+}
+
+void Service::with_any_job(const Where& where, const JobId& id,
+                           std::function<void(JobView&)> then) {
   Request request;
   GetQuery get;
   get.id = id;
@@ -78,14 +90,14 @@ void Service::with_job(const Where& where, const JobId& id,
   request.what = get;
   request.with_payload = false;
   request.view_bytes = kJobWeight;  // what it waits for, but no large result
-  ask(std::move(request), [this, where,
-                           then = std::move(then)](Response response) {
-    if (auto p = failure_of(response)) return refuse(where, *p);
-    if (response.views.empty() || response.views.front().id.is_nil()) {
-      return refuse(where, not_found("job: unknown, or past its retention"));
-    }
-    then(response.views.front());
-  });
+  ask(std::move(request),
+      [this, where, then = std::move(then)](Response response) {
+        if (auto p = failure_of(response)) return refuse(where, *p);
+        if (response.views.empty() || response.views.front().id.is_nil()) {
+          return refuse(where, no_such_job());
+        }
+        then(response.views.front());
+      });
 }
 
 // --- Logs ------------------------------------------------------------------

@@ -162,6 +162,7 @@ bool Service::no_members(const Exchange& call) {
 
 JobContext Service::context_of(const Exchange& call) {
   JobContext context{options_, clock_};
+  context.tenant = call.principal.tenant;
   context.traceparent = known_traceparent(call.head.traceparent);
   Pending* pending = call.peer.connection.pending(call.sequence);
   context.request_id =
@@ -437,36 +438,49 @@ void enqueued_many(Service& s, Peer& peer, std::uint64_t sequence,
 
 // --- Looking ---------------------------------------------------------------
 
+namespace {
+
+void found(Service& s, Peer& peer, std::uint64_t sequence, Pending& pending,
+           Response& response) {
+  if (!response.views.empty() &&
+      !pending.principal->sees(response.views.front().tenant)) {
+    response.views.clear();
+  }
+  got<Show::all>(s, peer, sequence, pending, response);
+}
+
+}  // namespace
+
 static void get_job(Service& s, const Exchange& call) {
   auto id = s.job_of(call);
   if (!id) return;
   Pending* pending = call.peer.connection.pending(call.sequence);
-  pending->then = got<Show::all>;
+  pending->then = found;
+  Request request = s.request_of(call);
   GetQuery get;
   get.id = *id;
-  int wait = preferred_wait(call.head.prefer);
-  if (wait > 0) {
-    get.until_final = true;
-    get.wait_ms = wait * Millis{1000};
-    auto waited = std::make_unique<Waited>();
-    waited->seconds = wait;
-    pending->extra = std::move(waited);
+  const int wait = preferred_wait(call.head.prefer);
+  if (wait <= 0) {
+    request.what = get;
+    return s.submit(std::move(request));
   }
-  Request request = s.request_of(call);
-  request.wait_ms = get.wait_ms;
+  get.until_final = true;
+  get.wait_ms = request.wait_ms = wait * Millis{1000};
   request.what = get;
-  s.submit(std::move(request));
+  auto waited = std::make_unique<Waited>();
+  waited->seconds = wait;
+  pending->extra = std::move(waited);
+  if (call.principal.all_tenants) return s.submit(std::move(request));
+  // Another tenant's job is not waited for: the wait would tell that it exists.
+  s.with_job(Where{call.peer.id, call.sequence}, *id,
+             [&s, request](JobView&) { s.submit(request); });
 }
 
 template <Show show>
 void got(Service& s, Peer& peer, std::uint64_t sequence, Pending& pending,
          Response& response) {
   if (response.views.empty() || response.views.front().id.is_nil()) {
-    Problem p;
-    p.status = 404;
-    p.code = "not-found";
-    p.detail = "job: unknown, or past its retention";
-    return s.refuse(peer, sequence, p);
+    return s.refuse(peer, sequence, no_such_job());
   }
   std::string headers;
   int status = 200;
@@ -632,6 +646,7 @@ void listed(Service& s, Peer& peer, std::uint64_t sequence, Pending& pending,
   json.begin_object();
   json.key("jobs").begin_array();
   for (const JobView& view : response.views) {
+    if (!pending.principal->sees(view.tenant)) continue;
     append_job(json, view, Show::summary, s.served(view.kind),
                s.waiting_reason(view));
   }
@@ -655,13 +670,35 @@ void listed(Service& s, Peer& peer, std::uint64_t sequence, Pending& pending,
 
 // --- Acting ----------------------------------------------------------------
 
+namespace {
+
+template <class T>
+void act(Service& s, const Where& where, T command) {
+  Pending* pending = s.pending_at(where);
+  if (pending == nullptr) return;
+  pending->then = acted<Show::all>;
+  Request request;
+  request.from = Address{0, where.peer, where.sequence};
+  request.what.emplace<Command>(std::move(command));
+  s.submit(std::move(request));
+}
+
+// The tenant of a job never changes, so the look holds when the command is
+// decided.
+template <class T>
+void act_on_own(Service& s, const Exchange& call, const JobId& id, T command) {
+  const Where where{call.peer.id, call.sequence};
+  if (call.principal.all_tenants) return act(s, where, std::move(command));
+  s.with_job(where, id,
+             [&s, where, command](JobView&) { act(s, where, command); });
+}
+
+}  // namespace
+
 static void cancel_job(Service& s, const Exchange& call) {
   auto id = s.job_of(call);
   if (!id || !s.no_members(call)) return;
-  call.peer.connection.pending(call.sequence)->then = acted<Show::all>;
-  Request request = s.request_of(call);
-  request.what.emplace<Command>(CancelCommand{*id});
-  s.submit(std::move(request));
+  act_on_own(s, call, *id, CancelCommand{*id});
 }
 
 static void retry_job(Service& s, const Exchange& call) {
@@ -676,10 +713,7 @@ static void retry_job(Service& s, const Exchange& call) {
                          : unknown_field(m.key());
     if (p) return s.refuse(call.peer, call.sequence, *p);
   }
-  call.peer.connection.pending(call.sequence)->then = acted<Show::all>;
-  Request request = s.request_of(call);
-  request.what.emplace<Command>(std::move(retry));
-  s.submit(std::move(request));
+  act_on_own(s, call, retry.id, retry);
 }
 
 namespace {
@@ -841,16 +875,7 @@ static void unblock_job(Service& s, const Exchange& call) {
   Where where{call.peer.id, call.sequence};
   s.with_job(where, *id, [&s, where, unblock](const JobView& job) mutable {
     if (auto p = check_approval(job, &unblock)) return s.refuse(where, *p);
-    Peer* waiting = s.peer(where.peer);
-    Pending* pending = waiting == nullptr
-                           ? nullptr
-                           : waiting->connection.pending(where.sequence);
-    if (pending == nullptr) return;
-    pending->then = acted<Show::all>;
-    Request request;
-    request.from = Address{0, where.peer, where.sequence};
-    request.what.emplace<Command>(std::move(unblock));
-    s.submit(std::move(request));
+    act(s, where, std::move(unblock));
   });
 }
 

@@ -221,9 +221,9 @@ std::span<const Route> ops_routes() {
   static constexpr Route kRows[] = {
       {Method::get, "/health", get_health, Route::open},
       {Method::get, "/ready", get_ready, Route::open},
-      {Method::get, "/stats", get_stats, 0, 0, kJobWeight},
+      {Method::get, "/stats", get_stats, Route::operate, 0, kJobWeight},
       {Method::get, "/metrics", get_metrics, Route::open, 0, kJobWeight},
-      {Method::post, "/shutdown", post_shutdown},
+      {Method::post, "/shutdown", post_shutdown, Route::operate},
       {Method::get, "/", get_root, Route::open},
       {Method::get, "/openapi.json", not_built, Route::open},
       {Method::get, "/v1/queues", not_built},

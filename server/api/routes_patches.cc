@@ -143,6 +143,7 @@ EndedJob ended_job(const JobView& view) {
   EndedJob job;
   job.id = view.id;
   job.kind = view.kind;
+  job.tenant = view.tenant;
   job.payload = view.payload;
   job.result = view.result;
   job.state = view.state;
@@ -175,6 +176,7 @@ static void list_patches(Service& s, const Exchange& call) {
   auto parameters = parse_query(call.head.query);
   MaybeProblem problem;
   PatchQuery query;
+  query.tenant = call.principal.filter();
   if (!parameters) {
     problem = bad_field("query", "malformed percent-encoding");
     parameters.emplace();
@@ -257,42 +259,47 @@ void Service::show_patch(
 
 static void get_patch(Service& s, const Exchange& call) {
   Patches* patches = s.patches_.get();
-  s.show_patch(call, [patches](const std::string& id) -> MadeBody {
-    auto patch = patches->find(id);
-    if (!patch) return patch.error();
-    if (!*patch) return std::optional<std::string>();
-    std::string body;
-    JsonWriter json(body);
-    append_patch(json, **patch, ShowPatch::all);
-    return std::optional<std::string>(std::move(body));
-  });
+  s.show_patch(call,
+               [patches, tenant = call.principal.filter()](
+                   const std::string& id) -> MadeBody {
+                 auto patch = patches->find(id, tenant);
+                 if (!patch) return patch.error();
+                 if (!*patch) return std::optional<std::string>();
+                 std::string body;
+                 JsonWriter json(body);
+                 append_patch(json, **patch, ShowPatch::all);
+                 return std::optional<std::string>(std::move(body));
+               });
 }
 
 static void get_ancestry(Service& s, const Exchange& call) {
   Patches* patches = s.patches_.get();
-  s.show_patch(call, [patches](const std::string& id) -> MadeBody {
-    auto found = patches->ancestry(id);
-    if (!found) return found.error();
-    if (found->patches.empty()) return std::optional<std::string>();
-    std::string body;
-    JsonWriter json(body);
-    json.begin_object();
-    json.key("patches").begin_array();
-    for (const PatchRecord& patch : found->patches) {
-      append_patch(json, patch, ShowPatch::ancestor);
-    }
-    json.end_array();
-    json.key("truncated").boolean(found->truncated);
-    json.key("cycle").boolean(found->cycle);
-    json.key("missing");
-    if (found->missing.empty()) {
-      json.null();
-    } else {
-      json.string(found->missing);
-    }
-    json.end_object();
-    return std::optional<std::string>(std::move(body));
-  });
+  s.show_patch(call,
+               [patches, tenant = call.principal.filter()](
+                   const std::string& id) -> MadeBody {
+                 auto found = patches->ancestry(id, tenant);
+                 if (!found) return found.error();
+                 if (found->patches.empty())
+                   return std::optional<std::string>();
+                 std::string body;
+                 JsonWriter json(body);
+                 json.begin_object();
+                 json.key("patches").begin_array();
+                 for (const PatchRecord& patch : found->patches) {
+                   append_patch(json, patch, ShowPatch::ancestor);
+                 }
+                 json.end_array();
+                 json.key("truncated").boolean(found->truncated);
+                 json.key("cycle").boolean(found->cycle);
+                 json.key("missing");
+                 if (found->missing.empty()) {
+                   json.null();
+                 } else {
+                   json.string(found->missing);
+                 }
+                 json.end_object();
+                 return std::optional<std::string>(std::move(body));
+               });
 }
 
 // What takes the patch back, for as long as it is kept.
@@ -305,7 +312,9 @@ static void get_reverse_diff(Service& s, const Exchange& call) {
       "Content-Disposition: attachment; filename=\"reverse.diff\"\r\n";
   s.show_patch(
       call,
-      [patches](const std::string& id) { return patches->reverse_diff(id); },
+      [patches, tenant = call.principal.filter()](const std::string& id) {
+        return patches->reverse_diff(id, tenant);
+      },
       std::move(extras));
 }
 

@@ -22,6 +22,7 @@
 #include "queue/base/job.h"
 #include "queue/base/result.h"
 #include "queue/shard/shard.h"
+#include "server/auth/principal.h"
 #include "server/http/listening.h"
 
 namespace machina {
@@ -123,6 +124,9 @@ struct ServerHooks {
   std::function<Result<std::unique_ptr<Shard>>(RecoveryReport*)> open_shard;
   std::function<void(int port)> listening;  // once, on the server's thread
   bool signals = true;                      // take SIGTERM, SIGINT, SIGUSR2
+  // Tokens beside the configured one: other tenants' (tests make them; the
+  // configuration cannot yet).
+  std::vector<Credential> credentials;
 };
 int run_server(const ServerOptions& options, const ServerHooks& hooks);
 

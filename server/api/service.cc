@@ -150,6 +150,7 @@ int Service::recover() {
   gate.token = options_.api_token;
   gate.secret = options_.hmac_secret;
   gate.all = options_.both_credentials;
+  gate.credentials = hooks_.credentials;
   gate.window_ms = options_.hmac_window_ms;
   gate.nonce_dir = options_.root + "/queue";
   auto opened = Gate::open(gate, clock_.wall_ms(), clock_.mono_ms());
@@ -508,6 +509,11 @@ Peer* Service::peer(std::uint64_t id) {
   if (index >= peers_.size() || peers_[index] == nullptr) return nullptr;
   Peer* p = peers_[index].get();
   return p->id == id && !p->closed ? p : nullptr;
+}
+
+Pending* Service::pending_at(const Where& where) {
+  Peer* p = peer(where.peer);
+  return p == nullptr ? nullptr : p->connection.pending(where.sequence);
 }
 
 void Service::forget(Peer& peer) {

@@ -155,6 +155,7 @@ struct Peer final : SocketEvents, ConnectionSink {
   const Route* route = nullptr;
   MaybeProblem refusal;
   Gate::Entry entry = Gate::Entry::granted;
+  const Principal* principal = nullptr;
   Millis head_wall_ms = 0;
   std::shared_ptr<Serving> serving;  // of the worker that asked here last
   std::unique_ptr<Sha256> digest;    // of a signed body that comes in pieces
@@ -209,6 +210,8 @@ class Service {
   // --- peers ---
   SocketEvents* accept(Socket& socket, bool local);
   Peer* peer(std::uint64_t id);
+  // Null where the request is answered, or its connection gone.
+  Pending* pending_at(const Where& where);
   void forget(Peer& peer);  // tells the shard; the id is dead from here on
   void close(Peer& peer);
   void after(Peer& peer);  // replies were written: flush, linger, resume
@@ -246,6 +249,8 @@ class Service {
   void release(Peer& peer);
   MaybeProblem unauthorized(Peer& peer, Gate::Cause cause, bool presented);
   MaybeProblem spend(Peer& peer, std::uint64_t sequence, const Head& head);
+  // 403 where the principal has not the scope that the route needs.
+  static MaybeProblem look_at_scopes(const Route& route, const Principal& who);
   // For each job of a bulk request but the first.
   void spend_jobs(Peer& peer, std::uint64_t sequence, std::size_t jobs);
   void append_limits(std::string* out, const LimitNote& note) const;
@@ -317,8 +322,12 @@ class Service {
   void pump_upload(std::shared_ptr<Peer::Upload> upload);
   void with_attempt(const Where& where, Fence fence,
                     std::function<void(JobId, int)> then);
+  // `then` gets a job that the principal of `where` sees; another's job is
+  // refused as one that does not exist.
   void with_job(const Where& where, const JobId& id,
                 std::function<void(JobView&)> then);
+  void with_any_job(const Where& where, const JobId& id,
+                    std::function<void(JobView&)> then);
   void with_artifacts(const Where& where, const JobId& id,
                       std::function<void(std::vector<Artifact>)> then);
   MaybeProblem no_file_left() const;

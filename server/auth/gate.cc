@@ -36,8 +36,13 @@ Result<std::unique_ptr<Gate>> Gate::open(const Options& options, Millis wall_ms,
   std::unique_ptr<Gate> gate(new Gate());
   gate->options_ = options;
   gate->options_.secret.clear();
-  gate->token_ = !options.token.empty();
+  gate->options_.token.clear();
+  gate->tokens_ = std::move(gate->options_.credentials);
+  if (!options.token.empty()) {
+    gate->tokens_.push_back({options.token, {"default", "token"}});
+  }
   if (!options.secret.empty()) {
+    gate->local_.name = "secret";
     gate->signer_ = std::make_unique<Signer>(options.secret);
     auto nonces = Nonces::open(options.nonce_dir, options.window_ms, wall_ms,
                                mono_ms, current_boot(), options.nonces_max);
@@ -49,7 +54,8 @@ Result<std::unique_ptr<Gate>> Gate::open(const Options& options, Millis wall_ms,
 
 std::string_view Gate::challenge() const {
   if (!signs()) return "Bearer";
-  return token_ ? "Bearer, Machina-HMAC-SHA256" : "Machina-HMAC-SHA256";
+  return !tokens_.empty() ? "Bearer, Machina-HMAC-SHA256"
+                          : "Machina-HMAC-SHA256";
 }
 
 std::string_view Gate::text(Cause cause) {
@@ -75,10 +81,12 @@ std::string_view Gate::text(Cause cause) {
   return "?";
 }
 
-Gate::Entry Gate::look(const Head& head, Cause* cause, bool* presented) const {
+Gate::Entry Gate::look(const Head& head, Cause* cause, bool* presented,
+                       const Principal** who) const {
   *presented = false;
+  *who = &local_;
   if (!closed()) return Entry::granted;
-  bool bearer = token_ && has_bearer(head);
+  bool bearer = !tokens_.empty() && has_bearer(head);
   bool signature = signs() && (!head.signature.empty() || !head.nonce.empty() ||
                                !head.signature_ts.empty());
   *presented = bearer || signature;
@@ -86,11 +94,18 @@ Gate::Entry Gate::look(const Head& head, Cause* cause, bool* presented) const {
     *cause = Cause::no_credential;
     return Entry::refused;
   }
-  if (bearer && !same_secret(options_.token, bearer_of(head))) {
-    *cause = Cause::wrong_token;
-    return Entry::refused;
+  if (bearer) {
+    const Principal* found = nullptr;
+    for (const Credential& row : tokens_) {
+      if (same_secret(row.token, bearer_of(head))) found = &row.principal;
+    }
+    if (found == nullptr) {
+      *cause = Cause::wrong_token;
+      return Entry::refused;
+    }
+    *who = found;
   }
-  if (options_.all && token_ && signs() && !(bearer && signature)) {
+  if (options_.all && !tokens_.empty() && signs() && !(bearer && signature)) {
     *cause = Cause::one_is_missing;
     return Entry::refused;
   }

@@ -10,6 +10,8 @@
 //   A2  A nonce is recorded only for a request that is let in, after all else
 //       about it was found right.
 //   A3  A credential that was sent must be right, even where another is.
+//   A4  A token is compared with every row of the table, in constant time: how
+//       long that takes tells neither which row it is nor how much is right.
 
 #pragma once
 
@@ -17,10 +19,12 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "queue/base/clock.h"
 #include "queue/base/result.h"
 #include "server/auth/nonces.h"
+#include "server/auth/principal.h"
 #include "server/auth/signature.h"
 #include "server/http/http_parser.h"
 
@@ -29,8 +33,9 @@ namespace machina {
 class Gate {
  public:
   struct Options {
-    std::string token, secret;  // empty: none
-    bool all = false;           // where both are set: both are needed
+    std::string token, secret;  // empty: none; their tenant is "default"
+    std::vector<Credential> credentials;  // more tokens
+    bool all = false;                     // where both are set: both are needed
     Millis window_ms = 60'000;
     std::string nonce_dir;  // empty: nonces are in memory only
     std::size_t nonces_max = kNoncesMax;
@@ -38,7 +43,7 @@ class Gate {
   static Result<std::unique_ptr<Gate>> open(const Options& options,
                                             Millis wall_ms, Millis mono_ms);
 
-  bool closed() const { return token_ || signer_ != nullptr; }
+  bool closed() const { return !tokens_.empty() || signer_ != nullptr; }
   bool signs() const { return signer_ != nullptr; }
   // The value of WWW-Authenticate.
   std::string_view challenge() const;
@@ -57,7 +62,13 @@ class Gate {
   static std::string_view text(Cause cause);
 
   // `presented`: whether it carried a credential that had to be looked at.
-  Entry look(const Head& head, Cause* cause, bool* presented) const;
+  // `who` lives as long as this; of a signed request it holds after verify().
+  Entry look(const Head& head, Cause* cause, bool* presented,
+             const Principal** who) const;
+  // Who comes by the Unix socket; who comes where no credential is needed, or
+  // shows a signature.
+  const Principal& host() const { return host_; }
+  const Principal& local() const { return local_; }
   // For after_body. `head_wall_ms`: when the head came.
   Entry verify(const Head& head, const HexDigest& body, Millis head_wall_ms,
                Millis mono_ms, Cause* cause);
@@ -81,8 +92,10 @@ class Gate {
 
  private:
   Gate() = default;
-  Options options_;  // without the secret
-  bool token_ = false;
+  Options options_;                 // without tokens and secret
+  std::vector<Credential> tokens_;  // one row each
+  Principal host_{"default", "host", Principal::all, true};
+  Principal local_;
   std::unique_ptr<Signer> signer_;
   std::unique_ptr<Nonces> nonces_;
 };

@@ -972,7 +972,7 @@ TEST_F(PatchesTest, ALaterSchemaIsRefusedAndUntouched) {
   patches_.reset();
   {
     sqlite::Database db;
-    ASSERT_TRUE(db.open(dir_ + "/patches.db", {"test", "", 2}));
+    ASSERT_TRUE(db.open(dir_ + "/patches.db", {"test", "", 3}));
     ASSERT_TRUE(db.execute("PRAGMA user_version=99"));
   }
   auto opened = Patches::open(dir_, store_.get(), limits_);
@@ -986,7 +986,7 @@ TEST_F(PatchesTest, ALaterSchemaIsRefusedAndUntouched) {
 TEST_F(PatchesTest, AStoreThatCannotWriteGivesUpAndOwesARebuild) {
   ASSERT_TRUE(patches_->end_rebuild());
   sqlite::Database db;
-  ASSERT_TRUE(db.open(dir_ + "/patches.db", {"test", "", 2}));
+  ASSERT_TRUE(db.open(dir_ + "/patches.db", {"test", "", 3}));
   ASSERT_TRUE(db.execute(
       "CREATE TRIGGER no BEFORE INSERT ON patches BEGIN SELECT RAISE(ABORT, "
       "'told to'); END"));
