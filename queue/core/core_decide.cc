@@ -616,10 +616,14 @@ void Draft::admit_children(const CompleteCommand::Item& done,
   Draft trial = *this;
   out_ = std::move(kept);
   trial.ended_jobs_[parent->id] = parent->state;
+  // A worker serves all tenants: its credential does not say whose child it is.
+  const std::string& tenant = s_.tenants[s_.jobs[s_.find(parent->id)].tenant];
   for (const NewJob& job : done.children) {
     EnqueueRecord child;
     ItemAnswer answer;
-    answer.answer = trial.admit(NewJob(job), facts, &child, &answer);
+    NewJob own = job;
+    own.tenant = tenant;
+    answer.answer = trial.admit(std::move(own), facts, &child, &answer);
     if (answer.answer == Answer::duplicate) continue;
     if (answer.answer != Answer::ok) {
       item->answer = answer.answer;

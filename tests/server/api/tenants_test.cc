@@ -221,6 +221,18 @@ TEST_F(Tenants, JobsOfABulkRequestAreItsSenders) {
   EXPECT_EQ(we("GET", "/v1/jobs/" + id).status, 404);
 }
 
+// The worker is the host's own user; the child is the parent's tenant's.
+TEST_F(Tenants, AChildIsOfItsParentsTenant) {
+  const std::string parent = our_job();
+  Reply r = host_->post("/v1/leases", R"({"worker":"w","kinds":["*"]})");
+  const std::string token = r.json()["leases"][0]["token"];
+  r = host_->post("/v1/leases/" + token + "/complete",
+                  R"({"enqueue":[{"kind":"ext.b"}]})");
+  EXPECT_EQ(r.status, 200) << r.body;
+  const Json jobs = we("GET", "/v1/jobs").json()["jobs"];
+  EXPECT_EQ(jobs.size(), 2u) << jobs.dump();
+}
+
 TEST_F(Tenants, ARollbackOfAnotherTenantsPatchLeavesNoTrace) {
   const std::string patch = our_patch();
   const Json before = we("GET", "/v1/patches/" + patch).json();
