@@ -38,36 +38,6 @@ bool matches(std::string_view pattern, std::string_view path,
   }
 }
 
-// Without a token whoever is on this machine may ask; a web page that a browser
-// on it has open may not. It shows itself by the page's origin, or, where its
-// name was made to point here, by that name.
-bool from_a_page(const Head& head) {
-  // HTTP/1.0: no browser, unless something before us made it of a page's.
-  if (head.host.empty()) return head.has_origin;
-  std::string_view host = head.host;
-  if (host.front() == '[') {
-    host = host.substr(1, std::min(host.find(']'), host.size()) - 1);
-  } else {
-    host = host.substr(0, host.find(':'));
-  }
-  // A name without a dot is nobody's on the internet: it cannot be made to
-  // point here by a stranger.
-  if (!is_loopback(std::string(host)) && host.find('.') != host.npos) {
-    return true;
-  }
-  return head.has_origin && head.origin != "http://" + std::string(head.host);
-}
-
-Problem forbidden() {
-  Problem p;
-  p.status = 403;
-  p.code = "forbidden";
-  p.detail =
-      "Host, Origin: without MACHINA_API_TOKEN or MACHINA_API_HMAC_SECRET only "
-      "requests to a loopback name, and from no other page, are taken";
-  return p;
-}
-
 bool plain_request_id(std::string_view id) {
   if (id.empty() || id.size() > kRequestIdBytesMax) return false;
   return std::all_of(id.begin(), id.end(), [](char c) {
@@ -84,158 +54,6 @@ std::uint64_t mono_us() {
   clock_gettime(CLOCK_MONOTONIC, &t);
   return static_cast<std::uint64_t>(t.tv_sec) * 1'000'000 +
          static_cast<std::uint64_t>(t.tv_nsec) / 1000;
-}
-
-// --- Who may come in -------------------------------------------------------
-
-// One answer whatever was wrong (A1); the log has the cause, now and then.
-MaybeProblem Service::unauthorized(Peer& peer, Gate::Cause cause,
-                                   bool presented) {
-  metrics_.unauthorized();
-  Millis now = loop_->now();
-  if (presented) {
-    wrong_.take({peer.socket.address().counted(), 0}, 1u << 0, now);
-  }
-  if (now - cause_said_ms_ >= kCauseEveryMs) {
-    Saying(Severity::warn, "unauthorized", Gate::text(cause))
-        .with("remote", peer.socket.address().text())
-        .with("more", static_cast<std::int64_t>(causes_unsaid_));
-    cause_said_ms_ = now;
-    causes_unsaid_ = 0;
-  } else {
-    ++causes_unsaid_;
-  }
-  Problem p;
-  p.status = 401;
-  p.code = "unauthorized";
-  p.detail = "a valid credential is needed";
-  return p;
-}
-
-MaybeProblem Service::let_in(Peer& peer, std::uint64_t sequence,
-                             const Head& head, bool open) {
-  peer.entry = Gate::Entry::granted;
-  peer.principal = peer.local ? &gate_->host() : &gate_->local();
-  if (open || peer.local) return std::nullopt;
-  peer.credential = 0;
-  if (!gate_->closed()) {
-    if (from_a_page(head)) return forbidden();
-    return spend(peer, sequence, head);
-  }
-  Gate::Cause cause = Gate::Cause::none;
-  bool presented = false;
-  Gate::Entry entry = gate_->look(head, &cause, &presented, &peer.principal);
-  if (presented && !peer.proved) {
-    // Whoever guesses too much is not told whether the next guess was right.
-    int wait =
-        wrong_.wait_s({peer.socket.address().counted(), 0}, 0, loop_->now());
-    if (wait > 0) {
-      metrics_.limited(3);
-      Problem p;
-      p.status = 429;
-      p.code = "rate-limited";
-      p.detail =
-          "too many wrong credentials came from this address; the next "
-          "one is looked at in " +
-          std::to_string(wait) + " s";
-      p.retry_after = wait;
-      return p;
-    }
-  }
-  if (entry == Gate::Entry::refused) {
-    return unauthorized(peer, cause, presented);
-  }
-  if (entry == Gate::Entry::after_body) {
-    peer.entry = entry;
-    peer.head_wall_ms = clock_.wall_ms();
-    return std::nullopt;
-  }
-  peer.proved = true;
-  peer.credential = 1;
-  return spend(peer, sequence, head);
-}
-
-MaybeProblem Service::let_in_signed(Peer& peer, std::uint64_t sequence,
-                                    const Head& head, const HexDigest& body) {
-  peer.entry = Gate::Entry::granted;
-  Gate::Cause cause = Gate::Cause::none;
-  switch (
-      gate_->verify(head, body, peer.head_wall_ms, clock_.mono_ms(), &cause)) {
-    case Gate::Entry::granted:
-      break;
-    case Gate::Entry::full: {
-      Problem p;
-      p.status = 503;
-      p.code = "nonces-full";
-      p.retry_after = gate_->retry_s(clock_.mono_ms());
-      p.detail = std::to_string(kNoncesMax) +
-                 " nonces are remembered, the most that are; sign again later";
-      return p;
-    }
-    default:
-      return unauthorized(peer, cause, true);
-  }
-  peer.proved = true;
-  peer.credential = 2;
-  // Refused here, a request may come again with the same signature.
-  if (auto limited = spend(peer, sequence, head)) return limited;
-  gate_->record(head);
-  return std::nullopt;
-}
-
-MaybeProblem Service::look_at_scopes(const Route& route, const Principal& who) {
-  const std::uint8_t needed =
-      (route.flags & Route::open) != 0      ? 0
-      : (route.flags & Route::worker) != 0  ? Principal::worker
-      : (route.flags & Route::operate) != 0 ? Principal::operate
-                                            : Principal::client;
-  if ((who.scopes & needed) == needed) return std::nullopt;
-  Problem p;
-  p.status = 403;
-  p.code = "forbidden";
-  p.detail = "this credential has not the scope that the path needs";
-  return p;
-}
-
-void Service::release(Peer& peer) {
-  unproved_bytes_ -= peer.reserved;
-  peer.reserved = 0;
-}
-
-MaybeProblem Service::spend(Peer& peer, std::uint64_t sequence,
-                            const Head& head) {
-  if (limits_.active() == 0) return std::nullopt;
-  std::uint16_t flags = peer.route == nullptr ? 0 : peer.route->flags;
-  if ((flags & Route::worker) != 0) return std::nullopt;
-  auto mask = static_cast<std::uint8_t>(1u << kRequests);
-  if ((flags & Route::enqueue) != 0) mask |= 1u << kEnqueues;
-  if ((flags & Route::waits) != 0 ||
-      ((flags & Route::may_wait) != 0 && preferred_wait(head.prefer) > 0)) {
-    mask |= 1u << kRunSyncs;
-  }
-  Limits::Taken taken = limits_.take(
-      {peer.socket.address().counted(), peer.credential}, mask, loop_->now());
-  peer.connection.pending(sequence)->limits = taken.note;
-  if (taken.wait_s == 0) return std::nullopt;
-  metrics_.limited(taken.limit);
-  static constexpr const char* kVariables[] = {
-      "MACHINA_API_RPM", "MACHINA_API_ENQUEUE_RPM", "MACHINA_API_RUNSYNC_RPM"};
-  Problem p;
-  p.status = 429;
-  p.code = "rate-limited";
-  p.retry_after = taken.wait_s;
-  p.detail = std::string(kVariables[taken.limit]) + ": its " +
-             std::to_string(limits_.rpm(taken.limit)) +
-             " a minute are used up; the next is taken in " +
-             std::to_string(taken.wait_s) + " s";
-  return p;
-}
-
-void Service::spend_jobs(Peer& peer, std::uint64_t sequence, std::size_t jobs) {
-  Pending* pending = peer.connection.pending(sequence);
-  if (jobs < 2 || (pending->limits.mask >> kEnqueues & 1) == 0) return;
-  limits_.charge({peer.socket.address().counted(), peer.credential}, kEnqueues,
-                 static_cast<double>(jobs - 1), loop_->now(), &pending->limits);
 }
 
 void Service::take_request_id(Pending& pending, const Head& head) {
@@ -371,15 +189,17 @@ BodyPlan Service::head_read(Peer& peer, std::uint64_t sequence,
   pending->plain_errors = (flags & Route::plain) != 0;
   note_request(*pending, head, peer.route);
   BodyPlan plan{BodyPlan::buffer, options_.max_body_bytes};
-  peer.refusal = let_in(peer, sequence, head, (flags & Route::open) != 0);
+  peer.refusal =
+      door_->let_in(peer.visitor, head, peer.route, &pending->limits);
   if (!peer.refusal) peer.refusal = std::move(nowhere);
   if (peer.route != nullptr && peer.route->max_body != 0) {
     plan.max = peer.route->max_body;
   }
-  pending->principal = peer.principal;
+  pending->principal = peer.visitor.principal;
   bool wanted = true;
   if (!peer.refusal) {
-    peer.refusal = look_at_scopes(*peer.route, *peer.principal);
+    peer.refusal =
+        Doorkeeper::look_at_scopes(*peer.route, *peer.visitor.principal);
   }
   if (!peer.refusal) {
     peer.refusal = look_at_lease(*peer.route, args[0], &wanted);
@@ -388,9 +208,10 @@ BodyPlan Service::head_read(Peer& peer, std::uint64_t sequence,
   if (stream && !peer.refusal) {
     // A streamed body's handler begins here and ends in dispatch().
     peer.route->handle(
-        *this, Exchange{peer, sequence, head, *peer.principal, {}, args});
+        *this,
+        Exchange{peer, sequence, head, *peer.visitor.principal, {}, args});
   }
-  if (peer.entry == Gate::Entry::after_body) {
+  if (peer.visitor.entry == Gate::Entry::after_body) {
     // Even what will be refused is read: its digest says who asked, and before
     // that nothing is told.
     if (stream) {
@@ -399,7 +220,7 @@ BodyPlan Service::head_read(Peer& peer, std::uint64_t sequence,
       (void)peer.digest->finish();
     } else {
       // What came counts, not what was announced.
-      plan.counted = !peer.proved;
+      plan.counted = !peer.visitor.proved;
     }
   } else if (peer.refusal || !wanted) {
     plan.kind = BodyPlan::discard;
@@ -413,10 +234,12 @@ void Service::dispatch(Peer& peer, std::uint64_t sequence, const Head& head,
                        std::string_view body) {
   bool stream =
       peer.route != nullptr && (peer.route->flags & Route::stream) != 0;
-  release(peer);
-  if (peer.entry == Gate::Entry::after_body) {
+  door_->release(peer.visitor);
+  if (peer.visitor.entry == Gate::Entry::after_body) {
     HexDigest digest = stream ? peer.digest->finish() : Sha256::of(body);
-    if (auto p = let_in_signed(peer, sequence, head, digest)) {
+    if (auto p =
+            door_->let_in_signed(peer.visitor, head, peer.route, digest,
+                                 &peer.connection.pending(sequence)->limits)) {
       // What was staged of the body stays out.
       if (peer.upload != nullptr && peer.upload->sequence == sequence) {
         peer.upload->dead = true;
@@ -460,8 +283,8 @@ void Service::handle(Peer& peer, std::uint64_t sequence, const Head& head,
   std::array<std::string_view, 2> args;
   auto path = plain_path(head);
   matches(peer.route->pattern, *path, &args);
-  peer.route->handle(
-      *this, Exchange{peer, sequence, head, *peer.principal, body, args});
+  peer.route->handle(*this, Exchange{peer, sequence, head,
+                                     *peer.visitor.principal, body, args});
 }
 
 // --- Room for answers -------------------------------------------------------

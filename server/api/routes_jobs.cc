@@ -363,8 +363,8 @@ void Service::enqueue_many(const Exchange& call, bool lines) {
     p.detail = "more than " + std::to_string(kBatchMax) + " jobs in a request";
     return refuse(call.peer, call.sequence, p);
   }
-  spend_jobs(call.peer, call.sequence, command.jobs.size());
   Pending* pending = call.peer.connection.pending(call.sequence);
+  door_->spend_jobs(call.peer.visitor, &pending->limits, command.jobs.size());
   bool nothing = command.jobs.empty();
   pending->then = enqueued_many;
   pending->extra = std::move(bulk);

@@ -65,8 +65,6 @@ Service::Service(const ServerOptions& options, const ServerHooks& hooks)
     : options_(options),
       hooks_(hooks),
       clock_(system_clock()),
-      limits_({options.rpm, options.enqueue_rpm, options.run_sync_rpm}),
-      wrong_({kWrongCredentialsPerMinute, 0, 0}),
       target_(options.workers) {}
 
 Service::~Service() = default;
@@ -146,19 +144,13 @@ int Service::recover() {
     return exit_code_of(tokens.error());
   }
   tokens_ = std::move(*tokens);
-  Gate::Options gate;
-  gate.token = options_.api_token;
-  gate.secret = options_.hmac_secret;
-  gate.all = options_.both_credentials;
-  gate.credentials = hooks_.credentials;
-  gate.window_ms = options_.hmac_window_ms;
-  gate.nonce_dir = options_.root + "/queue";
-  auto opened = Gate::open(gate, clock_.wall_ms(), clock_.mono_ms());
-  if (!opened) {
-    Saying(Severity::error, "start_failed", opened.error().what);
-    return exit_code_of(opened.error());
+  auto door =
+      Doorkeeper::open(options_, hooks_.credentials, clock_, *loop_, metrics_);
+  if (!door) {
+    Saying(Severity::error, "start_failed", door.error().what);
+    return exit_code_of(door.error());
   }
-  gate_ = std::move(*opened);
+  door_ = std::move(*door);
   auto patches = opened_patches.get();
   if (!patches) {
     Saying(Severity::error, "start_failed", patches.error().what);
@@ -243,7 +235,7 @@ void Service::turn() {
   if (finishing_ && leave_until_ == 0) return;
   now_us_ = mono_us();
   refresh_date();
-  gate_->flush();
+  door_->gate().flush();
   if (!poisoned_) {
     shard_->turn();
     check_poison();
@@ -274,7 +266,7 @@ void Service::housekeeping() {
     }
     check_levels();
     served_.clear();
-    if (std::string why = gate_->trouble(); !why.empty()) {
+    if (std::string why = door_->gate().trouble(); !why.empty()) {
       Saying(Severity::error, "nonces_not_kept",
              "nonces are not kept on disk any more; the next start refuses "
              "what was signed before it: " +
@@ -410,7 +402,7 @@ int Service::finish() {
   int code = exit_code_;
   loop_->finish(2'000);
   threads_.reset();  // before the loop that they post to
-  if (auto kept = gate_->close(); !kept) {
+  if (auto kept = door_->gate().close(); !kept) {
     Saying(Severity::error, "nonces_not_kept",
            "the next start refuses what was signed before it: " +
                kept.error().what);
@@ -441,6 +433,7 @@ Peer::Peer(Service& owner, Socket& its_socket, bool is_local, Millis now)
     : service(owner),
       socket(its_socket),
       local(is_local),
+      visitor{its_socket, is_local},
       connection(*this, its_socket.out(), now),
       sent_at(now),
       took_at(now) {}
@@ -519,7 +512,7 @@ Pending* Service::pending_at(const Where& where) {
 void Service::forget(Peer& peer) {
   if (peer.closed) return;
   peer.closed = true;
-  release(peer);
+  door_->release(peer.visitor);
   weights_ -= std::exchange(peer.weight, 0) + std::exchange(peer.kept, 0);
   if (peer.serving != nullptr && peer.serving->peer == peer.id) {
     peer.serving->until =
@@ -561,7 +554,7 @@ void Peer::on_end() {
     upload->dead = true;  // its body will never be whole
     upload.reset();
   }
-  service.release(*this);
+  service.door_->release(visitor);
   connection.end();
   service.after(*this);
 }
@@ -592,14 +585,7 @@ bool Peer::may_take() {
 }
 
 std::optional<HttpError> Peer::on_held(std::size_t bytes) {
-  if (service.unproved_bytes_ + bytes > kUnprovedBytesMax) {
-    return HttpError{503, "busy",
-                     "bodies of " + std::to_string(kUnprovedBytesMax) +
-                         " bytes wait for their signatures, the most that may"};
-  }
-  service.unproved_bytes_ += bytes;
-  reserved += bytes;
-  return std::nullopt;
+  return service.door_->hold(visitor, bytes);
 }
 
 BodyPlan Peer::on_head(std::uint64_t sequence, const Head& head) {
@@ -612,7 +598,7 @@ void Peer::on_request(std::uint64_t sequence, const Head& head,
 }
 
 void Peer::on_piece(std::uint64_t sequence, std::string_view piece) {
-  if (entry == Gate::Entry::after_body) digest->update(piece);
+  if (visitor.entry == Gate::Entry::after_body) digest->update(piece);
   if (upload != nullptr && upload->sequence == sequence) {
     service.upload_piece(*this, piece);
   }
@@ -621,7 +607,7 @@ void Peer::on_piece(std::uint64_t sequence, std::string_view piece) {
 void Peer::on_error(std::uint64_t sequence, const Head& head,
                     const HttpError& error) {
   if (upload != nullptr) upload->dead = true;
-  service.release(*this);
+  service.door_->release(visitor);
   Problem p;
   p.status = error.status;
   p.code = error.code;
@@ -648,8 +634,6 @@ void Service::after(Peer& peer) {
 
 // --- Replies ---------------------------------------------------------------
 
-namespace {
-
 void append_number(std::string* out, std::uint64_t n) {
   char digits[20];
   char* at = digits + sizeof digits;
@@ -658,39 +642,6 @@ void append_number(std::string* out, std::uint64_t n) {
     n /= 10;
   } while (n != 0);
   out->append(at, static_cast<std::size_t>(digits + sizeof digits - at));
-}
-
-}  // namespace
-
-// draft-ietf-httpapi-ratelimit-headers-10: what the limits are, and what is
-// left of them.
-void Service::append_limits(std::string* out, const LimitNote& note) const {
-  *out += "RateLimit-Policy: ";
-  const char* comma = "";
-  for (std::size_t i = 0; i < kLimits; ++i) {
-    if ((note.mask >> i & 1) == 0) continue;
-    *out += comma;
-    *out += '"';
-    *out += kLimitNames[i];
-    *out += "\";q=";
-    append_number(out, limits_.rpm(i));
-    *out += ";w=60";
-    comma = ", ";
-  }
-  *out += "\r\nRateLimit: ";
-  comma = "";
-  for (std::size_t i = 0; i < kLimits; ++i) {
-    if ((note.mask >> i & 1) == 0) continue;
-    *out += comma;
-    *out += '"';
-    *out += kLimitNames[i];
-    *out += "\";r=";
-    append_number(out, static_cast<std::uint64_t>(note.left[i]));
-    *out += ";t=";
-    append_number(out, static_cast<std::uint64_t>(note.full_s[i]));
-    comma = ", ";
-  }
-  *out += "\r\n";
 }
 
 // Once a turn: what a reply says of the time is to the second.
@@ -733,7 +684,7 @@ void Service::begin_reply(Peer& peer, std::uint64_t sequence, int status,
   }
   out += extras.headers;
   if (pending != nullptr && pending->limits.mask != 0) {
-    append_limits(&out, pending->limits);
+    door_->append_limits(&out, pending->limits);
   }
   if (extras.close || peer.connection.closes(sequence)) {
     out += "Connection: close\r\n";
@@ -809,7 +760,7 @@ void Service::refuse(Peer& peer, std::uint64_t sequence,
   }
   if (problem.status == 401) {
     extras.headers += "WWW-Authenticate: ";
-    extras.headers += gate_->challenge();
+    extras.headers += door_->gate().challenge();
     extras.headers += "\r\n";
   }
   reply(peer, sequence, problem.status, body, extras);

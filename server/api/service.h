@@ -26,6 +26,7 @@
 
 #include "queue/base/say.h"
 #include "queue/shard/shard.h"
+#include "server/api/doorkeeper.h"
 #include "server/api/job_json.h"
 #include "server/api/metrics.h"
 #include "server/api/patches.h"
@@ -70,12 +71,6 @@ constexpr std::uint64_t kItemWeight = 256;  // of one job's of a bulk request
 // What Request::view_bytes counts, of an answer that no room is kept for.
 constexpr std::uint64_t kSmallAnswerBytes = 2u << 10;
 constexpr std::uint64_t kTrimBytes = 8u << 20;  // memory worth giving back
-// Wrong credentials from one address: this many at once, and a minute.
-constexpr std::uint32_t kWrongCredentialsPerMinute = 600;
-constexpr Millis kCauseEveryMs = 10'000;  // a log line on refused credentials
-// Of bodies that are kept until their signature can be checked: bytes that
-// came, all together.
-constexpr std::uint64_t kUnprovedBytesMax = 64u << 20;
 constexpr Millis kPoolGraceMs = 2'000;
 constexpr Millis kPoolSilentMs = 45'000;  // a pool not heard of is gone
 constexpr Millis kStuckMs = 10'000;       // a batch that long: a dead disk
@@ -149,24 +144,19 @@ struct Peer final : SocketEvents, ConnectionSink {
   Socket& socket;
   std::uint64_t id = 0;
   bool local;
+  Visitor visitor;
   bool closed = false;
   Connection connection;
   // Of the request whose head was read last.
   const Route* route = nullptr;
   MaybeProblem refusal;
-  Gate::Entry entry = Gate::Entry::granted;
-  const Principal* principal = nullptr;
-  Millis head_wall_ms = 0;
   std::shared_ptr<Serving> serving;  // of the worker that asked here last
   std::unique_ptr<Sha256> digest;    // of a signed body that comes in pieces
-  std::uint64_t reserved = 0;        // of kUnprovedBytesMax
   std::uint64_t weight = 0;          // what is kept for its answers
   bool hung_up = false;              // it will send no more
   std::unique_ptr<Later> later;      // waits for room, by way of crowd_
   bool in_crowd = false;
-  std::uint64_t kept = 0;       // Connection::kept(), as it is in weights_
-  bool proved = false;          // a credential was right on this connection
-  std::uint8_t credential = 0;  // 1: token, 2: signature
+  std::uint64_t kept = 0;  // Connection::kept(), as it is in weights_
   // An artifact that is coming in.
   struct Upload;
   std::shared_ptr<Upload> upload;
@@ -241,19 +231,6 @@ class Service {
                      std::array<std::string_view, 2>* args);
   // The path as routes see it: decoded. Nothing where it is no path of ours.
   std::optional<std::string_view> plain_path(const Head& head);
-  // A refusal, or none; then the request is in, or its body decides.
-  MaybeProblem let_in(Peer& peer, std::uint64_t sequence, const Head& head,
-                      bool open);
-  MaybeProblem let_in_signed(Peer& peer, std::uint64_t sequence,
-                             const Head& head, const HexDigest& body);
-  void release(Peer& peer);
-  MaybeProblem unauthorized(Peer& peer, Gate::Cause cause, bool presented);
-  MaybeProblem spend(Peer& peer, std::uint64_t sequence, const Head& head);
-  // 403 where the principal has not the scope that the route needs.
-  static MaybeProblem look_at_scopes(const Route& route, const Principal& who);
-  // For each job of a bulk request but the first.
-  void spend_jobs(Peer& peer, std::uint64_t sequence, std::size_t jobs);
-  void append_limits(std::string* out, const LimitNote& note) const;
   void take_request_id(Pending& pending, const Head& head);
 
   // --- the line about a request (access.cc) ---
@@ -422,19 +399,15 @@ class Service {
   std::unique_ptr<Patches> patches_;
   std::unique_ptr<Shard> shard_;
   std::unique_ptr<Tokens> tokens_;
-  std::unique_ptr<Gate> gate_;
-  Limits limits_, wrong_;  // of requests; of wrong credentials (bucket 0)
+  std::unique_ptr<Doorkeeper> door_;
   std::unordered_map<ClientKey, int, ClientKeyHash> per_address_;
-  std::uint64_t unproved_bytes_ = 0;
   // Of large answers that are being made, or wait for earlier ones.
   std::uint64_t weights_ = 0;
   std::uint64_t made_ = 0;           // bytes of answers of this turn
   std::uint64_t unsent_peak_ = 0;    // since memory was last given back
   std::deque<std::uint64_t> crowd_;  // peers that wait for room
   std::string metrics_text_;         // of this turn; empty: not made yet
-  Millis cause_said_ms_ = -kCauseEveryMs;
-  std::uint64_t causes_unsaid_ = 0;
-  std::string path_;  // decoded
+  std::string path_;                 // decoded
   std::unique_ptr<FileThreads> threads_;
   Metrics metrics_;
   struct AccessLines {
@@ -560,6 +533,7 @@ void acted(Service& s, Peer& peer, std::uint64_t sequence, Pending& pending,
            Response& response);
 
 Problem stale_lease();  // 409
+void append_number(std::string* out, std::uint64_t n);
 std::vector<Fence> fences_of(const std::vector<LeaseView>& leases);
 // CLOCK_MONOTONIC, for how long things took.
 std::uint64_t mono_us();
