@@ -212,25 +212,17 @@ MaybeProblem read_kind(const JsonValue& v, const ServerOptions& options,
   return p;
 }
 
-// The checks of a built-in kind's payload name fields below "payload".
-MaybeProblem check_payload(const KindFacts& facts, const NewJob& job,
-                           KindFacts::Kept* kept) {
-  if (!facts.check) return std::nullopt;
-  Result<KindFacts::Kept> ok = facts.check(job.payload);
-  if (ok) {
-    *kept = std::move(*ok);
-    return std::nullopt;
-  }
-  const std::string& what = ok.error().what;
-  std::size_t colon = what.find(':');
-  std::string field = "payload";
-  if (colon != what.npos && colon <= 64 && what.find(' ') > colon) {
-    field = colon == 0 ? field : joined("payload", what.substr(0, colon));
-  }
+constexpr std::size_t kFieldBytesMax = 64;  // of a problem's `field`
+
+Problem invalid_payload(const BadField& bad) {
+  // A name that came from the client (a file's, say) may be any text; then the
+  // detail alone has it.
+  const bool plain = !bad.field.empty() && bad.field.size() <= kFieldBytesMax &&
+                     bad.field.find(' ') == std::string::npos;
   Problem p;
   p.code = "invalid-payload";
-  p.field = field;
-  p.detail = "payload." + what;
+  p.field = plain ? joined("payload", bad.field) : "payload";
+  p.detail = "payload." + bad.text();
   return p;
 }
 
@@ -492,7 +484,12 @@ MaybeProblem read_new_job(const JsonValue& json, const JobContext& context,
   auto facts = options.kinds.find(job->kind);
   if (facts != options.kinds.end()) {
     KindFacts::Kept kept;
-    if (auto p = check_payload(facts->second, *job, &kept)) return p;
+    for (const auto* look : {&facts->second.check, &facts->second.resolve}) {
+      if (!*look) continue;
+      auto found = (*look)(job->payload);
+      if (!found) return invalid_payload(found.error());
+      kept = std::move(*found);
+    }
     if (kept.payload.size() > kPayloadBytesMax) {
       return too_long("payload", kept.payload.size(), kPayloadBytesMax);
     }

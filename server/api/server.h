@@ -20,27 +20,13 @@
 #include <vector>
 
 #include "queue/base/job.h"
+#include "queue/base/kind.h"
 #include "queue/base/result.h"
 #include "queue/shard/shard.h"
 #include "server/auth/principal.h"
 #include "server/http/listening.h"
 
 namespace machina {
-
-// What the server knows of a kind that a built-in handler serves; main takes
-// the table from workers/kinds.
-struct KindFacts {
-  // What a job keeps of a payload that was accepted.
-  struct Kept {
-    std::string payload;          // empty: as it was given
-    std::string concurrency_key;  // the kind's own; empty: none
-  };
-  // Code::invalid; `what` is "<field>: <what is wrong, value and bound>", the
-  // field relative to the payload ("argv", "test.runner").
-  std::function<Result<Kept>(const std::string& payload_json)> check;
-  Millis timeout_ms = 120'000;
-  int concurrency_limit = 1;  // so many jobs of one key run at a time
-};
 
 // How the server is, for whoever watches over it.
 struct ServerPulse {

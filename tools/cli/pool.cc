@@ -8,7 +8,6 @@
 #include "tools/cli/cli.h"
 #include "tools/cli/pool_settings.h"
 #include "tools/root.h"
-#include "workers/kinds/kinds.h"
 
 namespace machina::cli {
 namespace {
@@ -52,7 +51,6 @@ int pool(const Settings& settings, const std::string& server) {
   say_as(say_options(*config, "pool"));
   options.version = MACHINA_VERSION;
   options.manager = std::move(manager);
-  register_built_in_handlers();
   return run_pool(options);
 }
 

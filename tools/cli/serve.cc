@@ -52,19 +52,9 @@ void print_config(const Config& config, bool json) {
 // What this build and these settings know of the built-in kinds.
 std::map<std::string, KindFacts> kind_facts(const Config& config,
                                             const std::string& root) {
-  std::map<std::string, KindFacts> facts;
-  for (auto& [name, kind] : built_in_kinds(kind_settings(config, root))) {
-    KindFacts& known = facts[name];
-    known.timeout_ms = kind.timeout_ms;
-    known.check = [check = kind.check](
-                      const std::string& payload) -> Result<KindFacts::Kept> {
-      auto kept = check(payload);
-      if (!kept) return kept.error();
-      return KindFacts::Kept{std::move(kept->payload),
-                             std::move(kept->concurrency_key)};
-    };
-  }
-  return facts;
+  const KindMap all =
+      kinds_of(built_in_families(), kind_settings(config, root));
+  return {all.begin(), all.end()};
 }
 
 void fill_limits(const Config& config, ServerOptions* server) {

@@ -205,7 +205,7 @@ Result<sandbox::Report> try_isolation(const Config& config) {
   if (dir.path().empty()) {
     return Error{Code::io, "/var/tmp: no directory can be made there"};
   }
-  register_built_in_handlers();
+  register_handlers(built_in_families());
   sandbox::SpawnerOptions options;
   options.root = dir.path();
   options.repo_roots = {dir.path() + "/repos"};

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "queue/base/utf8.h"
+#include "workers/kinds/run.h"
 
 namespace machina::kinds {
 namespace {
@@ -43,6 +44,8 @@ bool has_nul(const std::string& text) {
 
 }  // namespace
 
+bool whole_json(std::string_view text) { return nlohmann::json::accept(text); }
+
 std::string printable(const std::string& text) {
   static constexpr char kHex[] = "0123456789abcdef";
   std::string out;
@@ -61,18 +64,18 @@ std::string printable(const std::string& text) {
 Fields::Fields(const std::string& json)
     : object_(nlohmann::json::parse(json, nullptr, false)) {
   if (object_.is_discarded()) {
-    error_ = "payload: not JSON";
+    error_ = BadField{"payload", "not JSON"};
   } else if (!object_.is_object()) {
-    error_ = "payload: " + shown(object_) + " is not an object";
+    error_ = BadField{"payload", shown(object_) + " is not an object"};
   }
-  if (!error_.empty()) object_ = nlohmann::json::object();
+  if (error_) object_ = nlohmann::json::object();
 }
 
 Fields::Fields(const nlohmann::json& object, std::string prefix)
     : object_(object), prefix_(std::move(prefix)) {
   if (object_.is_object()) return;
   const std::string name = prefix_.substr(0, prefix_.size() - 1);
-  error_ = name + ": " + shown(object_) + " is not an object";
+  error_ = BadField{name, shown(object_) + " is not an object"};
   object_ = nlohmann::json::object();
 }
 
@@ -93,7 +96,7 @@ bool Fields::is_null(const char* name) const {
 }
 
 void Fields::fail(const std::string& field, const std::string& what) {
-  if (error_.empty()) error_ = prefix_ + printable(field) + ": " + what;
+  if (!error_) error_ = BadField{prefix_ + printable(field), what};
 }
 
 const nlohmann::json* Fields::find(const char* name) const {
@@ -283,12 +286,12 @@ void Fields::finite(const char* name) {
 }
 
 void Fields::take_error(const Fields& part) {
-  if (error_.empty()) error_ = part.error_;
+  if (!error_) error_ = part.error_;
 }
 
-Result<void> Fields::done() const {
-  if (error_.empty()) return {};
-  return Error{Code::invalid, error_};
+Checked<void> Fields::done() const {
+  if (!error_) return {};
+  return *error_;
 }
 
 bool safe_relative_path(std::string_view path) {

@@ -9,12 +9,13 @@
 #include <cstdint>
 #include <initializer_list>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
-#include "queue/base/result.h"
+#include "queue/base/kind.h"
 
 namespace machina::kinds {
 
@@ -58,7 +59,7 @@ class Fields {
   // The first thing found wrong in a part is this object's too.
   void take_error(const Fields& part);
 
-  Result<void> done() const;
+  Checked<void> done() const;
 
  private:
   const nlohmann::json* find(const char* name) const;
@@ -68,7 +69,7 @@ class Fields {
 
   nlohmann::json object_;
   std::string prefix_;  // of a part: "test."
-  std::string error_;
+  std::optional<BadField> error_;
 };
 
 // Bounds that kinds share.

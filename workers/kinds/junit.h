@@ -101,6 +101,7 @@ std::string encode_junit(std::string_view xml);
 // are malformed.
 Result<Suite> decode_junit(std::string_view frames);
 
+inline constexpr char kJunitHandler[] = "junit";
 int junit_handler(int in_fd, int out_fd);
 // A handler of such requests that answers with what `encode` makes of the text.
 int report_handler(int in_fd, int out_fd,

@@ -1,18 +1,26 @@
 // workers/kinds/kinds.h
 //
-// The built-in kinds: for each, the check of its payload at submission (again
-// in the worker), its defaults, and how it runs. One file or folder per kind.
+// What a kind of job is: one value. A family makes its kinds by one function;
+// the table in families.cc names each family once, and that is all that the
+// rest of the program knows of it.
+//
+//   Y1  A kind has a `run` (a sandbox for each attempt) or a group (warmed),
+//   and
+//       never both. Whoever has neither fails its attempt.
+//       (kinds_test, F31_EachKindIsWarmedOrHasARunOfItsOwn)
+//   Y2  A name or a handler that two families claim stops the program at its
+//       start. (kinds_test, TwoFamiliesMayNotClaimOneName)
 
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <map>
+#include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
-#include "queue/base/job.h"
-#include "queue/base/result.h"
+#include "queue/base/kind.h"
 #include "workers/sandbox/sandbox.h"
 
 namespace machina {
@@ -23,25 +31,26 @@ struct End;
 class Host;
 }  // namespace kinds
 
-struct Kind {
-  // What a job keeps of a payload that was accepted.
-  struct Kept {
-    std::string payload;  // empty: as it was given
-    // Jobs of the same key, whichever their kinds and tenants, run one after
-    // another; no client's key is equal to a kind's. Empty: no bound. At most
-    // kKindKeyBytesMax bytes ("patch:<path>").
-    std::string concurrency_key;
-  };
-  // At submission. What it looks up it looks up once: payload and key are of
-  // the same thing. Code::invalid; `what` is "<field>: <what, value, bound>".
-  std::function<Result<Kept>(const std::string& payload_json)> check;
-  Millis timeout_ms = 120'000;
+// A resident process in a session of its own, which answers the jobs of its
+// kinds one after another (workers/kinds/handler.h). Kinds that point to one
+// group share its process.
+struct HandlerGroup {
+  sandbox::Step program;  // a built-in of the family, or an argv
   sandbox::Limits limits;
-  bool warmed = false;  // served by a resident, confined handler
-  // Runs one attempt in a session of its own (workers/kinds/run.h). Null where
-  // the kind is warmed: an attempt of such a kind cannot be run this way, and
-  // fails.
+};
+
+// `check` and `resolve`, the part that takes a job in, are KindFacts'.
+struct Kind : KindFacts {
+  std::string name;
+  // Of an attempt's session. A warmed kind has its group's.
+  sandbox::Limits limits;
+  // Runs one attempt in a session of its own (workers/kinds/run.h).
   kinds::End (*run)(const kinds::Attempt&, kinds::Host&) = nullptr;
+  std::shared_ptr<const HandlerGroup> group;  // warmed
+  // Of a warmed kind: whether this payload is known to be done at once, so that
+  // others may be sent behind it. Null: no payload is.
+  bool (*quick)(const std::string& payload_json) = nullptr;
+  bool warmed() const { return group != nullptr; }
 };
 
 // Settings that checks depend on.
@@ -54,10 +63,21 @@ struct KindSettings {
   std::uint64_t shell_stderr_max = 131'072;
 };
 
-// By name: noop, tool.shell, test.run, patch.apply.
-std::map<std::string, Kind> built_in_kinds(const KindSettings& settings);
+struct Family {
+  std::vector<Kind> kinds;
+  // Programs of the family that run confined, without exec.
+  std::vector<sandbox::NamedBuiltin> handlers;
+};
+using MakeFamily = Family (*)(const KindSettings& settings);
+using Families = std::span<const MakeFamily>;
 
-// Before the spawner is forked: gives the sandbox its compiled-in handlers.
-void register_built_in_handlers();
+// The table (families.cc).
+Families built_in_families();
+
+// By name.
+using KindMap = std::map<std::string, Kind>;
+KindMap kinds_of(Families families, const KindSettings& settings);
+// Before the spawner is forked: gives the sandbox the families' handlers.
+void register_handlers(Families families);
 
 }  // namespace machina

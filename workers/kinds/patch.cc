@@ -5,6 +5,7 @@
 
 #include "queue/base/ids.h"
 #include "queue/base/json_view.h"
+#include "workers/kinds/patch_rollback.h"
 
 namespace machina::kinds {
 namespace {
@@ -383,10 +384,40 @@ class PatchRun {
 
 }  // namespace
 
+namespace {
+
 End run_patch(const Attempt& attempt, Host& host) {
   auto payload = parse_patch(attempt.payload, host.settings());
-  if (!payload) return failed(EndCode::invalid_payload, payload.error().what);
+  if (!payload) return bad_payload(payload.error());
   return PatchRun(std::move(*payload), attempt, host).run();
+}
+
+Kind patch_apply(const KindSettings& settings) {
+  Kind apply;
+  apply.name = "patch.apply";
+  apply.run = run_patch;
+  apply.timeout_ms = 300'000;
+  apply.limits = {1024, 1024, 256, 0, 8 << 20};
+  apply.check = [settings](const std::string& payload) -> Checked<Kind::Kept> {
+    if (auto good = parse_patch(payload, settings); !good) return good.error();
+    return Kind::Kept{};
+  };
+  apply.resolve =
+      [settings](const std::string& payload) -> Checked<Kind::Kept> {
+    const auto good = parse_patch(payload, settings);
+    if (!good) return good.error();
+    const auto found = find_repo(good->repo, settings);
+    if (!found) return found.error();
+    return Kind::Kept{with_repo(payload, found->kept), "patch:" + found->real};
+  };
+  return apply;
+}
+
+}  // namespace
+
+Family patch_family(const KindSettings& settings) {
+  return {{patch_apply(settings), patch_rollback()},
+          {{kLandHandler, land_handler}}};
 }
 
 }  // namespace machina::kinds

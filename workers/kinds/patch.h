@@ -40,6 +40,8 @@
 
 namespace machina::kinds {
 
+Family patch_family(const KindSettings& settings);  // patch.rollback, too
+
 struct PatchPayload {
   std::string repo, base_rev = "HEAD";
   std::string diff;                         // or
@@ -50,8 +52,8 @@ struct PatchPayload {
 };
 // Also judges the diff where it is in the payload: what is no diff is invalid.
 // What may not be applied is left to the attempt, which has a result to say so.
-Result<PatchPayload> parse_patch(const std::string& payload,
-                                 const KindSettings& settings);
+Checked<PatchPayload> parse_patch(const std::string& payload,
+                                  const KindSettings& settings);
 // Empty, or why git would not have it as a branch's name.
 std::string branch_problem(const std::string& name);
 
@@ -134,6 +136,7 @@ Landed move_branch(const std::string& branch, const std::string& old,
                    const std::string& commit, const std::string& bundle,
                    const Checkout& base, const Attempt& attempt, Host& host,
                    Millis left_ms);
+inline constexpr char kLandHandler[] = "land";
 int land_handler(int in_fd, int out_fd);
 
 // --- the gate and the result ---

@@ -652,7 +652,7 @@ Landed land(const std::string& branch, const std::string& old,
     }
   }
   sandbox::Step link;
-  link.builtin = sandbox::BuiltinId::land;
+  link.builtin = kLandHandler;
   link.stdin_data =
       (check_only ? "check\n" : "land\n") + branch + "\n" + commit + "\n";
   if (!old.empty()) link.stdin_data += old + "\n";

@@ -184,8 +184,8 @@ std::string branch_problem(const std::string& name) {
          "? * [ \\; no part empty, beginning with . or ending in .lock)";
 }
 
-Result<PatchPayload> parse_patch(const std::string& payload,
-                                 const KindSettings& settings) {
+Checked<PatchPayload> parse_patch(const std::string& payload,
+                                  const KindSettings& settings) {
   Fields fields(payload);
   fields.only({"repo", "base_rev", "diff", "diff_artifact", "description",
                "test", "baseline", "branch", "author", "push",
@@ -240,9 +240,8 @@ Result<PatchPayload> parse_patch(const std::string& payload,
   fields.at_most("context", kContextBytesMax);
   if (auto good = fields.done(); !good) return good.error();
   if (repo_candidates(out.repo, settings).empty()) {
-    return Error{Code::invalid,
-                 "repo: " + in_quotes(out.repo) +
-                     " is not below one of the repository roots"};
+    return BadField{"repo", in_quotes(out.repo) +
+                                " is not below one of the repository roots"};
   }
   read_source(fields, out);  // last: the one check that takes time
   if (auto good = fields.done(); !good) return good.error();

@@ -388,7 +388,7 @@ class RollbackRun {
     if (good) return std::nullopt;
     return failed(EndCode::invalid_payload,
                   "test: the suite that patch " + payload_.patch_id +
-                      " came with cannot be used (" + good.error().what +
+                      " came with cannot be used (" + good.error().text() +
                       "): give one in `test`, or null to run none");
   }
 
@@ -1208,7 +1208,7 @@ std::string hunks_in_region(const std::string& diff, std::int64_t start,
   return out.empty() ? out : head + out;
 }
 
-Result<RollbackPayload> parse_rollback(const std::string& payload) {
+Checked<RollbackPayload> parse_rollback(const std::string& payload) {
   Fields fields(payload);
   fields.only({"patch_id", "region", "test", "on_conflict"});
   RollbackPayload out;
@@ -1257,8 +1257,23 @@ Result<RollbackPayload> parse_rollback(const std::string& payload) {
 
 End run_rollback(const Attempt& attempt, Host& host) {
   auto payload = parse_rollback(attempt.payload);
-  if (!payload) return failed(EndCode::invalid_payload, payload.error().what);
+  if (!payload) return bad_payload(payload.error());
   return RollbackRun(std::move(*payload), attempt, host).run();
+}
+
+// Which repository it is of stands in the patch's record alone: no key. The
+// branch moves from its expected old value or not at all.
+Kind patch_rollback() {
+  Kind rollback;
+  rollback.name = "patch.rollback";
+  rollback.run = run_rollback;
+  rollback.timeout_ms = 300'000;
+  rollback.limits = {1024, 1024, 256, 0, 8 << 20};
+  rollback.check = [](const std::string& payload) -> Checked<Kind::Kept> {
+    if (auto good = parse_rollback(payload); !good) return good.error();
+    return Kind::Kept{};
+  };
+  return rollback;
 }
 
 }  // namespace machina::kinds

@@ -42,7 +42,9 @@ struct RollbackPayload {
   bool own_test = true;
   bool block = false;  // on a conflict
 };
-Result<RollbackPayload> parse_rollback(const std::string& payload);
+Checked<RollbackPayload> parse_rollback(const std::string& payload);
+End run_rollback(const Attempt& attempt, Host& host);
+Kind patch_rollback();
 
 // Of a diff of one file without context, from the patch's result to what was
 // before: only the hunks that touch lines start..end of the old side (a hunk

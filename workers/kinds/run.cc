@@ -58,6 +58,29 @@ End failed(EndCode code, std::string message) {
   return end;
 }
 
+End bad_payload(const BadField& problem) {
+  return failed(EndCode::invalid_payload, problem.text());
+}
+
+End not_served(const std::string& kind) {
+  return failed(EndCode::sandbox, "kind " + kind + " is not served here");
+}
+
+End bad_sandbox(const Error& refused) {
+  End end =
+      failed(refused.code == Code::invalid ? EndCode::invalid_payload
+                                           : EndCode::isolation_unavailable,
+             refused.what);
+  end.retry = false;
+  return end;
+}
+
+End too_weak(Level required, Level given) {
+  return failed(EndCode::isolation_unavailable,
+                "needs " + level_name(required) + ", this worker gives " +
+                    level_name(given));
+}
+
 EndCode code_of(Ended ended) {
   switch (ended) {
     case Ended::exited:

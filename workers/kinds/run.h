@@ -56,6 +56,13 @@ struct End {
   std::string block_reason, block_data;  // a word; raw JSON
 };
 End failed(EndCode code, std::string message);
+End bad_payload(const BadField& problem);
+End not_served(const std::string& kind);
+// What apply_sandbox() refused, which no later attempt changes.
+End bad_sandbox(const Error& refused);
+End too_weak(Level required, Level given);
+// Whether a text from outside is one JSON value.
+bool whole_json(std::string_view text);
 
 // The worker, as a kind sees it.
 class Host {
@@ -102,12 +109,6 @@ std::string describe(const sandbox::StepResult& step,
 // the member; Code::unavailable is a profile this worker cannot give.
 Result<void> apply_sandbox(const std::string& json, sandbox::Limits& limits,
                            Level& required);
-
-// The kinds that run in a session of their own.
-End run_shell(const Attempt& attempt, Host& host);
-End run_tests(const Attempt& attempt, Host& host);
-End run_patch(const Attempt& attempt, Host& host);
-End run_rollback(const Attempt& attempt, Host& host);
 
 // "LN" of a level, and back.
 std::string level_name(Level level);

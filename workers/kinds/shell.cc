@@ -46,12 +46,11 @@ std::optional<std::string> look_up(const std::string& program) {
 
 }  // namespace
 
-Result<std::string> allowed_executable(const std::string& program,
-                                       const KindSettings& settings) {
+Checked<std::string> allowed_executable(const std::string& program,
+                                        const KindSettings& settings) {
   const auto refuse = [&](const std::string& why) {
-    return Error{
-        Code::invalid,
-        "argv[0]: \"" + std::string(utf8_head(program, 200)) + "\" " + why};
+    return BadField{"argv[0]",
+                    "\"" + std::string(utf8_head(program, 200)) + "\" " + why};
   };
   if (program.find('/') != std::string::npos && program[0] != '/') {
     return refuse("is neither an absolute path nor a bare name");
@@ -89,25 +88,23 @@ bool redirects(std::string_view name) {
 }
 
 // The rest of prod's rule, where no list of the operator replaces it.
-Result<void> check_prod_rule(const ShellPayload& payload) {
+Checked<void> check_prod_rule(const ShellPayload& payload) {
   for (const std::string& variable : payload.env) {
     const std::string name = variable.substr(0, variable.find('='));
     if (redirects(name)) {
-      return Error{Code::invalid,
-                   "env." + name +
-                       ": changes what programs load or run; the prod profile "
-                       "refuses it unless MACHINA_SHELL_ALLOWED_EXE is set"};
+      return BadField{"env." + name,
+                      "changes what programs load or run; the prod profile "
+                      "refuses it unless MACHINA_SHELL_ALLOWED_EXE is set"};
     }
   }
   if (!payload.argv[0].ends_with("/sort")) return {};
   for (std::size_t i = 1; i < payload.argv.size(); ++i) {
     // --compress-program and each of its short forms.
     if (payload.argv[i].starts_with("--co")) {
-      return Error{Code::invalid,
-                   "argv[" + std::to_string(i) +
-                       "]: sort --compress-program runs another program; the "
-                       "prod profile refuses it unless "
-                       "MACHINA_SHELL_ALLOWED_EXE is set"};
+      return BadField{"argv[" + std::to_string(i) + "]",
+                      "sort --compress-program runs another program; the prod "
+                      "profile refuses it unless MACHINA_SHELL_ALLOWED_EXE is "
+                      "set"};
     }
   }
   return {};
@@ -115,8 +112,7 @@ Result<void> check_prod_rule(const ShellPayload& payload) {
 
 }  // namespace
 
-Result<ShellPayload> parse_shell(const std::string& payload,
-                                 const KindSettings& settings) {
+Checked<ShellPayload> read_shell(const std::string& payload) {
   Fields fields(payload);
   fields.only({"argv", "stdin", "env", "cwd", "files"});
   ShellPayload out;
@@ -129,11 +125,18 @@ Result<ShellPayload> parse_shell(const std::string& payload,
     fields.fail("argv", "needs a program to run");
   }
   if (auto good = fields.done(); !good) return good.error();
-  auto real = allowed_executable(out.argv[0], settings);
+  return out;
+}
+
+Checked<ShellPayload> parse_shell(const std::string& payload,
+                                  const KindSettings& settings) {
+  auto out = read_shell(payload);
+  if (!out) return out;
+  auto real = allowed_executable(out->argv[0], settings);
   if (!real) return real.error();
-  out.argv[0] = *real;
+  out->argv[0] = *real;
   if (settings.prod && settings.shell_allowed_exe.empty()) {
-    if (auto good = check_prod_rule(out); !good) return good.error();
+    if (auto good = check_prod_rule(*out); !good) return good.error();
   }
   return out;
 }
@@ -167,9 +170,11 @@ std::string shell_result(const sandbox::StepResult& step,
 
 }  // namespace
 
+namespace {
+
 End run_shell(const Attempt& attempt, Host& host) {
   auto payload = parse_shell(attempt.payload, host.settings());
-  if (!payload) return failed(EndCode::invalid_payload, payload.error().what);
+  if (!payload) return bad_payload(payload.error());
 
   sandbox::SessionSpec spec;
   spec.limits = attempt.limits;
@@ -208,6 +213,26 @@ End run_shell(const Attempt& attempt, Host& host) {
     end.result = shell_result(ran, host.settings());
   }
   return end;
+}
+
+}  // namespace
+
+Family tool_family(const KindSettings& settings) {
+  Kind shell;
+  shell.name = "tool.shell";
+  shell.run = run_shell;
+  shell.timeout_ms = settings.shell_timeout_ms;
+  shell.limits = {512, 256, 64, 0, 1 << 20};
+  shell.check = [](const std::string& payload) -> Checked<Kind::Kept> {
+    if (auto good = read_shell(payload); !good) return good.error();
+    return Kind::Kept{};
+  };
+  shell.resolve =
+      [settings](const std::string& payload) -> Checked<Kind::Kept> {
+    if (auto good = parse_shell(payload, settings); !good) return good.error();
+    return Kind::Kept{};
+  };
+  return {{std::move(shell)}, {}};
 }
 
 }  // namespace machina::kinds

@@ -16,10 +16,11 @@
 #include <utility>
 #include <vector>
 
-#include "queue/base/result.h"
 #include "workers/kinds/kinds.h"
 
 namespace machina::kinds {
+
+Family tool_family(const KindSettings& settings);
 
 struct ShellPayload {
   std::vector<std::string> argv;  // argv[0] canonical
@@ -27,12 +28,15 @@ struct ShellPayload {
   std::vector<std::string> env;  // "NAME=value"
   std::vector<std::pair<std::string, std::string>> files;
 };
-Result<ShellPayload> parse_shell(const std::string& payload,
-                                 const KindSettings& settings);
+// By the payload alone: argv[0] is as it was given.
+Checked<ShellPayload> read_shell(const std::string& payload);
+// Looks at the host, too.
+Checked<ShellPayload> parse_shell(const std::string& payload,
+                                  const KindSettings& settings);
 
 // The canonical path of `program` where the settings allow it. A bare name is
 // looked up where a job's PATH points.
-Result<std::string> allowed_executable(const std::string& program,
-                                       const KindSettings& settings);
+Checked<std::string> allowed_executable(const std::string& program,
+                                        const KindSettings& settings);
 
 }  // namespace machina::kinds

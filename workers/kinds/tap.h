@@ -45,6 +45,7 @@ Result<std::vector<Case>> read_tap(std::string_view text);
 
 // As of junit.h.
 std::string encode_tap(std::string_view text);
+inline constexpr char kTapHandler[] = "tap";
 int tap_handler(int in_fd, int out_fd);
 
 }  // namespace machina::kinds

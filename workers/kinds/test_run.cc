@@ -7,6 +7,7 @@
 #include "queue/base/utf8.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/pytest_watch.h"
+#include "workers/kinds/tap.h"
 
 namespace machina::kinds {
 namespace {
@@ -136,8 +137,8 @@ void read_suite(Fields& fields, TestPayload& out) {
   }
 }
 
-Result<TestPayload> parse_test(const std::string& payload,
-                               const KindSettings& settings) {
+Checked<TestPayload> parse_test(const std::string& payload,
+                                const KindSettings& settings) {
   Fields fields(payload);
   fields.only({"repo", "files", "base_rev", "cwd", "runner", "args", "command",
                "report", "env", "setup", "select", "scenario", "severity",
@@ -161,9 +162,8 @@ Result<TestPayload> parse_test(const std::string& payload,
   }
   if (auto good = fields.done(); !good) return good.error();
   if (!out.repo.empty() && repo_candidates(out.repo, settings).empty()) {
-    return Error{Code::invalid,
-                 "repo: \"" + std::string(utf8_head(out.repo, 200)) +
-                     "\" is not below one of the repository roots"};
+    return BadField{"repo", "\"" + std::string(utf8_head(out.repo, 200)) +
+                                "\" is not below one of the repository roots"};
   }
   return out;
 }
@@ -687,8 +687,9 @@ class SuiteRunner {
   }
 
   Result<Suite> parse(const std::string& text, bool tap, Millis timeout_ms) {
-    auto socket = session_->start_service(tap ? sandbox::BuiltinId::tap
-                                              : sandbox::BuiltinId::junit);
+    sandbox::Step reader;
+    reader.builtin = tap ? kTapHandler : kJunitHandler;
+    auto socket = session_->start_service(reader);
     if (!socket) return socket.error();
     auto suite = ask_junit(*socket, text, static_cast<int>(timeout_ms));
     (void)session_->wait_service(timeout_ms);
@@ -770,9 +771,11 @@ SuiteRun run_suite(const TestPayload& payload, const Checkout& checkout,
   return SuiteRunner(payload, checkout, options, attempt, host).run();
 }
 
+namespace {
+
 End run_tests(const Attempt& attempt, Host& host) {
   auto payload = parse_test(attempt.payload, host.settings());
-  if (!payload) return failed(EndCode::invalid_payload, payload.error().what);
+  if (!payload) return bad_payload(payload.error());
   const auto started = Clock::now();
   SuiteOptions options;
   options.timeout_ms = attempt.timeout_ms;
@@ -813,6 +816,30 @@ End run_tests(const Attempt& attempt, Host& host) {
   }
   host.progress(100, summary(run.tests));
   return end;
+}
+
+}  // namespace
+
+Family test_family(const KindSettings& settings) {
+  Kind run;
+  run.name = "test.run";
+  run.run = run_tests;
+  run.timeout_ms = 300'000;
+  run.limits = {1024, 1024, 256, 0, 8 << 20};
+  run.check = [settings](const std::string& payload) -> Checked<Kind::Kept> {
+    if (auto good = parse_test(payload, settings); !good) return good.error();
+    return Kind::Kept{};
+  };
+  run.resolve = [settings](const std::string& payload) -> Checked<Kind::Kept> {
+    const auto good = parse_test(payload, settings);
+    if (!good) return good.error();
+    if (good->repo.empty()) return Kind::Kept{};
+    const auto found = find_repo(good->repo, settings);
+    if (!found) return found.error();
+    return Kind::Kept{with_repo(payload, found->kept), ""};
+  };
+  return {{std::move(run)},
+          {{kJunitHandler, junit_handler}, {kTapHandler, tap_handler}}};
 }
 
 }  // namespace machina::kinds

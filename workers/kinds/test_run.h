@@ -36,6 +36,8 @@ namespace machina::kinds {
 
 class Fields;
 
+Family test_family(const KindSettings& settings);
+
 struct TestPayload {
   // Of the runner command: a file below the top of the work tree.
   enum class Format { none, junit, tap };
@@ -49,8 +51,8 @@ struct TestPayload {
   std::vector<std::vector<std::string>> setup;
   int retries = 0;
 };
-Result<TestPayload> parse_test(const std::string& payload,
-                               const KindSettings& settings);
+Checked<TestPayload> parse_test(const std::string& payload,
+                                const KindSettings& settings);
 // Whether the outcome of a suite is one of many cases, and not of one that
 // stands for all of them.
 inline bool tells_cases(const TestPayload& suite) {
@@ -75,7 +77,7 @@ struct FoundRepo {
   std::string kept;  // what the job's `repo` is to be
 };
 // At submission, where the file system may be asked, and once for all that
-// hangs on the answer. Code::invalid unless one candidate is a git repository
+// hangs on the answer. A BadField unless one candidate is a git repository
 // that is still below a root when every link is followed; the same words for
 // what is not there and for what lies outside, there or not.
 // `kept` is the directory's own path below its root; or the name below the
@@ -83,8 +85,8 @@ struct FoundRepo {
 // there is one root: with several it could mean another directory by the time
 // the job runs. The sandbox follows no link, so the job runs on what was looked
 // at here, or not at all.
-Result<FoundRepo> find_repo(const std::string& repo,
-                            const KindSettings& settings);
+Checked<FoundRepo> find_repo(const std::string& repo,
+                             const KindSettings& settings);
 // The payload with this `repo`; empty: it has it already.
 std::string with_repo(const std::string& payload, const std::string& repo);
 

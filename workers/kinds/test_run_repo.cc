@@ -227,10 +227,10 @@ std::vector<std::string> repo_candidates(const std::string& repo,
   return out;
 }
 
-Result<FoundRepo> find_repo(const std::string& repo,
-                            const KindSettings& settings) {
+Checked<FoundRepo> find_repo(const std::string& repo,
+                             const KindSettings& settings) {
   const auto refuse = [&](const std::string& why) {
-    return Error{Code::invalid, "repo: \"" + printable(repo) + "\" " + why};
+    return BadField{"repo", "\"" + printable(repo) + "\" " + why};
   };
   const auto candidates = repo_candidates(repo, settings);
   std::string roots;

@@ -962,7 +962,7 @@ int run_pool(const PoolOptions& options) {
   const int own_pid = write_own_pid(options);
   const Predecessor predecessor = read_predecessor(root);
   outlast_spawner(predecessor.spawner);
-  register_built_in_handlers();
+  register_handlers(built_in_families());
   sandbox::SpawnerOptions spawning;
   spawning.root = options.root;
   spawning.socket_path = options.socket_path;

@@ -570,7 +570,7 @@ struct Planted {
 StepResult attack(Session& session, Bait bait, char mode, Millis timeout_ms) {
   bait.mode = mode;
   Step step;
-  step.builtin = BuiltinId::canary;
+  step.builtin = kCanaryBuiltin;
   step.stdin_data.assign(reinterpret_cast<const char*>(&bait), sizeof(bait));
   step.timeout_ms = timeout_ms;
   return session.run(step, Watch{});

@@ -137,9 +137,10 @@ class Init {
       plan.out = passed[2];
       plan.err = passed[wanted - 1];
       plan.fail = pipe_fds[1];
-      const auto id = static_cast<BuiltinId>(request.builtin);
-      if (id != BuiltinId::none) plan.builtin = find_builtin(id);
-      if (id != BuiltinId::none && !plan.builtin) {
+      const std::string_view name(request.builtin,
+                                  strnlen(request.builtin, kBuiltinNameMax));
+      if (!name.empty()) plan.builtin = find_builtin(name);
+      if (!name.empty() && !plan.builtin) {
         done.stage = Stage::builtin;
         done.error = ENOSYS;
       } else {

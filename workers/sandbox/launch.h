@@ -143,7 +143,9 @@ struct StepPlan {
 // Between fork and exec. Never returns.
 [[noreturn]] void enter_step(const StepPlan& plan);
 
-Builtin find_builtin(BuiltinId id);
+Builtin find_builtin(std::string_view name);
+inline constexpr char kCollectBuiltin[] = "sandbox.collect";
+inline constexpr char kCanaryBuiltin[] = "sandbox.canary";
 int collect_builtin(int in_fd, int out_fd);
 int canary_builtin(int in_fd, int out_fd);
 

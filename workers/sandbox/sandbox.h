@@ -70,20 +70,16 @@ struct SessionSpec {
   std::string mirror;   // 64 hex digits below <root>/mirrors, or empty
 };
 
-// Handlers compiled in, run confined without exec. Registered before the
-// spawner is forked; index = id.
+// Handlers compiled in, run confined without exec. Registered by name before
+// the spawner is forked; a name has 1 to kBuiltinNameMax bytes. A null `run`
+// takes the name out again (tests).
 using Builtin = int (*)(int in_fd, int out_fd);
-enum class BuiltinId : std::uint8_t {
-  none = 0,
-  noop = 1,
-  collect = 2,
-  canary = 3,
-  junit = 4,
-  land = 5,
-  tap = 6,
-  count = 8
+constexpr std::size_t kBuiltinNameMax = 31, kBuiltinsMax = 32;
+struct NamedBuiltin {
+  std::string name;
+  Builtin run = nullptr;
 };
-void register_builtin(BuiltinId id, Builtin run);
+void register_builtin(const std::string& name, Builtin run);
 
 struct Step {
   std::vector<std::string> argv;  // argv[0] is absolute inside the sandbox, or
@@ -91,7 +87,7 @@ struct Step {
   std::vector<std::string> env;   // "NAME=value", beside the standard four
   std::string cwd = "/work";      // inside; created before if it is missing
   std::string stdin_data;
-  BuiltinId builtin = BuiltinId::none;  // instead of argv
+  std::string builtin;  // a registered name, instead of argv
   Millis timeout_ms = 120'000;
   bool merge_stderr = false;  // both to stream 1
 };
@@ -180,10 +176,10 @@ class Session {
   // Runs a step to its end. Never blocks past its timeout + 3 s.
   virtual StepResult run(const Step& step, const Watch& watch) = 0;
 
-  // A built-in that stays: a stream socket to talk to it, its in_fd and
-  // out_fd. When it dies the socket
-  // reads end-of-file and wait_service() says how.
-  virtual Result<int> start_service(BuiltinId id) = 0;
+  // A program that stays, with no time limit of its own: a stream socket to
+  // talk to it, its standard input and output (a built-in's in_fd and out_fd).
+  // When it dies the socket reads end-of-file and wait_service() says how.
+  virtual Result<int> start_service(const Step& program) = 0;
   // Kills it after the time: Ended::timeout.
   virtual StepResult wait_service(Millis timeout_ms) = 0;
 

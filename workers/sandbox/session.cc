@@ -98,7 +98,12 @@ Result<std::string> spec_of(const Step& step) {
     std::erase_if(env, [&](const auto& e) { return e.starts_with(name); });
     env.push_back(variable);
   }
-  if (step.builtin == BuiltinId::none && step.argv.empty()) {
+  if (step.builtin.size() > kBuiltinNameMax) {
+    return Error{Code::invalid, "builtin: at most " +
+                                    std::to_string(kBuiltinNameMax) +
+                                    " bytes expected"};
+  }
+  if (step.builtin.empty() && step.argv.empty()) {
     return Error{Code::invalid, "argv: at least one word expected"};
   }
   if (step.cwd.empty() || step.cwd[0] != '/' || !whole(step.cwd)) {
@@ -144,7 +149,7 @@ class SessionImpl : public Session {
   StepResult run(const Step& step, const Watch& watch) override {
     return run_capped(step, watch, limits_.output_bytes);
   }
-  Result<int> start_service(BuiltinId id) override;
+  Result<int> start_service(const Step& program) override;
   StepResult wait_service(Millis timeout_ms) override;
   Result<void> put(const std::string& path, std::string_view bytes) override;
   Result<std::string> collect(const std::string& path,
@@ -324,7 +329,7 @@ std::optional<std::string> SessionImpl::send_step(const Step& step, int in,
   const Fd file = sealed(*spec);
   if (file.get() < 0) return std::string("memfd: ") + std::strerror(errno);
   StepRequest request;
-  request.builtin = static_cast<std::uint8_t>(step.builtin);
+  step.builtin.copy(request.builtin, kBuiltinNameMax);
   request.merge_stderr = err < 0;
   const int fds[] = {file.get(), in, out, err};
   const int error =
@@ -510,7 +515,7 @@ StepResult SessionImpl::run_capped(const Step& step, const Watch& watch,
   return result;
 }
 
-Result<int> SessionImpl::start_service(BuiltinId id) {
+Result<int> SessionImpl::start_service(const Step& program) {
   if (auto refused = refusal()) {
     return Error{Code::unavailable, refused->detail};
   }
@@ -520,9 +525,7 @@ Result<int> SessionImpl::start_service(BuiltinId id) {
   }
   Fd ours(pair[0]), theirs(pair[1]);
   const Fd null(open("/dev/null", O_WRONLY | O_CLOEXEC));
-  Step step;
-  step.builtin = id;
-  if (auto error = send_step(step, theirs.get(), theirs.get(), null.get())) {
+  if (auto error = send_step(program, theirs.get(), theirs.get(), null.get())) {
     return Error{Code::unavailable, *error};
   }
   service_ = true;
@@ -563,7 +566,7 @@ StepResult SessionImpl::wait_service(Millis timeout_ms) {
 StepResult SessionImpl::collector(const std::string& request,
                                   std::size_t output_bytes) {
   Step step;
-  step.builtin = BuiltinId::collect;
+  step.builtin = kCollectBuiltin;
   step.stdin_data = request;
   step.timeout_ms = kBuiltinMs;
   return run_capped(step, Watch{}, output_bytes);

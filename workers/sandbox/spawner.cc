@@ -12,12 +12,13 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <cstring>
 #include <fstream>
+#include <map>
 #include <sstream>
 
+#include "queue/base/check.h"
 #include "queue/base/say.h"
 #include "workers/sandbox/landlock.h"
 #include "workers/sandbox/launch.h"
@@ -34,8 +35,8 @@ constexpr char kRemedyIds[] =
     "namespace; or map these ids into it (unshare --map-auto, newuidmap); or "
     "set MACHINA_SLOT_UID_BASE so that they lie within what is mapped";
 
-std::array<Builtin, static_cast<std::size_t>(BuiltinId::count)>& builtins() {
-  static std::array<Builtin, static_cast<std::size_t>(BuiltinId::count)> all{};
+std::map<std::string, Builtin, std::less<>>& builtins() {
+  static std::map<std::string, Builtin, std::less<>> all;
   return all;
 }
 
@@ -396,14 +397,15 @@ std::unique_ptr<Spawner> spawner_at(pid_t pid, int control, int events,
   return std::make_unique<SpawnerHandle>(pid, control, events, answer_ms);
 }
 
-void register_builtin(BuiltinId id, Builtin run) {
-  const auto index = static_cast<std::size_t>(id);
-  if (index < builtins().size()) builtins()[index] = run;
+void register_builtin(const std::string& name, Builtin run) {
+  CHECK(!name.empty() && name.size() <= kBuiltinNameMax);
+  builtins()[name] = run;
+  CHECK(builtins().size() <= kBuiltinsMax);
 }
 
-Builtin find_builtin(BuiltinId id) {
-  const auto index = static_cast<std::size_t>(id);
-  return index < builtins().size() ? builtins()[index] : nullptr;
+Builtin find_builtin(std::string_view name) {
+  const auto found = builtins().find(name);
+  return found == builtins().end() ? nullptr : found->second;
 }
 
 namespace {
@@ -554,11 +556,11 @@ std::uint64_t pids_part(const PidsBound& bound, int slots) {
 }
 
 Result<std::unique_ptr<Spawner>> Spawner::start(const SpawnerOptions& options) {
-  if (!find_builtin(BuiltinId::collect)) {
-    register_builtin(BuiltinId::collect, collect_builtin);
+  if (!find_builtin(kCollectBuiltin)) {
+    register_builtin(kCollectBuiltin, collect_builtin);
   }
-  if (!find_builtin(BuiltinId::canary)) {
-    register_builtin(BuiltinId::canary, canary_builtin);
+  if (!find_builtin(kCanaryBuiltin)) {
+    register_builtin(kCanaryBuiltin, canary_builtin);
   }
   raise_descriptor_limit();
   int control[2], events[2];

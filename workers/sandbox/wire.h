@@ -28,6 +28,8 @@
 #include <span>
 #include <string>
 
+#include "workers/sandbox/sandbox.h"
+
 namespace machina::sandbox {
 
 constexpr int kSlotsMax = 64;
@@ -142,8 +144,8 @@ enum class InitOp : std::uint32_t { step, signal };
 
 struct StepRequest {
   InitOp op = InitOp::step;
-  std::uint8_t builtin = 0;
   std::uint8_t merge_stderr = 0;
+  char builtin[kBuiltinNameMax + 1] = {};  // its name; empty: argv
 };
 // Descriptors of a step, in order: spec memfd, stdin, stdout, stderr (absent
 // with merge_stderr).

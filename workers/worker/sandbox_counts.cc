@@ -20,8 +20,8 @@ class CountedSession final : public sandbox::Session {
                           const sandbox::Watch& watch) override {
     return counted(session_->run(step, watch));
   }
-  Result<int> start_service(sandbox::BuiltinId id) override {
-    return session_->start_service(id);
+  Result<int> start_service(const sandbox::Step& program) override {
+    return session_->start_service(program);
   }
   sandbox::StepResult wait_service(Millis timeout_ms) override {
     return counted(session_->wait_service(timeout_ms));

@@ -10,7 +10,8 @@
 #include <cstring>
 #include <thread>
 
-#include "workers/kinds/noop.h"
+#include "workers/kinds/handler.h"
+#include "workers/kinds/run.h"
 
 namespace machina {
 
@@ -20,7 +21,8 @@ using Steady = std::chrono::steady_clock;
 
 struct Warmed::Planned {
   std::optional<End> end;  // decided without the handler
-  kinds::NoopPayload payload;
+  const Lease* lease = nullptr;
+  std::uint32_t sequence = 0;
   Millis timeout_ms = 0;
   bool quick = false;
 };
@@ -38,59 +40,61 @@ void Warmed::close() {
   if (socket_ >= 0) ::close(socket_);
   socket_ = -1;
   session_.reset();
+  group_.reset();
   in_.clear();
 }
 
-Result<void> Warmed::open() {
-  if (socket_ >= 0) return {};
+Result<void> Warmed::open(const std::shared_ptr<const HandlerGroup>& group) {
+  if (socket_ >= 0 && group_ == group) return {};
   close();
   sandbox::SessionSpec spec;
-  spec.limits = kind_.limits;
+  spec.limits = group->limits;
   spec.min_level = level_;
   auto session = slot_.open(spec);
   if (!session) return session.error();
-  auto socket = (*session)->start_service(sandbox::BuiltinId::noop);
+  auto socket = (*session)->start_service(group->program);
   if (!socket) return socket.error();
+  group_ = group;
   session_ = std::move(*session);
   socket_ = *socket;
   return {};
 }
 
-Warmed::Ends Warmed::run(const std::vector<Lease>& leases,
+Warmed::Planned Warmed::plan(const Lease& lease, const HandlerGroup* group) {
+  Planned job;
+  const auto kind = kinds_.find(lease.kind);
+  if (kind == kinds_.end() || kind->second.group.get() != group) {
+    job.end = kinds::not_served(lease.kind);
+    return job;
+  }
+  sandbox::Limits limits = group->limits;
+  Level required = required_;
+  if (auto fits = kinds::apply_sandbox(lease.sandbox, limits, required);
+      !fits) {
+    job.end = kinds::bad_sandbox(fits.error());
+    return job;
+  }
+  if (required > level_) {
+    job.end = kinds::too_weak(required, level_);
+    return job;
+  }
+  job.lease = &lease;
+  job.sequence = ++sequence_;
+  job.timeout_ms =
+      lease.timeout_ms > 0 ? lease.timeout_ms : kind->second.timeout_ms;
+  job.quick =
+      kind->second.quick != nullptr && kind->second.quick(lease.payload);
+  return job;
+}
+
+Warmed::Ends Warmed::run(const std::shared_ptr<const HandlerGroup>& group,
+                         const std::vector<Lease>& leases,
                          const OnSlow& on_slow) {
   Ends ends(leases.size());
-  std::vector<Planned> plan(leases.size());
-  for (std::size_t i = 0; i < leases.size(); ++i) {
-    const Lease& lease = leases[i];
-    Planned& p = plan[i];
-    sandbox::Limits limits = kind_.limits;
-    Level required = required_;
-    auto payload = kinds::parse_noop(lease.payload);
-    if (!payload) {
-      p.end = kinds::failed(EndCode::invalid_payload, payload.error().what);
-      continue;
-    }
-    if (auto fits = kinds::apply_sandbox(lease.sandbox, limits, required);
-        !fits) {
-      const bool invalid = fits.error().code == Code::invalid;
-      p.end = kinds::failed(
-          invalid ? EndCode::invalid_payload : EndCode::isolation_unavailable,
-          fits.error().what);
-      p.end->retry = false;
-      continue;
-    }
-    if (required > level_) {
-      p.end =
-          kinds::failed(EndCode::isolation_unavailable,
-                        "needs " + kinds::level_name(required) +
-                            ", this worker gives " + kinds::level_name(level_));
-      continue;
-    }
-    p.payload = *payload;
-    p.payload.request.sequence = ++sequence_;
-    p.payload.request.attempt = static_cast<std::uint32_t>(lease.attempt);
-    p.timeout_ms = lease.timeout_ms > 0 ? lease.timeout_ms : kind_.timeout_ms;
-    p.quick = p.payload.request.sleep_ms == 0 && p.payload.request.crash == 0;
+  std::vector<Planned> plan;
+  plan.reserve(leases.size());
+  for (const Lease& lease : leases) {
+    plan.push_back(this->plan(lease, group.get()));
   }
 
   for (std::size_t i = 0; i < leases.size();) {
@@ -110,7 +114,7 @@ Warmed::Ends Warmed::run(const std::vector<Lease>& leases,
       ++i;
       continue;
     }
-    if (auto opened = open(); !opened) {
+    if (auto opened = open(group); !opened) {
       ends[i] = kinds::failed(EndCode::sandbox, opened.error().what);
       // The others go back and may come again at once: not in a busy loop.
       std::this_thread::sleep_for(milliseconds(100));
@@ -119,12 +123,14 @@ Warmed::Ends Warmed::run(const std::vector<Lease>& leases,
     std::string frames;
     std::size_t to = i;
     do {
-      kinds::append_frame(frames, plan[to].payload);
+      const Lease& lease = *plan[to].lease;
+      kinds::append_call(frames, plan[to].sequence, lease.attempt, lease.kind,
+                         lease.payload);
       ++to;
     } while (plan[i].quick && to < leases.size() && plan[to].quick &&
              !plan[to].end && frames.size() < (256u << 10));
-    if (!send(frames)) {
-      ends[i] = lost_handler();
+    if (!send(frames, plan[i].timeout_ms)) {
+      ends[i] = lost_handler(plan[i].timeout_ms);
       return ends;
     }
     if (!receive(plan, i, to, ends, leases, on_slow)) return ends;
@@ -133,11 +139,11 @@ Warmed::Ends Warmed::run(const std::vector<Lease>& leases,
   return ends;
 }
 
-bool Warmed::send(const std::string& frames) {
+bool Warmed::send(const std::string& frames, Millis timeout_ms) {
   // The handler answers while it reads, so replies are taken in between: two
   // full sockets would wait for each other.
   std::size_t at = 0;
-  const auto deadline = Steady::now() + milliseconds(kind_.timeout_ms);
+  const auto deadline = Steady::now() + milliseconds(timeout_ms);
   while (at < frames.size()) {
     const ssize_t n = ::send(socket_, frames.data() + at, frames.size() - at,
                              MSG_NOSIGNAL | MSG_DONTWAIT);
@@ -159,30 +165,64 @@ bool Warmed::send(const std::string& frames) {
   return true;
 }
 
-// One whole reply off the front of in_, if it is there.
-bool Warmed::take_reply(End& end, std::uint32_t sequence) {
-  kinds::NoopReply reply;
-  if (in_.size() < sizeof reply) return false;
-  std::memcpy(&reply, in_.data(), sizeof reply);
-  if (reply.sequence != sequence ||
-      reply.result_bytes > kinds::kNoopReplyBytesMax) {
+namespace {
+
+// Nothing: no outcome that this worker knows.
+std::optional<End> end_of(kinds::HandlerOutcome outcome, const Lease& lease,
+                          std::string message, std::string result) {
+  using kinds::HandlerOutcome;
+  End end;
+  switch (outcome) {
+    case HandlerOutcome::pass:
+    case HandlerOutcome::verdict:
+      if (outcome == HandlerOutcome::verdict) end.code = EndCode::verdict;
+      end.message = std::move(message);
+      end.result = std::move(result);
+      return end;
+    case HandlerOutcome::failed:
+      return kinds::failed(EndCode::exit, std::move(message));
+    case HandlerOutcome::bad_payload:
+      return kinds::failed(EndCode::invalid_payload, std::move(message));
+    case HandlerOutcome::unknown_kind:
+      return kinds::not_served(lease.kind);
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+// One whole answer off the front of in_, if it is there.
+Warmed::Took Warmed::take_answer(End& end, const Planned& job) {
+  kinds::HandlerAnswer head;
+  if (in_.size() < sizeof head) return Took::nothing;
+  std::memcpy(&head, in_.data(), sizeof head);
+  const bool bounded = head.sequence == job.sequence &&
+                       head.message_bytes <= kMessageBytesMax &&
+                       head.result_bytes <= kinds::kHandlerResultBytesMax;
+  const std::size_t whole =
+      sizeof head + head.message_bytes + head.result_bytes;
+  if (bounded && in_.size() < whole) return Took::nothing;
+  std::optional<End> made;
+  if (bounded) {
+    const std::size_t result_at = sizeof head + head.message_bytes;
+    made = end_of(head.outcome, *job.lease,
+                  in_.substr(sizeof head, head.message_bytes),
+                  in_.substr(result_at, head.result_bytes));
+  }
+  // A built-in is our own code. Another program's result could spoil the body
+  // in which the ends of the whole batch travel.
+  if (made && !group_->program.argv.empty() && !made->result.empty() &&
+      !kinds::whole_json(made->result)) {
+    made = kinds::failed(EndCode::sandbox, "the handler's result is no JSON");
+    made->retry = false;
+  }
+  if (!made) {
     end = kinds::failed(EndCode::sandbox, "the handler answered out of turn");
-    return true;
+    return Took::nonsense;
   }
-  if (in_.size() < sizeof reply + reply.result_bytes) return false;
-  switch (reply.outcome) {
-    case kinds::NoopOutcome::exit:
-      end = kinds::failed(EndCode::exit, "failed as asked (fail_attempts)");
-      break;
-    case kinds::NoopOutcome::verdict:
-      end.code = EndCode::verdict;
-      end.message = "failed as asked (fail)";
-      [[fallthrough]];
-    default:
-      end.result = in_.substr(sizeof reply, reply.result_bytes);
-  }
-  in_.erase(0, sizeof reply + reply.result_bytes);
-  return true;
+  end = std::move(*made);
+  in_.erase(0, whole);
+  return Took::answer;
 }
 
 bool Warmed::receive(const std::vector<Planned>& plan, std::size_t from,
@@ -192,12 +232,11 @@ bool Warmed::receive(const std::vector<Planned>& plan, std::size_t from,
   bool told = false;
   for (std::size_t i = from; i < to;) {
     End end;
-    if (take_reply(end, plan[i].payload.request.sequence)) {
-      const bool broken = end.code == EndCode::sandbox;
+    if (const Took took = take_answer(end, plan[i]); took != Took::nothing) {
       end.usage.shared = true;
       end.usage.wall_ms = since(start);
       ends[i] = std::move(end);
-      if (broken) {
+      if (took == Took::nonsense) {
         close();
         return false;
       }
@@ -242,7 +281,7 @@ bool Warmed::receive(const std::vector<Planned>& plan, std::size_t from,
     if (n > 0) {
       in_.append(buffer, static_cast<std::size_t>(n));
     } else if (n == 0 || (errno != EAGAIN && errno != EINTR)) {
-      ends[i] = lost_handler();
+      ends[i] = lost_handler(plan[i].timeout_ms);
       ends[i]->usage.wall_ms = since(start);
       return false;
     }
@@ -251,13 +290,13 @@ bool Warmed::receive(const std::vector<Planned>& plan, std::size_t from,
 }
 
 // The handler's socket has ended: how did it die?
-End Warmed::lost_handler() {
+End Warmed::lost_handler(Millis timeout_ms) {
   const sandbox::StepResult died = session_->wait_service(3000);
   EndCode code = kinds::code_of(died.ended);
   if (code == EndCode::none) code = EndCode::exit;
   End end = kinds::failed(
       code, "the handler's process " +
-                kinds::describe(died, kind_.limits, kind_.timeout_ms));
+                kinds::describe(died, group_->limits, timeout_ms));
   close();
   return end;
 }

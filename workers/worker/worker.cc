@@ -74,12 +74,11 @@ class Worker::Impl : public kinds::Host {
         slot_(slot),
         report_(std::move(report)),
         settings_(settings_of(options)),
-        kinds_(built_in_kinds(settings_)),
+        kinds_(kinds_of(options.families, settings_)),
         client_(connect()),
         heartbeat_(connect(), [this](const auto& id) { tell_busy(id); }),
         log_(connect()),
-        warmed_(slot_, kinds_.at("noop"), report_.level, options.min_level,
-                heartbeat_) {
+        warmed_(slot_, kinds_, report_.level, options.min_level, heartbeat_) {
     for (const auto& [name, kind] : kinds_) {
       const bool wanted =
           options.kinds.empty() ||
@@ -87,7 +86,7 @@ class Worker::Impl : public kinds::Host {
                       [&](const auto& p) { return kind_matches(p, name); });
       if (!wanted) continue;
       leased_.push_back(name);
-      if (kind.warmed) warmed_kinds_.push_back(name);
+      if (kind.warmed()) group_kinds_[kind.group].push_back(name);
     }
     for (Level level = 0; level <= kLevelMax; ++level) {
       isolation_[level] = sandbox::isolation_json(report_, level);
@@ -102,8 +101,8 @@ class Worker::Impl : public kinds::Host {
       if (leases.empty()) leases = lease(leased_, 1, kParkMs);
       if (leases.empty()) continue;
       const auto kind = kinds_.find(leases.front().kind);
-      if (kind != kinds_.end() && kind->second.warmed) {
-        leases = run_warmed(std::move(leases));
+      if (kind != kinds_.end() && kind->second.warmed()) {
+        leases = run_warmed(kind->second.group, std::move(leases));
       } else {
         leases = run_sandboxed(leases.front());
       }
@@ -412,20 +411,25 @@ class Worker::Impl : public kinds::Host {
 
   // --- warmed kinds ---
 
-  std::vector<Lease> run_warmed(std::vector<Lease> leases) {
+  using Group = std::shared_ptr<const HandlerGroup>;
+
+  std::vector<Lease> run_warmed(const Group& group, std::vector<Lease> leases) {
+    const std::vector<std::string>& kinds = group_kinds_[group];
     const auto until = Steady::now() + milliseconds(kWarmedRunMs);
     while (!leases.empty()) {
       heartbeat_.hold(leases);
       std::vector<bool> told(leases.size(), false);
-      auto ends = warmed_.run(leases, [&](std::size_t at, const auto& so_far) {
-        report_batch(leases, so_far, told, at, false);
+      const auto on_slow = [&](std::size_t at, const Warmed::Ends& so_far) {
+        report_batch(leases, so_far, told, at, {});
         for (std::size_t i = at + 1; i < leases.size(); ++i) {
           release(leases[i].token);
           told[i] = true;
         }
-      });
+      };
+      const auto ends = warmed_.run(group, leases, on_slow);
       const bool more = !stopping_ && Steady::now() < until;
-      auto next = report_batch(leases, ends, told, leases.size(), more);
+      auto next = report_batch(leases, ends, told, leases.size(),
+                               more ? kinds : std::vector<std::string>());
       for (std::size_t i = 0; i < leases.size(); ++i) {
         if (told[i]) continue;
         // Not started, or the lease is another's by now.
@@ -441,11 +445,11 @@ class Worker::Impl : public kinds::Host {
   }
 
   // Reports the ends of [0, to) that are there and were not told yet, and
-  // leases again in the same trip where `more`.
+  // leases jobs of `next` in the same trip, where there are any.
   std::vector<Lease> report_batch(const std::vector<Lease>& leases,
                                   const Warmed::Ends& ends,
                                   std::vector<bool>& told, std::size_t to,
-                                  bool more) {
+                                  const std::vector<std::string>& next) {
     std::string items;
     for (std::size_t i = 0; i < to; ++i) {
       if (told[i] || !ends[i]) continue;
@@ -464,7 +468,7 @@ class Worker::Impl : public kinds::Host {
         fail(lease.token, *ends[i], isolation);
       }
     }
-    return complete(items, more, warmed_kinds_, Warmed::kBatchMax);
+    return complete(items, !next.empty(), next, Warmed::kBatchMax);
   }
 
   const std::string& isolation_of(const Lease& lease) const {
@@ -603,8 +607,7 @@ class Worker::Impl : public kinds::Host {
   End attempt(const Lease& lease) {
     const auto kind = kinds_.find(lease.kind);
     if (kind == kinds_.end() || kind->second.run == nullptr) {
-      return kinds::failed(EndCode::sandbox,
-                           "kind " + lease.kind + " is not served here");
+      return kinds::not_served(lease.kind);
     }
     kinds::Attempt attempt;
     attempt.job_id = lease.job_id;
@@ -622,18 +625,10 @@ class Worker::Impl : public kinds::Host {
     if (auto fits = kinds::apply_sandbox(lease.sandbox, attempt.limits,
                                          attempt.required);
         !fits) {
-      const bool invalid = fits.error().code == Code::invalid;
-      End end = kinds::failed(
-          invalid ? EndCode::invalid_payload : EndCode::isolation_unavailable,
-          fits.error().what);
-      end.retry = false;
-      return end;
+      return kinds::bad_sandbox(fits.error());
     }
     if (attempt.required > report_.level) {
-      return kinds::failed(EndCode::isolation_unavailable,
-                           "needs " + kinds::level_name(attempt.required) +
-                               ", this worker gives " +
-                               kinds::level_name(report_.level));
+      return kinds::too_weak(attempt.required, report_.level);
     }
     log_.begin(lease.token, 2 * attempt.limits.output_bytes);
     return kind->second.run(attempt, *this);
@@ -643,8 +638,9 @@ class Worker::Impl : public kinds::Host {
   CountedSlot slot_;
   const sandbox::Report report_;
   const KindSettings settings_;
-  const std::map<std::string, Kind> kinds_;
-  std::vector<std::string> leased_, warmed_kinds_;
+  const KindMap kinds_;
+  std::vector<std::string> leased_;
+  std::map<Group, std::vector<std::string>> group_kinds_;
   std::array<std::string, kLevelMax + 1> isolation_;  // by requested level
 
   HttpClient client_;

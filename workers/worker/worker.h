@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "queue/base/job.h"
+#include "workers/kinds/kinds.h"
 #include "workers/sandbox/sandbox.h"
 
 namespace machina {
@@ -47,6 +48,7 @@ struct WorkerOptions {
   Millis shell_timeout_ms = 30'000;
   std::uint64_t shell_stdout_max = 131'072;  // bytes of each in a result
   std::uint64_t shell_stderr_max = 131'072;
+  Families families = built_in_families();
 };
 
 // Attaches to the slot, runs the canary, serves until it is told to leave.

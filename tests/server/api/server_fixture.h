@@ -67,6 +67,11 @@ class Client {
     fd_ = -1;
   }
   void end() { shutdown(fd_, SHUT_WR); }
+  void reset() {
+    const linger at_once{1, 0};
+    setsockopt(fd_, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
+    shut();
+  }
   void send(std::string_view bytes) {
     while (!bytes.empty()) {
       ssize_t n = ::send(fd_, bytes.data(), bytes.size(), MSG_NOSIGNAL);
@@ -166,15 +171,15 @@ class ServerTest : public testing::Test {
     options_.drain_ms = 300;
     KindFacts noop;
     noop.timeout_ms = 4321;
-    noop.check = [](const std::string& payload) -> Result<KindFacts::Kept> {
+    noop.check = [](const std::string& payload) -> Checked<KindFacts::Kept> {
       if (payload.find("\"bad\"") != payload.npos) {
-        return Error{Code::invalid, "bad: \"bad\" is not a member"};
+        return BadField{"bad", "\"bad\" is not a member"};
       }
       return KindFacts::Kept{};
     };
     options_.kinds["noop"] = noop;
     KindFacts turns;
-    turns.check = [](const std::string& payload) -> Result<KindFacts::Kept> {
+    turns.check = [](const std::string& payload) -> Checked<KindFacts::Kept> {
       return KindFacts::Kept{"", "thing:" + payload};
     };
     options_.kinds["takes.turns"] = turns;

@@ -37,21 +37,27 @@ class KindsTest : public testing::Test {
   }
   void TearDown() override { fs::remove_all(root_); }
 
-  // What the check says; "" where it is content.
+  KindMap all() const { return kinds_of(built_in_families(), settings_); }
+
+  // As a new job is looked at: by its text, then by what the host has.
+  Checked<Kind::Kept> look_at(const std::string& kind,
+                              const std::string& payload) {
+    const Kind one = all().at(kind);
+    auto good = one.check(payload);
+    return good && one.resolve ? one.resolve(payload) : good;
+  }
+
+  // What the looks say; "" where they are content.
   std::string check(const std::string& kind, const std::string& payload) {
-    const auto kinds = built_in_kinds(settings_);
-    const auto good = kinds.at(kind).check(payload);
-    if (good) return "";
-    EXPECT_EQ(good.error().code, Code::invalid);
-    return good.error().what;
+    const auto good = look_at(kind, payload);
+    return good ? "" : good.error().text();
   }
 
   // What is kept of a payload that is good.
   Kind::Kept kept(const std::string& kind, const std::string& payload) {
-    const auto kinds = built_in_kinds(settings_);
-    auto good = kinds.at(kind).check(payload);
+    auto good = look_at(kind, payload);
     if (good) return *good;
-    ADD_FAILURE() << payload << ": " << good.error().what;
+    ADD_FAILURE() << payload << ": " << good.error().text();
     return {};
   }
   static std::string payload_of(const std::string& kind,
@@ -143,9 +149,9 @@ TEST_F(KindsTest, NobodyLearnsWhatIsOutsideOfTheRoots) {
 }
 
 TEST_F(KindsTest, DefaultsAreThoseOfTheTable) {
-  const auto kinds = built_in_kinds(settings_);
+  const auto kinds = all();
   ASSERT_EQ(kinds.size(), 5);
-  EXPECT_TRUE(kinds.at("noop").warmed);
+  EXPECT_TRUE(kinds.at("noop").warmed());
   EXPECT_EQ(kinds.at("noop").timeout_ms, 120'000);
   EXPECT_EQ(kinds.at("tool.shell").limits.memory_mb, 512);
   EXPECT_EQ(kinds.at("tool.shell").timeout_ms, settings_.shell_timeout_ms);
@@ -157,8 +163,9 @@ TEST_F(KindsTest, DefaultsAreThoseOfTheTable) {
 TEST_F(KindsTest, F31_EachKindIsWarmedOrHasARunOfItsOwn) {
   std::set<const void*> runs;
   int sandboxed = 0;
-  for (const auto& [name, kind] : built_in_kinds(settings_)) {
-    EXPECT_EQ(kind.warmed, kind.run == nullptr) << name;
+  for (const auto& [name, kind] : all()) {
+    EXPECT_EQ(kind.warmed(), kind.run == nullptr) << name;
+    EXPECT_EQ(kind.name, name);
     if (kind.run == nullptr) continue;
     ++sandboxed;
     runs.insert(reinterpret_cast<const void*>(kind.run));

@@ -24,25 +24,25 @@ const std::string kId = "019aa122-be01-7400-8000-000000000001";
 
 TEST(PatchRollback, APayloadIsReadStrictly) {
   auto good = parse_rollback(R"({"patch_id":")" + kId + R"("})");
-  ASSERT_TRUE(good) << good.error().what;
+  ASSERT_TRUE(good) << good.error().text();
   EXPECT_EQ(good->patch_id, kId);
   EXPECT_EQ(good->path, "");
   good = parse_rollback(R"({"patch_id":")" + kId +
                         R"(","region":{"path":"a/b.py","start_line":3}})");
-  ASSERT_TRUE(good) << good.error().what;
+  ASSERT_TRUE(good) << good.error().text();
   EXPECT_EQ(good->start_line, 3);
   EXPECT_EQ(good->end_line, 3);
   EXPECT_TRUE(good->own_test);
   EXPECT_FALSE(good->block);
   good = parse_rollback(R"({"patch_id":")" + kId +
                         R"(","test":null,"on_conflict":"block"})");
-  ASSERT_TRUE(good) << good.error().what;
+  ASSERT_TRUE(good) << good.error().text();
   EXPECT_FALSE(good->own_test);
   EXPECT_FALSE(good->test);
   EXPECT_TRUE(good->block);
   good = parse_rollback(R"({"patch_id":")" + kId +
                         R"(","test":{"select":["t.py"]}})");
-  ASSERT_TRUE(good) << good.error().what;
+  ASSERT_TRUE(good) << good.error().text();
   EXPECT_FALSE(good->own_test);
   ASSERT_TRUE(good->test);
   EXPECT_EQ(good->test->select, std::vector<std::string>({"t.py"}));
@@ -74,9 +74,8 @@ TEST(PatchRollback, APayloadIsReadStrictly) {
             "region.end_line"}}) {
     auto bad = parse_rollback(payload);
     ASSERT_FALSE(bad) << payload;
-    EXPECT_EQ(bad.error().code, Code::invalid);
-    EXPECT_EQ(bad.error().what.rfind(field + ":", 0), 0u)
-        << payload << ": " << bad.error().what;
+    EXPECT_EQ(bad.error().field, field)
+        << payload << ": " << bad.error().text();
   }
 }
 
@@ -115,8 +114,8 @@ class PlayedSession final : public sandbox::Session {
     const bool ours = !step.argv.empty() && step.argv[0] == kSuite;
     return ours ? suite_() : real_->run(step, watch);
   }
-  Result<int> start_service(sandbox::BuiltinId id) override {
-    return real_->start_service(id);
+  Result<int> start_service(const sandbox::Step& program) override {
+    return real_->start_service(program);
   }
   sandbox::StepResult wait_service(Millis timeout_ms) override {
     return real_->wait_service(timeout_ms);

@@ -784,7 +784,7 @@ class LanderTest : public PatchTest {
                  "make", std::to_string(objects)};
     EXPECT_EQ((*session)->run(make, {}).exit_code, 0);
     sandbox::Step link;
-    link.builtin = sandbox::BuiltinId::land;
+    link.builtin = kinds::kLandHandler;
     link.stdin_data = how + "\n" + branch + "\n" + commit + "\n" +
                       (old.empty() ? "" : old + "\n");
     const auto ran = (*session)->run(link, {});

@@ -14,8 +14,8 @@
 #include <memory>
 #include <string>
 
-#include "workers/kinds/junit.h"
-#include "workers/kinds/noop.h"
+#include "workers/kinds/kinds.h"
+#include "workers/sandbox/launch.h"
 #include "workers/sandbox/sandbox.h"
 
 namespace machina {
@@ -49,7 +49,7 @@ class FakeSession : public sandbox::Session {
     return box_.program(step, watch);
   }
 
-  Result<int> start_service(sandbox::BuiltinId id) override {
+  Result<int> start_service(const sandbox::Step& program) override {
     ++box_.services;
     int pair[2];
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0) {
@@ -58,9 +58,18 @@ class FakeSession : public sandbox::Session {
     pid_ = fork();
     if (pid_ == 0) {
       close(pair[0]);
-      _exit(id == sandbox::BuiltinId::noop
-                ? kinds::noop_handler(pair[1], pair[1])
-                : kinds::junit_handler(pair[1], pair[1]));
+      if (const auto run = sandbox::find_builtin(program.builtin)) {
+        _exit(run(pair[1], pair[1]));
+      }
+      dup2(pair[1], 0);
+      dup2(pair[1], 1);
+      std::vector<char*> argv;
+      for (const std::string& word : program.argv) {
+        argv.push_back(const_cast<char*>(word.c_str()));
+      }
+      argv.push_back(nullptr);
+      execv(argv[0], argv.data());
+      _exit(127);
     }
     close(pair[1]);
     return pair[0];
@@ -108,7 +117,9 @@ class FakeSession : public sandbox::Session {
 
 class FakeSlot : public sandbox::Slot {
  public:
-  explicit FakeSlot(FakeSandbox& box) : box_(box) {}
+  explicit FakeSlot(FakeSandbox& box) : box_(box) {
+    register_handlers(built_in_families());
+  }
   Result<int> connect_server() override { return box_.connect(); }
   Result<std::unique_ptr<sandbox::Session>> open(
       const sandbox::SessionSpec&) override {

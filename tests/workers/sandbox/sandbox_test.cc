@@ -550,12 +550,14 @@ int upper(int in, int out) {
 }
 
 TEST_P(SandboxTest, AServiceTalksAndItsEndIsKnown) {
-  register_builtin(BuiltinId::noop, upper);
+  Step service;
+  service.builtin = "upper";
+  register_builtin(service.builtin, upper);
   with([&] {
     Stand stand;
     auto session = stand.open(small());
     for (const char* last : {"", "!"}) {
-      auto socket = session->start_service(BuiltinId::noop);
+      auto socket = session->start_service(service);
       ASSERT_TRUE(socket) << socket.error().what;
       char text[4] = {};
       ASSERT_EQ(write(*socket, "abc", 3), 3);
@@ -577,7 +579,7 @@ TEST_P(SandboxTest, AServiceTalksAndItsEndIsKnown) {
       }
     }
   });
-  register_builtin(BuiltinId::noop, nullptr);
+  register_builtin(service.builtin, nullptr);
 }
 
 // --- slots, pool and spawner ---
@@ -622,12 +624,11 @@ int shared_memory(int, int out) {
 
 TEST_P(SandboxTest, F16_AHandlerSharesNoMemoryThatItCanWrite) {
   with([&] {
-    constexpr auto kId = static_cast<BuiltinId>(6);
-    register_builtin(kId, shared_memory);
+    register_builtin("shared_memory", shared_memory);
     Stand stand;
     auto session = stand.open(small());
     Step step;
-    step.builtin = kId;
+    step.builtin = "shared_memory";
     const auto r = session->run(step, Watch{});
     EXPECT_EQ(r.out, "maps\n") << shown(r);
   });

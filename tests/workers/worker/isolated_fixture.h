@@ -30,7 +30,7 @@ class IsolatedTest : public testing::Test {
     root_ = name;
     repos_ = root_ + "/repos";
     std::filesystem::create_directories(repos_);
-    register_built_in_handlers();
+    register_handlers(built_in_families());
     sandbox::SpawnerOptions spawning;
     spawning.root = root_;
     spawning.repo_roots = {repos_};
