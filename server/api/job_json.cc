@@ -483,20 +483,12 @@ MaybeProblem read_new_job(const JsonValue& json, const JobContext& context,
   }
   auto facts = options.kinds.find(job->kind);
   if (facts != options.kinds.end()) {
-    KindFacts::Kept kept;
-    for (const auto* look : {&facts->second.check, &facts->second.resolve}) {
-      if (!*look) continue;
-      auto found = (*look)(job->payload);
-      if (!found) return invalid_payload(found.error());
-      kept = std::move(*found);
-    }
-    if (kept.payload.size() > kPayloadBytesMax) {
-      return too_long("payload", kept.payload.size(), kPayloadBytesMax);
-    }
-    if (!kept.payload.empty()) job->payload = std::move(kept.payload);
-    if (auto p =
-            set_kind_key(facts->second, std::move(kept.concurrency_key), job)) {
-      return p;
+    if (facts->second.check) {
+      auto kept = facts->second.check(job->payload);
+      // What `resolve` finds counts instead, once it is found.
+      if (!kept || !facts->second.resolve) {
+        if (auto p = take_kept(options, std::move(kept), job)) return p;
+      }
     }
     if (job->timeout_ms == 0) job->timeout_ms = facts->second.timeout_ms;
     if (!level_set) job->min_level = options.min_level;
@@ -505,6 +497,29 @@ MaybeProblem read_new_job(const JsonValue& json, const JobContext& context,
   job->traceparent.assign(context.traceparent);
   job->request_id.assign(context.request_id);
   return std::nullopt;
+}
+
+bool needs_host(const ServerOptions& options, const NewJob& job) {
+  const auto facts = options.kinds.find(job.kind);
+  return facts != options.kinds.end() && facts->second.resolve != nullptr;
+}
+
+MaybeProblem take_kept(const ServerOptions& options,
+                       Checked<KindFacts::Kept> kept, NewJob* job) {
+  if (!kept) return invalid_payload(kept.error());
+  if (kept->payload.size() > kPayloadBytesMax) {
+    return too_long("payload", kept->payload.size(), kPayloadBytesMax);
+  }
+  if (!kept->payload.empty()) job->payload = std::move(kept->payload);
+  return set_kind_key(options.kinds.at(job->kind),
+                      std::move(kept->concurrency_key), job);
+}
+
+Problem of_child(Problem problem, std::size_t index) {
+  const std::string child = "enqueue[" + std::to_string(index) + "]";
+  problem.field = child + (problem.field.empty() ? "" : "." + problem.field);
+  problem.detail = child + ": " + problem.detail;
+  return problem;
 }
 
 // --- Workers' bodies -------------------------------------------------------
@@ -575,7 +590,7 @@ MaybeProblem read_children(const JsonValue& v, const JobContext& context,
                            std::vector<NewJob>* children) {
   constexpr std::size_t kChildrenMax = 1000;
   if (!v.is_array()) return wrong_type("enqueue", v, "an array of jobs");
-  int index = 0;
+  std::size_t index = 0;
   for (JsonValue item = v.first(); item; item = item.next(), ++index) {
     if (children->size() >= kChildrenMax) {
       return bad_field("enqueue",
@@ -583,10 +598,7 @@ MaybeProblem read_children(const JsonValue& v, const JobContext& context,
     }
     children->emplace_back();
     if (auto p = read_new_job(item, context, &children->back())) {
-      p->field = "enqueue[" + std::to_string(index) + "]" +
-                 (p->field.empty() ? "" : "." + p->field);
-      p->detail = "enqueue[" + std::to_string(index) + "]: " + p->detail;
-      return p;
+      return of_child(std::move(*p), index);
     }
   }
   return std::nullopt;

@@ -53,8 +53,15 @@ struct JobContext {
   std::string_view tenant = "default";
 };
 
+// With its kind's `check`. Where needs_host() says so, take_kept() with what
+// the kind's `resolve` found is still to come.
 MaybeProblem read_new_job(const JsonValue& json, const JobContext& context,
                           NewJob* job);
+bool needs_host(const ServerOptions& options, const NewJob& job);
+MaybeProblem take_kept(const ServerOptions& options,
+                       Checked<KindFacts::Kept> kept, NewJob* job);
+// What is wrong with the child `index` of a completion.
+Problem of_child(Problem problem, std::size_t index);
 // `token` is read too where it is not null (batches); the token member is
 // otherwise unknown.
 MaybeProblem read_completion(const JsonValue& json, const JobContext& context,

@@ -22,9 +22,9 @@ struct Bulk final : PendingExtra {
   struct Item {
     int index = 0;
     MaybeProblem problem;  // nothing: the next of the shard's answers
+    std::string kind, queue;
   };
   std::vector<Item> items;
-  std::vector<std::pair<std::string, std::string>> names;  // kind, queue
 };
 
 struct ListPage final : PendingExtra {
@@ -248,7 +248,7 @@ void Service::enqueue_one(const Exchange& call, const JsonValue& json,
   request.what.emplace<Command>(std::move(command));
   request.wait_ms = wait_ms;
   request.with_payload = form != kEnqueueForm;
-  submit(std::move(request));
+  submit_new(std::move(request));
 }
 
 namespace {
@@ -328,13 +328,8 @@ void Service::enqueue_many(const Exchange& call, bool lines) {
     }
     NewJob job;
     if (!problem) problem = read_new_job(*json, context, &job);
-    if (problem) {
-      problem->index = index;
-    } else {
-      bulk->names.emplace_back(job.kind, job.queue);
-      command.jobs.push_back(std::move(job));
-    }
-    bulk->items.push_back({index, std::move(problem)});
+    bulk->items.push_back({index, std::move(problem), job.kind, job.queue});
+    if (!bulk->items.back().problem) command.jobs.push_back(std::move(job));
   };
   if (lines) {
     std::string_view left = call.body;
@@ -375,7 +370,9 @@ void Service::enqueue_many(const Exchange& call, bool lines) {
   Request request = request_of(call);
   request.what.emplace<Command>(std::move(command));
   request.with_payload = false;
-  submit(std::move(request));
+  submit_new(std::move(request), [](Pending& p, auto& problems) {
+    note_problems(static_cast<Bulk&>(*p.extra).items, problems);
+  });
 }
 
 namespace {
@@ -403,23 +400,20 @@ void enqueued_many(Service& s, Peer& peer, std::uint64_t sequence,
       if (!problem) {
         bool duplicate = answer.answer == Answer::duplicate;
         ++(duplicate ? duplicates : accepted);
-        if (!duplicate && at < bulk.names.size()) {
-          s.metrics_.enqueued(bulk.names[at].first, bulk.names[at].second);
-        }
+        if (!duplicate) s.metrics_.enqueued(item.kind, item.queue);
         json.key("id").id(answer.id);
         json.key("state").string(name(answer.state));
         json.key("duplicate").boolean(duplicate);
         if (at < response.views.size() && response.views[at].past_retention) {
-          append_end(json, bulk.names[at].first, answer);
-        } else if (!is_final(answer.state) && !s.served(bulk.names[at].first)) {
+          append_end(json, item.kind, answer);
+        } else if (!is_final(answer.state) && !s.served(item.kind)) {
           json.key("served").boolean(false);
         }
-      } else {
-        problem->index = item.index;
       }
     }
     if (problem) {
       ++rejected;
+      problem->index = item.index;
       std::string text;
       append_problem(&text, *problem);
       json.key("problem").raw(text);

@@ -357,7 +357,7 @@ static void post_complete(Service& s, const Exchange& call) {
     CompleteCommand command;
     command.items.push_back(std::move(*item));
     request.what.emplace<Command>(std::move(command));
-    return s.submit(std::move(request));
+    return s.submit_new(std::move(request));
   }
   Where where{call.peer.id, call.sequence};
   s.check_artifacts(where, {{*fence, item->outcome.artifacts}},
@@ -369,7 +369,7 @@ static void post_complete(Service& s, const Exchange& call) {
                       CompleteCommand command;
                       command.items.push_back(std::move(*item));
                       later.what.emplace<Command>(std::move(command));
-                      s.submit(std::move(later));
+                      s.submit_new(std::move(later));
                     });
 }
 
@@ -469,7 +469,9 @@ static void post_complete_many(Service& s, const Exchange& call) {
     request.wait_ms = wait;
     request.with_payload = command->lease.has_value();  // of the leases' jobs
     request.what.emplace<Command>(std::move(*command));
-    s.submit(std::move(request));
+    s.submit_new(std::move(request), [](Pending& batched, auto& problems) {
+      note_problems(static_cast<TokenBatch&>(*batched.extra).items, problems);
+    });
   };
   if (!artifacts) return go();
   std::vector<std::pair<Fence, std::vector<std::string>>> claims;

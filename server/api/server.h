@@ -79,6 +79,7 @@ struct ServerOptions {
   Millis retry_min_ms = 1000, retry_max_ms = 300'000;
   Millis dedup_ttl_ms = 300'000;
   Millis drain_ms = 30'000;
+  Millis resolve_ms = 2000;  // for what a kind looks up on the host
   Millis scan_ms = 150;
   Level min_level = 0;  // of built-in kinds
   // Ceilings of a job's `sandbox` member; 0: none.

@@ -77,6 +77,7 @@ int Service::run() {
     // The log may be open by now: leave it clean.
     if (shard_ != nullptr && !shard_->poisoned()) (void)shard_->close();
     threads_.reset();
+    resolver_.reset();
     return code;
   }
   loop_->run();
@@ -159,6 +160,9 @@ int Service::recover() {
   patches_ = std::move(*patches);
   shard_->feed_to(patches_.get());
   threads_ = std::make_unique<FileThreads>(kFileThreads);
+  resolver_ = std::make_unique<Resolver>(
+      options_.kinds, clock_, options_.resolve_ms,
+      [this](std::function<void()> run) { loop_->post(std::move(run)); });
   shard_->on_send([this](Response r) { on_response(std::move(r)); });
   Loop* loop = loop_.get();
   shard_->on_wake([loop] { loop->wake(); });
@@ -274,6 +278,7 @@ void Service::housekeeping() {
     }
   }
   give_memory_back();
+  resolver_->give_up(false);
   // Samples are bounded: taken often, none is lost between two scrapes.
   if (!poisoned_) metrics_.absorb(shard_->stats());
   if (now - last_sweep_ >= kSweepEveryMs) {
@@ -394,6 +399,7 @@ void Service::advance_drain() {
     return;
   }
   leave_until_ = 0;
+  resolver_->give_up(true);
   if (!handover_) end_pool_left_behind();
   stop(exit_code_);
 }
@@ -402,6 +408,7 @@ int Service::finish() {
   int code = exit_code_;
   loop_->finish(2'000);
   threads_.reset();  // before the loop that they post to
+  resolver_.reset();
   if (auto kept = door_->gate().close(); !kept) {
     Saying(Severity::error, "nonces_not_kept",
            "the next start refuses what was signed before it: " +
@@ -581,7 +588,7 @@ void Peer::on_drained() {
 // Before an answer is made: is what was made for it taken?
 bool Peer::may_take() {
   return socket.unsent() <= kUnsentMax && connection.large_open() == 0 &&
-         later == nullptr;
+         later == nullptr && !resolving;
 }
 
 std::optional<HttpError> Peer::on_held(std::size_t bytes) {

@@ -29,6 +29,7 @@
 #include "server/api/doorkeeper.h"
 #include "server/api/job_json.h"
 #include "server/api/metrics.h"
+#include "server/api/new_jobs.h"
 #include "server/api/patches.h"
 #include "server/api/problem.h"
 #include "server/api/route.h"
@@ -155,6 +156,7 @@ struct Peer final : SocketEvents, ConnectionSink {
   std::uint64_t weight = 0;          // what is kept for its answers
   bool hung_up = false;              // it will send no more
   std::unique_ptr<Later> later;      // waits for room, by way of crowd_
+  bool resolving = false;            // new_jobs.h: its last request
   bool in_crowd = false;
   std::uint64_t kept = 0;  // Connection::kept(), as it is in weights_
   // An artifact that is coming in.
@@ -255,6 +257,14 @@ class Service {
   // --- the shard ---
   Request request_of(const Exchange& call);
   void submit(Request request);
+  // The same of a command that makes jobs (new_jobs.h). `note`: puts the
+  // problems of those that are left out where the answer to a batch is made;
+  // null: it is no batch, and the problem is the answer.
+  using NoteProblems = void (*)(Pending&, std::vector<MaybeProblem>&);
+  void submit_new(Request request, NoteProblems note = nullptr);
+  void resolved(const Where& where, Request request, NoteProblems note,
+                Resolver::Found found);
+  void admitted(Request request);
   // Asks on the server's own behalf.
   void ask(Request request, std::function<void(Response)> then);
   void on_response(Response response);
@@ -409,6 +419,7 @@ class Service {
   std::string metrics_text_;         // of this turn; empty: not made yet
   std::string path_;                 // decoded
   std::unique_ptr<FileThreads> threads_;
+  std::unique_ptr<Resolver> resolver_;
   Metrics metrics_;
   struct AccessLines {
     AccessLines();
