@@ -43,7 +43,7 @@ constexpr std::size_t kCaseIdBytesMax = 512;
 constexpr std::size_t kCaseMessageBytesMax = 2048;
 
 // missing: the run was to reach it, and did not; nobody knows what it would
-// have come to. No report says so of a case: the run does (test_run.cc).
+// have come to. No report says so of a case: the run does (suite.cc).
 enum class Outcome : std::uint8_t {
   passed,
   failed,
@@ -66,7 +66,7 @@ struct Case {
   bool of_run = false;  // no case: an error of the run itself
   std::uint32_t duration_ms = 0;
   std::string message;
-  // Where it is defined, as the run's own list of cases says (test_run.h), or
+  // Where it is defined, as the run's own list of cases says (suite.h), or
   // empty.
   std::string where;
 };

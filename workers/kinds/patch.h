@@ -4,11 +4,11 @@
 // of its own; only the two test phases run anything of the project's.
 //
 //   check    the diff's text (diff.h), in the worker
-//   prepare  as the repository's owner: the mirror, base_rev (test_run_repo.cc)
+//   prepare  as the repository's owner: the mirror, base_rev (suite_repo.cc)
 //   approval where it is required: a block that binds digest and base commit
 //   apply    git's own apply to the base's index; the commit, its bundle, the
 //            reverse diff and the hashes are made here      (patch_apply.cc)
-//   before   the suite at the base                          (test_run.cc)
+//   before   the suite at the base                          (suite.cc)
 //   after    the suite at the commit; what newly fails runs again
 //   land     with `push`: as the repository's owner, the objects and then the
 //            branch are linked into the repository          (patch_land.cc)
@@ -36,7 +36,7 @@
 #include "queue/base/result.h"
 #include "workers/kinds/diff.h"
 #include "workers/kinds/run.h"
-#include "workers/kinds/test_run.h"
+#include "workers/kinds/suite.h"
 
 namespace machina::kinds {
 

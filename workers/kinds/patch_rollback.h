@@ -29,7 +29,7 @@
 
 #include "queue/base/result.h"
 #include "workers/kinds/run.h"
-#include "workers/kinds/test_run.h"
+#include "workers/kinds/suite.h"
 
 namespace machina::kinds {
 

@@ -5,7 +5,7 @@
 // arguments.
 //
 //   runner    program              report
-//   pytest    python3 -m pytest    JUnit, by pytest            (test_run.cc)
+//   pytest    python3 -m pytest    JUnit, by pytest            (suite.cc)
 //   unittest  python3 -            JUnit, by a program of ours on top of
 //                                  unittest's own API
 //   ctest     ctest                JUnit, by ctest

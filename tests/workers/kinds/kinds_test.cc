@@ -14,7 +14,7 @@
 #include "workers/kinds/fields.h"
 #include "workers/kinds/run.h"
 #include "workers/kinds/shell.h"
-#include "workers/kinds/test_run.h"
+#include "workers/kinds/suite.h"
 
 namespace machina {
 namespace {

@@ -10,7 +10,7 @@
 
 #include "tests/workers/worker/isolated_fixture.h"
 #include "workers/kinds/run.h"
-#include "workers/kinds/test_run.h"
+#include "workers/kinds/suite.h"
 
 namespace machina {
 namespace {

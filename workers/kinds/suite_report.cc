@@ -6,7 +6,7 @@
 #include "queue/base/json_view.h"
 #include "queue/base/utf8.h"
 #include "workers/kinds/fields.h"
-#include "workers/kinds/test_run.h"
+#include "workers/kinds/suite.h"
 
 namespace machina::kinds {
 namespace {

@@ -8,7 +8,7 @@
 
 #include "queue/base/json_view.h"
 #include "workers/kinds/fields.h"
-#include "workers/kinds/test_run.h"
+#include "workers/kinds/suite.h"
 
 namespace machina::kinds {
 namespace {
