@@ -99,6 +99,8 @@ const std::map<std::string, std::vector<std::string>> kRooms = {
     {"tools/", {"queue/base/"}},
     {"workers/sandbox/", {"queue/base/"}},
     {"workers/kinds/", {"queue/base/", "tools/", "workers/sandbox/"}},
+    {"workers/kinds/suite/",
+     {"queue/base/", "workers/sandbox/", "workers/kinds/"}},
     {"workers/worker/",
      {"queue/base/", "tools/", "workers/sandbox/", "workers/kinds/"}},
     {"workers/pool/",
@@ -110,8 +112,19 @@ const std::map<std::string, std::vector<std::string>> kRooms = {
       "queue/verify/", "server/", "workers/", "tools/"}},
 };
 
+const std::string kKinds = "workers/kinds/";
+const char kFamilies[] = "workers/kinds/families.cc";
+// Each other folder below it is a family's, and has no row of its own.
+const std::vector<std::string> kOfAFamily = {"queue/base/", "workers/sandbox/",
+                                             "workers/kinds/",
+                                             "workers/kinds/suite/"};
+
 // "" where the file is in no room.
 std::string room_of(const std::string& path) {
+  if (path == kFamilies) return path;
+  if (starts(path, kKinds) && path.find('/', kKinds.size()) != path.npos) {
+    return path.substr(0, path.find('/', kKinds.size()) + 1);
+  }
   std::string room;
   for (const auto& [name, may] : kRooms) {
     if (starts(path, name) && name.size() > room.size()) room = name;
@@ -123,7 +136,9 @@ bool allowed(const std::string& from, const std::string& to) {
   const std::string here = room_of(from), there = room_of(to);
   if (here.empty() || there.empty()) return false;
   if (here == there) return true;
-  const auto& may = kRooms.at(here);
+  if (here == kFamilies) return starts(there, kKinds);
+  const auto row = kRooms.find(here);
+  const auto& may = row == kRooms.end() ? kOfAFamily : row->second;
   return std::any_of(may.begin(), may.end(), [&](const std::string& room) {
     // A whole folder may be named; tools/ does not mean tools/cli/.
     return there == room || (room_of(room).empty() && starts(there, room));

@@ -1,10 +1,10 @@
 // The table of families: one row each. A new family is a folder and a row.
 
 #include "workers/kinds/kinds.h"
-#include "workers/kinds/noop.h"
-#include "workers/kinds/patch.h"
-#include "workers/kinds/shell.h"
-#include "workers/kinds/test_run.h"
+#include "workers/kinds/noop/noop.h"
+#include "workers/kinds/patch/patch.h"
+#include "workers/kinds/test/test_run.h"
+#include "workers/kinds/tool/shell.h"
 
 namespace machina {
 

@@ -13,8 +13,8 @@
 
 #include "workers/kinds/fields.h"
 #include "workers/kinds/run.h"
-#include "workers/kinds/shell.h"
-#include "workers/kinds/suite.h"
+#include "workers/kinds/suite/suite.h"
+#include "workers/kinds/tool/shell.h"
 
 namespace machina {
 namespace {

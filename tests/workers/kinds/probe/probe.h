@@ -1,4 +1,4 @@
-// tests/workers/probe/probe.h
+// tests/workers/kinds/probe/probe.h
 //
 // A family written for the test: this folder and one row in the test's table
 // are all that it takes.

@@ -1,4 +1,4 @@
-#include "workers/kinds/patch_rollback.h"
+#include "workers/kinds/patch/patch_rollback.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -10,7 +10,7 @@
 
 #include "tests/workers/worker/isolated_fixture.h"
 #include "workers/kinds/run.h"
-#include "workers/kinds/suite.h"
+#include "workers/kinds/suite/suite.h"
 
 namespace machina {
 namespace {

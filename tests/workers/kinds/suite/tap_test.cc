@@ -1,7 +1,7 @@
 // TAP as perl, bats, node and people write it, and as it is when something is
 // wrong with it.
 
-#include "workers/kinds/tap.h"
+#include "workers/kinds/suite/tap.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

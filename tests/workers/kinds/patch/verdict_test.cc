@@ -3,8 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "workers/kinds/patch.h"
-#include "workers/kinds/pytest_watch.h"
+#include "workers/kinds/patch/patch.h"
+#include "workers/kinds/suite/pytest_watch.h"
 
 namespace machina::kinds {
 namespace {

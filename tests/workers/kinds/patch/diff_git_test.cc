@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "workers/kinds/diff.h"
+#include "workers/kinds/patch/diff.h"
 
 namespace machina::kinds {
 namespace {

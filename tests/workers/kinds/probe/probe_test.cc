@@ -2,7 +2,7 @@
 // server, leased and run by a real worker in real sandboxes, completed, read,
 // and read again after the server was started anew.
 
-#include "tests/workers/probe/probe.h"
+#include "tests/workers/kinds/probe/probe.h"
 
 #include <sys/stat.h>
 #include <sys/wait.h>

@@ -1,7 +1,7 @@
 // What the reader of diffs lets pass and what it does not: a table of diffs as
 // git, diff and people write them, and of those that would do harm.
 
-#include "workers/kinds/diff.h"
+#include "workers/kinds/patch/diff.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

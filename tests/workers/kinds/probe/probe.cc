@@ -1,4 +1,4 @@
-#include "tests/workers/probe/probe.h"
+#include "tests/workers/kinds/probe/probe.h"
 
 #include <random>
 

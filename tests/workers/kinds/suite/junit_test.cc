@@ -1,6 +1,6 @@
 // Reports as runners write them, and as an attacker would.
 
-#include "workers/kinds/junit.h"
+#include "workers/kinds/suite/junit.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

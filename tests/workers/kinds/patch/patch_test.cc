@@ -1,6 +1,6 @@
 // patch.apply in real sandboxes, with real git on real repositories.
 
-#include "workers/kinds/patch.h"
+#include "workers/kinds/patch/patch.h"
 
 #include <gmock/gmock.h>
 #include <poll.h>
