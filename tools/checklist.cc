@@ -176,7 +176,7 @@ class List {
   void shell() {
     static constexpr std::array kAnything = {"sh",  "bash", "dash", "zsh",
                                              "ksh", "env",  "sudo", "busybox"};
-    for (const auto& exe : config_.list("MACHINA_SHELL_ALLOWED_EXE")) {
+    for (const auto& exe : config_.typed().shell_allowed_exe) {
       std::string base = exe.substr(exe.rfind('/') + 1);
       if (std::find(kAnything.begin(), kAnything.end(), base) !=
           kAnything.end()) {
@@ -192,7 +192,7 @@ class List {
   }
 
   void kinds() {
-    auto list = config_.list("MACHINA_KINDS_ALLOWED");
+    const auto& list = config_.typed().kinds_allowed;
     if (list.empty()) {
       return warn("kinds_allow_list", "every kind is accepted",
                   "set MACHINA_KINDS_ALLOWED to those that are used, such as "
@@ -207,7 +207,7 @@ class List {
   }
 
   void repo_roots() {
-    for (const auto& dir : config_.list("MACHINA_REPO_ROOTS")) {
+    for (const auto& dir : config_.typed().repo_roots) {
       bool home = dir == "/home" || dir == "/root";
       bool top = std::count(dir.begin(), dir.end(), '/') < 2;
       if (top || home) {
@@ -233,7 +233,7 @@ class List {
   }
 
   void isolation() {
-    auto wanted = config_.number("MACHINA_SANDBOX_MIN_LEVEL");
+    auto wanted = config_.typed().sandbox_min_level;
     std::string level = "L" + std::to_string(facts_.level);
     if (facts_.level < 0) {
       return fail("isolation", "no sandbox could be made: " + facts_.level_why,
@@ -257,7 +257,7 @@ class List {
   }
 
   void seccomp() {
-    if (!config_.flag("MACHINA_SECCOMP_ENABLE")) {
+    if (!config_.typed().seccomp_enable) {
       return fail("seccomp", "MACHINA_SECCOMP_ENABLE=0: no allow-list",
                   "set it to 1");
     }
@@ -265,7 +265,7 @@ class List {
   }
 
   void bwrap() {
-    if (config_.flag("MACHINA_BWRAP_REQUIRED")) {
+    if (config_.typed().bwrap_required) {
       return fail("sandbox_required",
                   "MACHINA_BWRAP_REQUIRED=1: this version has its own "
                   "launcher, not bubblewrap, and does not start",
@@ -309,10 +309,8 @@ class List {
   }
 
   void log_rotation(const std::string& file) {
-    std::uint64_t most =
-        static_cast<std::uint64_t>(config_.number("MACHINA_LOG_MAX_BYTES"));
-    std::uint64_t total =
-        static_cast<std::uint64_t>(config_.number("MACHINA_LOG_TOTAL_BYTES"));
+    std::uint64_t most = config_.typed().log_max_bytes;
+    std::uint64_t total = config_.typed().log_total_bytes;
     if (total > facts_.disk_bytes / 4) {
       return fail(
           "log_rotation",
@@ -471,8 +469,7 @@ class List {
   }
 
   void rate_limits() {
-    if (config_.number("MACHINA_API_RPM") == 0 &&
-        config_.number("MACHINA_API_ENQUEUE_RPM") == 0) {
+    if (config_.typed().api_rpm == 0 && config_.typed().api_enqueue_rpm == 0) {
       return warn("rate_limits", "none: one client may take all",
                   "set MACHINA_API_RPM, MACHINA_API_ENQUEUE_RPM");
     }
@@ -481,8 +478,7 @@ class List {
   }
 
   void durability() {
-    if (!config_.flag("MACHINA_WAL_ENABLE") ||
-        !config_.flag("MACHINA_WAL_FSYNC")) {
+    if (!config_.typed().wal_enable || !config_.typed().wal_fsync) {
       return fail("durability", "what was acknowledged may be forgotten",
                   "set MACHINA_WAL_ENABLE=1 and MACHINA_WAL_FSYNC=1");
     }

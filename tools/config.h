@@ -1,14 +1,18 @@
 // tools/config.h
 //
-// Configuration: command line, then environment, then file, then profile, then
-// built-in defaults. One table (config.cc) names every variable with its type,
-// range and defaults; nothing reads getenv() elsewhere.
+// Configuration: where the values of settings come from. Command line, then
+// environment, then file, then profile, then built-in defaults. The table of
+// settings (tools/settings.h) has names, types, ranges and defaults; nothing
+// else reads the environment.
 //
 //   G1  An unknown variable that starts with MACHINA_ is an error that names
 //       the nearest known one.
 //   G2  A value out of range is an error that names variable, value and range.
 //   G3  A set variable always wins over a profile.
 //   G4  Secrets are read from <NAME>_FILE too and are never printed.
+//   G5  A setting with two names takes either. The nearest source wins,
+//       whichever name it used; one source with both names and two values is
+//       an error that names both.
 //
 // tests/tools/config_test.cc has a test for each.
 
@@ -16,39 +20,14 @@
 
 #include <cstdint>
 #include <map>
-#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "queue/base/result.h"
+#include "tools/settings.h"
 
 namespace machina {
-
-// A row of the table.
-struct Variable {
-  enum class Type : std::uint8_t {
-    text,    // any printable text
-    path,    // text without a newline; absolute where `absolute`
-    number,  // a decimal integer in [min, max]
-    flag,    // 0 or 1
-    choice,  // one of `choices`, separated by '|'
-    level,   // L0..L4
-    list,    // values separated by commas
-    paths,   // absolute paths separated by commas
-    secret,  // printable ASCII; also as <NAME>_FILE
-  };
-  const char* name;
-  Type type;
-  const char* fallback;       // the built-in default
-  const char* dev = nullptr;  // the profiles' values, where they set it
-  const char* prod = nullptr;
-  std::int64_t min = 0, max = 0;
-  const char* choices = nullptr;
-};
-std::span<const Variable> config_table();  // lives for ever
-// Whether any part of this version reads it; false: it is "no effect yet".
-bool has_effect(std::string_view name);
 
 class Config {
  public:
@@ -63,34 +42,37 @@ class Config {
   };
   // `environment`: the process's; `overrides`: from the command line, by
   // variable name; `file`: path of a YAML file or empty. Fails with
-  // Code::invalid and one line that says what to change.
+  // Code::invalid and one line that says what to change. `table` must outlive
+  // the result.
   static Result<Config> load(
       const std::vector<std::string>& environment,
       const std::map<std::string, std::string>& overrides,
-      const std::string& file);
+      const std::string& file, SettingTable table = settings_table());
 
-  const std::string& text(std::string_view name) const;  // CHECKs a known name
-  std::int64_t number(std::string_view name) const;  // of a level, its digit
-  bool flag(std::string_view name) const;
-  std::vector<std::string> list(std::string_view name) const;  // by comma
-  bool prod() const;
+  const SettingValues& typed() const { return typed_; }
+  bool prod() const { return typed_.profile == "prod"; }
+  // As it was written; of settings without a field too. CHECKs a known name.
+  const std::string& text(std::string_view name) const;
+  SettingTable table() const { return table_; }
   // A line for each file of a secret that others than its owner may read.
   const std::vector<std::string>& open_secrets() const;
   std::string print() const;  // a line per variable with its origin
   const std::map<std::string, Value, std::less<>>& values() const;
 
-  // "NAME=value" for those of `names` that somebody set: what a child process
-  // is given. CHECKs that none is a secret.
-  std::vector<std::string> environment(
-      std::span<const char* const> names) const;
+  // "NAME=value" for each setting that one of `readers` reads and that somebody
+  // set: what a child process is given. Never a secret.
+  std::vector<std::string> environment(std::uint8_t readers) const;
 
  private:
+  SettingTable table_;
+  SettingValues typed_{};
   std::map<std::string, Value, std::less<>> values_;
   std::vector<std::string> open_secrets_;
 };
 
 // The known variable whose name is least different from `name`.
-std::string nearest_variable(std::string_view name);
+std::string nearest_variable(std::string_view name,
+                             SettingTable table = settings_table());
 
 // Takes the secrets out of this process's environment, text included, so that
 // neither a child nor /proc/self/environ has them. Before any thread exists.

@@ -26,14 +26,14 @@ bool names_loopback(const std::string& host) {
 
 std::vector<std::string> start_refusals(const Config& config) {
   std::vector<std::string> lines;
-  bool token = !config.text("MACHINA_API_TOKEN").empty();
-  const std::string& host = config.text("MACHINA_HOST");
+  bool token = !config.typed().api_token.empty();
+  const std::string& host = config.typed().host;
   if (!is_address(host)) {
     lines.push_back("MACHINA_HOST: \"" + host +
                     "\" is not an address; use 127.0.0.1, or that of an "
                     "interface");
   }
-  bool hmac = !config.text("MACHINA_API_HMAC_SECRET").empty();
+  bool hmac = !config.typed().api_hmac_secret.empty();
 
   if (config.prod() && !token && !hmac) {
     lines.push_back(
@@ -45,7 +45,7 @@ std::vector<std::string> start_refusals(const Config& config) {
                     "MACHINA_API_TOKEN and no MACHINA_API_HMAC_SECRET: set "
                     "one, or use 127.0.0.1");
   }
-  if (config.text("MACHINA_API_CREDENTIALS") == "all" && !(token && hmac)) {
+  if (config.typed().api_credentials == "all" && !(token && hmac)) {
     lines.push_back(
         "MACHINA_API_CREDENTIALS=all needs both MACHINA_API_TOKEN and "
         "MACHINA_API_HMAC_SECRET: set the other, or use any");
@@ -62,31 +62,31 @@ std::vector<std::string> start_refusals(const Config& config) {
   if (config.prod()) {
     for (const auto& line : config.open_secrets()) lines.push_back(line);
   }
-  if (!config.flag("MACHINA_WAL_ENABLE")) {
+  if (!config.typed().wal_enable) {
     lines.push_back(
         config.prod()
             ? "the prod profile needs the log: MACHINA_WAL_ENABLE must be 1"
             : "MACHINA_WAL_ENABLE=0: there is no queue without its log; for "
               "speed set MACHINA_WAL_FSYNC=0");
   }
-  if (config.prod() && !config.flag("MACHINA_WAL_FSYNC")) {
+  if (config.prod() && !config.typed().wal_fsync) {
     lines.push_back(
         "the prod profile needs the log's syncs: MACHINA_WAL_FSYNC must be 1");
   }
-  if (config.prod() && !config.flag("MACHINA_SECCOMP_ENABLE") &&
-      config.number("MACHINA_SANDBOX_MIN_LEVEL") > 2) {
+  if (config.prod() && !config.typed().seccomp_enable &&
+      config.typed().sandbox_min_level > 2) {
     lines.push_back(
         "MACHINA_SECCOMP_ENABLE=0 allows level L2 at most, below "
         "MACHINA_SANDBOX_MIN_LEVEL=" +
         config.text("MACHINA_SANDBOX_MIN_LEVEL") +
         ": set it to 1, or lower the level on purpose");
   }
-  if (config.number("MACHINA_SANDBOX_MIN_LEVEL") > 3) {
+  if (config.typed().sandbox_min_level > 3) {
     lines.push_back(
         "MACHINA_SANDBOX_MIN_LEVEL=L4 needs a virtual machine, which this "
         "version has no provider for: L3 is its strongest");
   }
-  if (config.flag("MACHINA_BWRAP_REQUIRED")) {
+  if (config.typed().bwrap_required) {
     lines.push_back(
         "MACHINA_BWRAP_REQUIRED=1: this version has no bwrap provider, only "
         "its own launcher; unset it");
@@ -96,29 +96,29 @@ std::vector<std::string> start_refusals(const Config& config) {
 
 std::string not_promised(const Config& config) {
   std::vector<std::string> parts;
-  if (!config.flag("MACHINA_WAL_FSYNC")) {
+  if (!config.typed().wal_fsync) {
     parts.emplace_back(
         "that a 201 survives a power cut (MACHINA_WAL_FSYNC=0; a kill -9 it "
         "does)");
   }
-  if (config.number("MACHINA_SANDBOX_MIN_LEVEL") < 3) {
+  if (config.typed().sandbox_min_level < 3) {
     parts.push_back("full isolation (MACHINA_SANDBOX_MIN_LEVEL=" +
                     config.text("MACHINA_SANDBOX_MIN_LEVEL") +
                     "; each job says what it had)");
   }
-  if (!config.flag("MACHINA_SECCOMP_ENABLE")) {
+  if (!config.typed().seccomp_enable) {
     parts.emplace_back(
         "an allow-list of system calls (MACHINA_SECCOMP_ENABLE=0: the worst "
         "are denied)");
   }
-  if (config.text("MACHINA_API_TOKEN").empty() &&
-      config.text("MACHINA_API_HMAC_SECRET").empty()) {
+  if (config.typed().api_token.empty() &&
+      config.typed().api_hmac_secret.empty()) {
     parts.emplace_back(
         "to know who calls (no MACHINA_API_TOKEN, no MACHINA_API_HMAC_SECRET: "
         "any user of this machine may)");
   }
   if (config.text("MACHINA_SECCOMP_PROFILE") == "net" ||
-      config.flag("MACHINA_SECCOMP_ALLOW_NET")) {
+      config.text("MACHINA_SECCOMP_ALLOW_NET") == "1") {
     parts.emplace_back("any network to a job (the egress proxy comes later)");
   }
   parts.emplace_back(

@@ -13,6 +13,7 @@
 #include "queue/wal/manifest.h"
 #include "queue/wal/segment.h"
 #include "tests/e2e/fixture.h"
+#include "tests/support/places.h"
 
 namespace machina::e2e {
 namespace {
@@ -67,6 +68,33 @@ TEST_P(Startup, OptionsAndVariables) {
   expect_refused(serve({"--host", "0.0.0.0"}), 2, {"0.0.0.0"});
   expect_refused(serve({"--host", "bogus"}), 2, {"bogus", "not an address"});
   expect_refused(p().run({"frobnicate"}), 2, {"frobnicate"});
+}
+
+TEST_P(Startup, EitherNameOfASetting) {
+  const std::string own = "MACHINA_POLICY_RLIMIT_CPU";
+  const std::string also = "MACHINA_POLICY_RLIMIT_CPU_SEC";
+  expect_refused(serve({"--check"}, {{own, "3"}, {also, "4"}}), 2,
+                 {own + " (environment): \"3\"", also + " (environment): \"4\"",
+                  "keep one"});
+  EXPECT_EQ(serve({"--check"}, {{own, "3"}, {also, "3"}}).code, 0);
+  const Ended shown = serve({"--print-config"}, {{also, "3"}});
+  EXPECT_EQ(shown.code, 0) << shown.err;
+  EXPECT_NE(shown.out.find("\n" + own + "=3 "), std::string::npos) << shown.out;
+  EXPECT_NE(shown.out.find("environment, " + also), std::string::npos);
+}
+
+TEST_P(Startup, TheOriginalsVariablesExportedWhole) {
+  std::map<std::string, std::string> env;
+  std::ifstream file(std::string(kSourceDir) + "/tests/support/original.env");
+  for (std::string line; std::getline(file, line);) {
+    if (line.starts_with("MACHINA_")) {
+      env[line.substr(0, line.find('='))] = line.substr(line.find('=') + 1);
+    }
+  }
+  ASSERT_GE(env.size(), 71u);
+  ASSERT_EQ(p().shell("mkdir -p -m 700 " + p().root()), 0);
+  const Ended e = serve({"--check", "--unsafe-fs"}, env);
+  EXPECT_EQ(e.code, 0) << e.out << e.err;
 }
 
 TEST_P(Startup, ProductionRefusesWhatItCannotPromise) {

@@ -8,11 +8,7 @@
 
 #include <cstdlib>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <map>
-
-#include "tests/support/places.h"
 
 namespace machina {
 namespace {
@@ -89,10 +85,10 @@ TEST(Config, NumbersAreWholeAndNothingElse) {
 TEST(Config, ASetVariableWinsOverTheProfile) {  // G3
   Config config = load({"MACHINA_PROFILE=prod", "MACHINA_SHELL_TIMEOUT_MS=7"});
   EXPECT_TRUE(config.prod());
-  EXPECT_EQ(config.number("MACHINA_SHELL_TIMEOUT_MS"), 7);
+  EXPECT_EQ(config.typed().shell_timeout_ms, 7);
   EXPECT_EQ(config.values().at("MACHINA_SHELL_TIMEOUT_MS").origin,
             "environment");
-  EXPECT_EQ(config.number("MACHINA_SANDBOX_MIN_LEVEL"), 3);
+  EXPECT_EQ(config.typed().sandbox_min_level, 3);
   EXPECT_EQ(config.values().at("MACHINA_SANDBOX_MIN_LEVEL").origin,
             "profile prod");
 }
@@ -103,20 +99,20 @@ TEST(Config, StrongerSourceWinsAtEachStep) {
       "MACHINA_POOL_ORPHAN_MS: 1001\n");
   Config config = load({"MACHINA_LEASE_MS=1002", "MACHINA_DRAIN_MS=1002"},
                        {{"MACHINA_LEASE_MS", "1003"}}, file.path());
-  EXPECT_EQ(config.number("MACHINA_LEASE_MS"), 1003);
-  EXPECT_EQ(config.number("MACHINA_DRAIN_MS"), 1002);
-  EXPECT_EQ(config.number("MACHINA_POOL_ORPHAN_MS"), 1001);
+  EXPECT_EQ(config.typed().lease_ms, 1003);
+  EXPECT_EQ(config.typed().drain_ms, 1002);
+  EXPECT_EQ(config.typed().pool_orphan_ms, 1001);
   EXPECT_EQ(config.values().at("MACHINA_POOL_ORPHAN_MS").origin,
             "file " + file.path());
 }
 
 TEST(Config, AnEmptyVariableIsNotSet) {
-  EXPECT_EQ(load({"MACHINA_LEASE_MS="}).number("MACHINA_LEASE_MS"), 30000);
+  EXPECT_EQ(load({"MACHINA_LEASE_MS="}).typed().lease_ms, 30000);
 }
 
 TEST(Config, FileMayHoldListsAndIsHeldToTheSameTable) {
   TempFile file("MACHINA_KINDS_ALLOWED: [test.*, noop]\n");
-  EXPECT_EQ(load({}, {}, file.path()).list("MACHINA_KINDS_ALLOWED"),
+  EXPECT_EQ(load({}, {}, file.path()).typed().kinds_allowed,
             (Strings{"test.*", "noop"}));
   TempFile unknown("MACHINA_LEASE_S: 3\n");
   EXPECT_SAYS(refusal({}, {}, unknown.path()), "nearest is MACHINA_LEASE_MS");
@@ -173,11 +169,15 @@ TEST(Config, CrossedBoundsAreRefused) {
 }
 
 TEST(Config, ChildrenAreGivenWhatWasSetAndNothingElse) {
-  Config config = load({"MACHINA_LEASE_MS=500", "MACHINA_API_TOKEN=t"});
-  const char* names[] = {"MACHINA_LEASE_MS", "MACHINA_DRAIN_MS"};
-  EXPECT_EQ(config.environment(names), (Strings{"MACHINA_LEASE_MS=500"}));
-  const char* secret[] = {"MACHINA_API_TOKEN"};
-  EXPECT_DEATH(config.environment(secret), "secret");
+  Config config = load({"MACHINA_LEASE_MS=500", "MACHINA_DRAIN_MS=600",
+                        "MACHINA_QUEUE_MAX=7", "MACHINA_API_TOKEN=t"});
+  EXPECT_EQ(config.environment(Setting::kWorker),
+            (Strings{"MACHINA_LEASE_MS=500"}));
+  EXPECT_EQ(config.environment(Setting::kPool | Setting::kWorker),
+            (Strings{"MACHINA_LEASE_MS=500", "MACHINA_DRAIN_MS=600"}));
+  for (const auto& entry : config.environment(0xff)) {
+    EXPECT_FALSE(entry.starts_with("MACHINA_API_TOKEN")) << entry;
+  }
 }
 
 TEST(Config, ScrubbingLeavesNoSecretInTheEnvironment) {
@@ -188,89 +188,77 @@ TEST(Config, ScrubbingLeavesNoSecretInTheEnvironment) {
   EXPECT_EQ(std::string(text), "");  // overwritten where it stood
 }
 
-// Every default is itself within its range, in both profiles.
-TEST(Config, DefaultsObeyTheirOwnRanges) {
-  for (const auto& row : config_table()) {
-    for (const char* value : {row.fallback, row.dev, row.prod}) {
-      if (value == nullptr || *value == '\0') continue;
-      auto config = Config::load({}, {{row.name, value}}, "");
-      EXPECT_TRUE(config) << config.error().what;
-    }
-  }
-}
-
-// profiles/*.env are for people to read: they must say what the table does.
-TEST(Config, ProfileFilesRepeatTheTable) {
-  for (std::string profile : {"dev", "prod"}) {
-    std::map<std::string, std::string> listed, known;
-    std::ifstream file(std::string(kSourceDir) + "/profiles/" + profile +
-                       ".env");
-    ASSERT_TRUE(file);
-    for (std::string line; std::getline(file, line);) {
-      if (line.empty() || line[0] == '#') continue;
-      auto equals = line.find('=');
-      ASSERT_NE(equals, std::string::npos) << line;
-      listed[line.substr(0, equals)] = line.substr(equals + 1);
-    }
-    for (const auto& row : config_table()) {
-      const char* value = profile == "dev" ? row.dev : row.prod;
-      if (value != nullptr) known[row.name] = value;
-    }
-    EXPECT_EQ(listed, known) << profile;
-  }
-}
-
-// A variable has a reader outside of the table and of what only judges
-// settings, or it says that it has no effect.
-TEST(Config, F27_WhatHasNoReaderHasNoEffectYet) {
-  namespace fs = std::filesystem;
-  std::string source;
-  for (const char* folder : {"queue", "server", "workers", "tools"}) {
-    const fs::path top = fs::path(kSourceDir) / folder;
-    for (const auto& entry : fs::recursive_directory_iterator(top)) {
-      const std::string name = entry.path().filename().string();
-      if (entry.path().extension() != ".cc" || name == "config.cc" ||
-          name == "checklist.cc" || name == "pool_settings.cc") {
-        continue;
-      }
-      std::ifstream file(entry.path());
-      source.append(std::istreambuf_iterator<char>(file), {});
-    }
-  }
-  // What pools are handed and what they read of it are in one file.
-  std::ifstream file(std::string(kSourceDir) + "/tools/cli/pool_settings.cc");
-  const std::string settings((std::istreambuf_iterator<char>(file)), {});
-  source += settings.substr(settings.find("}  // namespace\n"));
-  const std::string shown = load({}).print();
-  int marked = 0;
-  for (const auto& row : config_table()) {
-    const bool read =
-        source.find('"' + std::string(row.name) + '"') != std::string::npos;
-    const std::size_t at = shown.find(std::string(row.name) + "=");
-    const std::string line = shown.substr(at, shown.find('\n', at) - at);
-    EXPECT_EQ(line.ends_with("; no effect yet"), !has_effect(row.name)) << line;
-    // These two are read by the line that says what is not promised.
-    if (std::string_view(row.name).starts_with("MACHINA_SECCOMP_P") ||
-        std::string_view(row.name).starts_with("MACHINA_SECCOMP_A")) {
-      continue;
-    }
-    EXPECT_EQ(read, has_effect(row.name)) << row.name;
-    marked += has_effect(row.name) ? 0 : 1;
-  }
-  EXPECT_GE(marked, 30);
-}
-
 TEST(Config, F28_DurationsAreReadInTheVariablesUnit) {
   Config config = load({"MACHINA_DRAIN_MS=5s", "MACHINA_LEASE_MS=1m30s",
                         "MACHINA_API_HMAC_TTL_SEC=2m"});
-  EXPECT_EQ(config.number("MACHINA_DRAIN_MS"), 5000);
-  EXPECT_EQ(config.number("MACHINA_LEASE_MS"), 90'000);
-  EXPECT_EQ(config.number("MACHINA_API_HMAC_TTL_SEC"), 120);
+  EXPECT_EQ(config.typed().drain_ms, 5000);
+  EXPECT_EQ(config.typed().lease_ms, 90'000);
+  EXPECT_EQ(config.typed().api_hmac_ttl_sec, 120);
   EXPECT_SAYS(refusal({"MACHINA_DRAIN_MS=2d"}), "0..86400000 ms");
   EXPECT_SAYS(refusal({"MACHINA_DRAIN_MS=5x"}),
               "\"5x\" must be 0..86400000 ms");
   EXPECT_SAYS(refusal({"MACHINA_API_HMAC_TTL_SEC=500ms"}), "1..3600 s");
   EXPECT_SAYS(refusal({"MACHINA_QUEUE_MAX=5s"}), "must be a whole number");
+}
+
+TEST(Config, EitherNameSetsASetting) {  // G5
+  for (std::string tool : {"POLICY", "HTTP"}) {
+    for (auto [name, second] : {std::pair("CPU", "CPU_SEC"),
+                                {"AS", "AS_MB"},
+                                {"FSIZE", "FSIZE_MB"}}) {
+      const std::string own = "MACHINA_" + tool + "_RLIMIT_" + name;
+      const std::string also = "MACHINA_" + tool + "_RLIMIT_" + second;
+      EXPECT_EQ(load({own + "=41"}).text(own), "41");
+      EXPECT_EQ(load({}, {{also, "42"}}).text(own), "42");
+      TempFile file(also + ": 43\n");
+      EXPECT_EQ(load({}, {}, file.path()).text(own), "43");
+      const Config config = load({also + "=44"});
+      EXPECT_EQ(config.text(own), "44");
+      EXPECT_EQ(config.values().at(own).origin, "environment, " + also);
+      EXPECT_FALSE(config.values().at(own).is_default());
+      EXPECT_SAYS(config.print(), own + "=44");
+      EXPECT_EQ(config.print().find("\n" + also), std::string::npos);
+    }
+    for (std::string name : {"NOFILE", "NPROC"}) {
+      const std::string own = "MACHINA_" + tool + "_RLIMIT_" + name;
+      EXPECT_EQ(load({own + "=45"}).text(own), "45");
+    }
+  }
+  EXPECT_EQ(
+      load({"MACHINA_HTTP_RLIMIT_CPU_SEC=1m"}).text("MACHINA_HTTP_RLIMIT_CPU"),
+      "60");
+  EXPECT_SAYS(refusal({"MACHINA_HTTP_RLIMIT_AS_MB=x"}),
+              "MACHINA_HTTP_RLIMIT_AS_MB (environment): \"x\" must be");
+  EXPECT_SAYS(refusal({"MACHINA_HTTP_RLIMIT_AS_M=1"}),
+              "nearest is MACHINA_HTTP_RLIMIT_AS_MB");
+}
+
+TEST(Config, BothNamesInOneSourceMustAgree) {  // G5
+  const Strings equal = {"MACHINA_POLICY_RLIMIT_CPU=3",
+                         "MACHINA_POLICY_RLIMIT_CPU_SEC=3s"};
+  EXPECT_EQ(load(equal).text("MACHINA_POLICY_RLIMIT_CPU"), "3");
+  // Both orders: both names, both values, and where they came from.
+  for (const Strings& two : {Strings{"MACHINA_POLICY_RLIMIT_CPU=3",
+                                     "MACHINA_POLICY_RLIMIT_CPU_SEC=4"},
+                             Strings{"MACHINA_POLICY_RLIMIT_CPU_SEC=4",
+                                     "MACHINA_POLICY_RLIMIT_CPU=3"}}) {
+    const std::string what = refusal(two);
+    EXPECT_SAYS(what, "MACHINA_POLICY_RLIMIT_CPU (environment): \"3\"");
+    EXPECT_SAYS(what, "MACHINA_POLICY_RLIMIT_CPU_SEC (environment): \"4\"");
+    EXPECT_SAYS(what, "keep one");
+  }
+  TempFile file("MACHINA_HTTP_RLIMIT_AS: 1\nMACHINA_HTTP_RLIMIT_AS_MB: 2\n");
+  EXPECT_SAYS(refusal({}, {}, file.path()),
+              "MACHINA_HTTP_RLIMIT_AS_MB (file " + file.path() + "): \"2\"");
+}
+
+TEST(Config, TheNearestSourceWinsWhicheverNameItUsed) {  // G5
+  TempFile file("MACHINA_POLICY_RLIMIT_AS: 1\n");
+  const std::string own = "MACHINA_POLICY_RLIMIT_AS";
+  const std::string also = "MACHINA_POLICY_RLIMIT_AS_MB";
+  EXPECT_EQ(load({also + "=2"}, {}, file.path()).text(own), "2");
+  EXPECT_EQ(load({also + "=2"}, {{own, "3"}}, file.path()).text(own), "3");
+  EXPECT_EQ(load({own + "=2"}, {{also, "3"}}, file.path()).text(own), "3");
 }
 
 }  // namespace

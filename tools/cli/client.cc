@@ -51,27 +51,26 @@ Result<std::string> server_of(const Config& config) {
   if (server > 0 && server >= std::max(root, address)) {
     // The rest of a shell variable that is not set. It names no server, and
     // somebody meant one.
-    if (config.text("MACHINA_SERVER").empty()) {
+    if (config.typed().server.empty()) {
       return Error{Code::invalid,
                    "MACHINA_SERVER (" +
                        config.values().find("MACHINA_SERVER")->second.origin +
                        "): it is empty; name a server (--server) or its root "
                        "(--root), or leave it out"};
     }
-    return config.text("MACHINA_SERVER");
+    return config.typed().server;
   }
-  const std::string socket = root_socket(config.text("MACHINA_ROOT"));
+  const std::string socket = root_socket(config.typed().root);
   const bool by_root = root > 0 && root >= address;
   // Nobody named anything: the root that `machina serve` takes here, if it is
   // there, else its address.
   if (by_root || (address == 0 && is_socket(socket))) return socket;
-  if (config.number("MACHINA_PORT") == 0) {
+  if (config.typed().port == 0) {
     return Error{Code::invalid,
                  "MACHINA_PORT: 0 names no server's port; name the server's "
                  "root (--root) or address (--server)"};
   }
-  return url_of(config.text("MACHINA_HOST"),
-                static_cast<int>(config.number("MACHINA_PORT")));
+  return url_of(config.typed().host, config.typed().port);
 }
 
 std::size_t take_body(char* bytes, std::size_t size, std::size_t count,
@@ -200,8 +199,8 @@ Result<std::unique_ptr<Client>> Client::open(const Config& config) {
   if (client->curl_->handle == nullptr) {
     return Error{Code::io, "libcurl gave no handle"};
   }
-  client->token_ = config.text("MACHINA_API_TOKEN");
-  client->secret_ = config.text("MACHINA_API_HMAC_SECRET");
+  client->token_ = config.typed().api_token;
+  client->secret_ = config.typed().api_hmac_secret;
 
   auto named = server_of(config);
   if (!named) return named.error();

@@ -308,7 +308,7 @@ void show_isolation(const Json& isolation) {
 void show_verdict(const Json& isolation, const Config& config) {
   std::string level = isolation["level"];
   int got = level[1] - '0';
-  auto wanted = config.number("MACHINA_SANDBOX_MIN_LEVEL");
+  auto wanted = config.typed().sandbox_min_level;
   std::cout << "This host gives " << level << " to uid " << ::geteuid() << ": "
             << meaning(got) << ".\n";
   if (const std::string why = isolation.value("reason", ""); !why.empty()) {
@@ -316,7 +316,7 @@ void show_verdict(const Json& isolation, const Config& config) {
               << "\nTo mend it: " << isolation.value("remedy", "") << "\n";
   }
   if (got < wanted) {
-    std::cout << "The " << config.text("MACHINA_PROFILE") << " profile needs "
+    std::cout << "The " << config.typed().profile << " profile needs "
               << config.text("MACHINA_SANDBOX_MIN_LEVEL")
               << ": change what the table names, or accept less on purpose "
                  "with MACHINA_SANDBOX_MIN_LEVEL="
@@ -431,7 +431,7 @@ bool may_write(const struct stat& dir, std::int64_t uid) {
 }
 
 void look_at_log(const Config& config, ProductionFacts* facts) {
-  const std::string& path = config.text("MACHINA_LOG_FILE");
+  const std::string& path = config.typed().log_file;
   if (path.empty()) return;
   std::error_code error;
   const fs::path dir = fs::path(path).parent_path();
@@ -487,7 +487,7 @@ void follow_request_id(const Settings& settings, const Config& config,
   auto answer = (*client)->call(request);
   if (!answer) return;
   facts->request_id_echoed = answer->headers["x-request-id"] == id ? 1 : 0;
-  const std::string& log = config.text("MACHINA_LOG_FILE");
+  const std::string& log = config.typed().log_file;
   std::error_code error;
   if (log.empty()) return;
   if (!fs::exists(log, error)) {
@@ -570,7 +570,7 @@ void look_at_server(const Settings& settings, const Config& config,
 // are nobody's concern here, and its profile is told of by itself.
 Config as_running(const Settings& settings, const Config& config,
                   ProductionFacts* facts) {
-  auto found = detect(config.text("MACHINA_ROOT"));
+  auto found = detect(config.typed().root);
   if (!found || !found->serve) return config;
   static const std::set<std::string> kOthers = {
       "MACHINA_PROFILE", "MACHINA_ROOT", "MACHINA_PORT", "MACHINA_WORKERS",
@@ -578,10 +578,10 @@ Config as_running(const Settings& settings, const Config& config,
   const auto& running = found->serve_file->settings;
   Settings there = settings;
   bool asks = running.empty();
-  for (const auto& row : config_table()) {
+  for (const auto& row : config.table()) {
     const auto has = running.find(row.name);
     if (has == running.end() || kOthers.count(row.name) > 0) continue;
-    if (row.type == Variable::Type::secret) {
+    if (row.type == Setting::Type::secret) {
       asks = asks || !has->second.empty();
       continue;
     }
@@ -608,16 +608,15 @@ std::vector<Check> checklist(const Settings& settings, const Config& config,
   Settings own = settings;  // without what doctor alone was told
   own.overrides.erase("MACHINA_PROFILE");
   auto configured = Config::load(environment(), own.overrides, own.file);
-  facts.configured_profile =
-      configured ? configured->text("MACHINA_PROFILE") : "dev";
+  facts.configured_profile = configured ? configured->typed().profile : "dev";
   facts.uid = ::geteuid();
   if (isolation.contains("error")) {
     facts.level_why = isolation["error"];
   } else {
     facts.level = isolation["level"].get<std::string>()[1] - '0';
   }
-  look_at_root(config.text("MACHINA_ROOT"), &facts);
-  look_at_server(settings, config, config.text("MACHINA_ROOT"), &facts);
+  look_at_root(config.typed().root, &facts);
+  look_at_server(settings, config, config.typed().root, &facts);
   look_at_log(config, &facts);  // where the next server would write
   const Config judged = as_running(settings, config, &facts);
   return production_checklist(judged, facts);
@@ -659,11 +658,10 @@ int doctor(const Settings& settings) {
   auto config = load(settings);
   if (!config) return kUsage;
   auto report = try_isolation(*config);  // forks: before curl or a thread is
-  Json host = host_facts(config->text("MACHINA_ROOT"));
+  Json host = host_facts(config->typed().root);
   // As a server would share them out that is started from here.
-  auto files = take_descriptors(
-      static_cast<int>(config->number("MACHINA_API_CONNECTIONS")),
-      static_cast<int>(config->number("MACHINA_WORKERS")));
+  auto files = take_descriptors(config->typed().api_connections,
+                                config->typed().workers);
   host["open_files"] = files ? files->text() : files.error().what;
   Json isolation;
   if (report) {

@@ -32,7 +32,7 @@ std::optional<Detected> look(const OpsOptions& options, int* exit) {
     *exit = kOpsUsage;
     return std::nullopt;
   }
-  const std::string& root = config->text("MACHINA_ROOT");
+  const std::string& root = config->typed().root;
   auto found =
       options.from.empty() ? detect(root) : detect_from(root, options.from);
   if (!found) {
@@ -371,7 +371,7 @@ int ops_start(const OpsOptions& options) {
                                                 : settings_faults(*config);
   for (const auto& line : refusals) fail(kOpsUsage, line);
   if (!refusals.empty()) return kOpsUsage;
-  const std::string& named = config->text("MACHINA_ROOT");
+  const std::string& named = config->typed().root;
   auto running = detect(named);
   if (running && running->serve && !options.force) {
     return already_running(options, *running);
@@ -405,13 +405,13 @@ int ops_start(const OpsOptions& options) {
   if (options.dry_run) {
     std::error_code error;
     launch.root =
-        std::filesystem::weakly_canonical(config->text("MACHINA_ROOT"), error);
+        std::filesystem::weakly_canonical(config->typed().root, error);
     if (running && running->serve && !options.force) {
       return already_running(options, *running);
     }
   } else {
-    auto root = prepare_root(config->text("MACHINA_ROOT"), config->prod(),
-                             options.unsafe_fs);
+    auto root =
+        prepare_root(config->typed().root, config->prod(), options.unsafe_fs);
     if (!root) return fail(kOpsUsage, root.error().what);
     launch.root = root->path;
     if (!lock) {

@@ -101,7 +101,7 @@ std::string log_file_of(const Launch& launch) {
   }
   auto config = Config::load(launch.environment, {}, file);
   // What is wrong with it the server will say.
-  return config ? config->text("MACHINA_LOG_FILE") : "";
+  return config ? config->typed().log_file : "";
 }
 
 // `kept`: the server itself turns it over.

@@ -428,7 +428,7 @@ class Restart {
 int ops_restart(const OpsOptions& options) {
   auto config = load(*options.settings);
   if (!config) return kOpsUsage;
-  auto found = detect(config->text("MACHINA_ROOT"));
+  auto found = detect(config->typed().root);
   std::optional<OpsLock> lock;
   if (found) {
     // A trial too: it listens where the old server brings its sockets.

@@ -131,7 +131,7 @@ Result<std::string> root_of(std::map<std::string, std::string>& unit) {
   }
   auto config = Config::load(environment, overrides, file);
   if (!config) return config.error();
-  return config->text("MACHINA_ROOT");
+  return config->typed().root;
 }
 
 bool same_place(const std::string& a, const std::string& b) {

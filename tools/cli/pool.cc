@@ -23,7 +23,7 @@ int pool(const Settings& settings, const std::string& server) {
   if (!config) return kUsage;
   scrub_secrets_from_environment();
   // The server that shares this root has judged its file system already.
-  auto root = prepare_root(config->text("MACHINA_ROOT"), config->prod(), true);
+  auto root = prepare_root(config->typed().root, config->prod(), true);
   if (!root) return fail(kUsage, root.error().what);
   ::umask(077);
 
@@ -31,23 +31,19 @@ int pool(const Settings& settings, const std::string& server) {
   options.root = root->path;
   options.socket_path = root->socket_path;
   options.self_exe = self_exe();
-  options.count = static_cast<int>(config->number("MACHINA_WORKERS"));
-  options.orphan_ms = config->number("MACHINA_POOL_ORPHAN_MS");
-  options.drain_ms = config->number("MACHINA_DRAIN_MS");
-  options.lease_ms = config->number("MACHINA_LEASE_MS");
-  options.slot_uid_base =
-      static_cast<std::uint32_t>(config->number("MACHINA_SLOT_UID_BASE"));
-  options.seccomp_enable = config->flag("MACHINA_SECCOMP_ENABLE");
-  options.min_level =
-      static_cast<Level>(config->number("MACHINA_SANDBOX_MIN_LEVEL"));
-  options.pids_max =
-      static_cast<std::uint64_t>(config->number("MACHINA_SANDBOX_MAX_PIDS"));
+  const SettingValues& set = config->typed();
+  options.count = set.workers;
+  options.orphan_ms = set.pool_orphan_ms;
+  options.drain_ms = set.drain_ms;
+  options.lease_ms = set.lease_ms;
+  options.slot_uid_base = set.slot_uid_base;
+  options.seccomp_enable = set.seccomp_enable;
+  options.min_level = set.sandbox_min_level;
+  options.pids_max = set.sandbox_max_pids;
   options.repo_roots = repo_roots(*config, root->path);
-  options.worker_env = pool_environment(*config);
-  options.log_max_bytes =
-      static_cast<std::uint64_t>(config->number("MACHINA_LOG_MAX_BYTES"));
-  options.log_total_bytes =
-      static_cast<std::uint64_t>(config->number("MACHINA_LOG_TOTAL_BYTES"));
+  options.worker_env = child_environment(*config, Setting::kWorker);
+  options.log_max_bytes = set.log_max_bytes;
+  options.log_total_bytes = set.log_total_bytes;
   say_as(say_options(*config, "pool"));
   options.version = MACHINA_VERSION;
   options.manager = std::move(manager);

@@ -25,7 +25,9 @@ SayOptions say_options(const Config& config, const std::string& component);
 // Whether nobody else could lead the lines elsewhere (tools/trust.h).
 Result<void> check_log_file(const std::string& path);
 Result<std::unique_ptr<LineFile>> log_file(const Config& config);
-// The whole environment of a pool, and of a worker.
-std::vector<std::string> pool_environment(const Config& config);
+// The whole environment of a child process in which `readers` (bits of
+// Setting::Reader) will run.
+std::vector<std::string> child_environment(const Config& config,
+                                           std::uint8_t readers);
 
 }  // namespace machina::cli

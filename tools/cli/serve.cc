@@ -39,12 +39,12 @@ void print_config(const Config& config, bool json) {
     return;
   }
   nlohmann::ordered_json all;
-  for (const auto& row : config_table()) {
+  for (const auto& row : config.table()) {
     const auto& value = config.values().at(row.name);
-    bool secret = row.type == Variable::Type::secret && !value.text.empty();
+    bool secret = row.type == Setting::Type::secret && !value.text.empty();
     all[row.name] = {{"value", secret ? "(set)" : value.text},
                      {"origin", value.origin}};
-    if (!has_effect(row.name)) all[row.name]["no_effect_yet"] = true;
+    if (!row.has_effect()) all[row.name]["no_effect_yet"] = true;
   }
   std::cout << all.dump(2) << "\n";
 }
@@ -57,99 +57,85 @@ std::map<std::string, KindFacts> kind_facts(const Config& config,
   return {all.begin(), all.end()};
 }
 
-void fill_limits(const Config& config, ServerOptions* server) {
-  auto size = [&](const char* name) {
-    return static_cast<std::uint64_t>(config.number(name));
-  };
-  server->max_body_bytes = size("MACHINA_API_MAX_BODY_BYTES");
-  server->max_attempts = static_cast<int>(size("MACHINA_MAX_ATTEMPTS"));
-  server->retry_min_ms = config.number("MACHINA_RETRY_MIN_MS");
-  server->retry_max_ms = config.number("MACHINA_RETRY_MAX_MS");
-  server->dedup_ttl_ms = config.number("MACHINA_DEDUP_TTL_MS");
-  server->drain_ms = config.number("MACHINA_DRAIN_MS");
-  server->scan_ms = config.number("MACHINA_SERVE_SCAN_MS");
-  server->min_level =
-      static_cast<Level>(config.number("MACHINA_SANDBOX_MIN_LEVEL"));
-  server->max_memory_mb = size("MACHINA_SANDBOX_MAX_MEMORY_MB");
-  server->max_cpu_ms = size("MACHINA_SANDBOX_MAX_CPU_MS");
-  server->max_pids = size("MACHINA_SANDBOX_MAX_PIDS");
-  server->max_disk_mb = size("MACHINA_SANDBOX_MAX_DISK_MB");
-  server->max_output_bytes = size("MACHINA_SANDBOX_MAX_OUTPUT_BYTES");
+void fill_limits(const SettingValues& set, ServerOptions* server) {
+  server->max_body_bytes = set.api_max_body_bytes;
+  server->max_attempts = set.max_attempts;
+  server->retry_min_ms = set.retry_min_ms;
+  server->retry_max_ms = set.retry_max_ms;
+  server->dedup_ttl_ms = set.dedup_ttl_ms;
+  server->drain_ms = set.drain_ms;
+  server->scan_ms = set.serve_scan_ms;
+  server->min_level = set.sandbox_min_level;
+  server->max_memory_mb = set.sandbox_max_memory_mb;
+  server->max_cpu_ms = set.sandbox_max_cpu_ms;
+  server->max_pids = set.sandbox_max_pids;
+  server->max_disk_mb = set.sandbox_max_disk_mb;
+  server->max_output_bytes = set.sandbox_max_output_bytes;
 }
 
-void fill_gate(const Config& config, ServerOptions* server) {
-  auto rpm = [&](const char* name) {
-    return static_cast<std::uint32_t>(config.number(name));
-  };
-  server->api_token = config.text("MACHINA_API_TOKEN");
-  server->hmac_secret = config.text("MACHINA_API_HMAC_SECRET");
-  server->both_credentials = config.text("MACHINA_API_CREDENTIALS") == "all";
-  server->hmac_window_ms = config.number("MACHINA_API_HMAC_TTL_SEC") * 1000;
-  server->rpm = rpm("MACHINA_API_RPM");
-  server->enqueue_rpm = rpm("MACHINA_API_ENQUEUE_RPM");
-  server->run_sync_rpm = rpm("MACHINA_API_RUNSYNC_RPM");
-  server->connections_max =
-      static_cast<int>(config.number("MACHINA_API_CONNECTIONS"));
-  server->connections_per_address =
-      static_cast<int>(config.number("MACHINA_API_CONNECTIONS_PER_ADDRESS"));
-  server->io_uring = config.flag("MACHINA_IO_URING");
+void fill_gate(const ApiSettings& set, ServerOptions* server) {
+  server->api_token = set.api_token;
+  server->hmac_secret = set.api_hmac_secret;
+  server->both_credentials = set.api_credentials == "all";
+  server->hmac_window_ms = set.api_hmac_ttl_sec * 1000;
+  server->rpm = set.api_rpm;
+  server->enqueue_rpm = set.api_enqueue_rpm;
+  server->run_sync_rpm = set.api_runsync_rpm;
+  server->connections_max = set.api_connections;
+  server->connections_per_address = set.api_connections_per_address;
 }
 
-void fill_shard(const Config& config, const std::string& root,
+void fill_shard(const QueueSettings& set, const std::string& root,
                 ShardOptions* shard) {
-  bool fsync = config.flag("MACHINA_WAL_FSYNC");
-  shard->core.fsync = fsync;
-  shard->log.fsync = fsync;
-  shard->core.queue_max =
-      static_cast<std::uint64_t>(config.number("MACHINA_QUEUE_MAX"));
-  shard->core.lease_ms = config.number("MACHINA_LEASE_MS");
-  shard->checkpoint_ms = config.number("MACHINA_WAL_CHECKPOINT_MS");
-  shard->body_cache_bytes =
-      static_cast<std::size_t>(config.number("MACHINA_PAYLOAD_CACHE_BYTES"));
-  shard->history_lag_max_bytes = static_cast<std::uint64_t>(
-      config.number("MACHINA_HISTORY_LAG_MAX_BYTES"));
+  shard->core.fsync = set.wal_fsync;
+  shard->log.fsync = set.wal_fsync;
+  shard->core.queue_max = set.queue_max;
+  shard->core.lease_ms = set.lease_ms;
+  shard->checkpoint_ms = set.wal_checkpoint_ms;
+  shard->body_cache_bytes = set.payload_cache_bytes;
+  shard->history_lag_max_bytes = set.history_lag_max_bytes;
   shard->history_dir = root + "/history";
 }
 
-ServerOptions::Access access_of(const Config& config) {
-  const std::string& word = config.text("MACHINA_LOG_ACCESS");
+ServerOptions::Access access_of(const std::string& word) {
   return word == "all"   ? ServerOptions::Access::all
          : word == "off" ? ServerOptions::Access::off
                          : ServerOptions::Access::sampled;
 }
 
 // Where this host has not the process numbers for as many workers.
-std::string fewer_pids(const Config& config) {
-  const int workers = static_cast<int>(config.number("MACHINA_WORKERS"));
-  const std::string& most = config.text("MACHINA_SANDBOX_MAX_PIDS");
+std::string fewer_pids(const SettingValues& set) {
   const sandbox::PidsBound bound = sandbox::pids_bound();
-  const auto part =
-      static_cast<std::int64_t>(sandbox::pids_part(bound, workers));
-  if (part >= config.number("MACHINA_SANDBOX_MAX_PIDS")) return "";
-  return "; " + most + " processes to a job (MACHINA_SANDBOX_MAX_PIDS; " +
-         bound.what + " is " + std::to_string(part) + " for each of " +
-         std::to_string(workers) + " workers)";
+  const std::uint64_t part = sandbox::pids_part(bound, set.workers);
+  if (part >= set.sandbox_max_pids) return "";
+  return "; " + std::to_string(set.sandbox_max_pids) +
+         " processes to a job (MACHINA_SANDBOX_MAX_PIDS; " + bound.what +
+         " is " + std::to_string(part) + " for each of " +
+         std::to_string(set.workers) + " workers)";
 }
 
 ServerOptions server_options(const Config& config, const Root& root) {
+  const SettingValues& set = config.typed();
   ServerOptions server;
   server.root = root.path;
   server.socket_path = root.socket_path;
-  server.host = config.text("MACHINA_HOST");
-  server.port = static_cast<int>(config.number("MACHINA_PORT"));
+  server.host = set.host;
+  server.port = set.port;
   server.prod = config.prod();
-  fill_gate(config, &server);
-  server.kinds_allowed = config.list("MACHINA_KINDS_ALLOWED");
+  server.io_uring = set.io_uring;
+  fill_gate(set, &server);
+  server.kinds_allowed = set.kinds_allowed;
   server.kinds = kind_facts(config, root.path);
   server.repo_roots = repo_roots(config, root.path);
-  fill_limits(config, &server);
-  fill_shard(config, root.path, &server.shard);
-  server.workers = static_cast<int>(config.number("MACHINA_WORKERS"));
+  fill_limits(set, &server);
+  fill_shard(set, root.path, &server.shard);
+  server.workers = set.workers;
   server.pool_argv = {self_exe(), "pool", "--root", root.path};
-  server.pool_env = pool_environment(config);
-  server.not_promised = not_promised(config) + fewer_pids(config);
-  server.access = access_of(config);
-  server.reopen_on_hangup = !config.text("MACHINA_LOG_FILE").empty();
+  server.pool_env =
+      child_environment(config, Setting::kPool | Setting::kWorker);
+  server.not_promised = not_promised(config) + fewer_pids(set);
+  server.access = access_of(set.log_access);
+  server.reopen_on_hangup = !set.log_file.empty();
   return server;
 }
 
@@ -206,8 +192,8 @@ int serve(const ServeOptions& options) {
       return fail(kUsage, ok.error().what);
     }
   }
-  auto root = prepare_root(config->text("MACHINA_ROOT"), config->prod(),
-                           options.unsafe_fs);
+  auto root =
+      prepare_root(config->typed().root, config->prod(), options.unsafe_fs);
   if (!root) return fail(kUsage, root.error().what);
   for (const auto& line : root->warnings)
     std::cerr << "warning: " << line << "\n";

@@ -22,10 +22,8 @@ namespace {
 using Steady = std::chrono::steady_clock;
 
 bool is_secret(const std::string& name) {
-  for (const auto& row : config_table()) {
-    if (name == row.name) return row.type == Variable::Type::secret;
-  }
-  return false;
+  const Setting* row = find_setting(name);
+  return row != nullptr && row->type == Setting::Type::secret;
 }
 
 PidFile pid_file_of(const Config& config, const ServeStart& start) {
@@ -34,10 +32,10 @@ PidFile pid_file_of(const Config& config, const ServeStart& start) {
   file.id = this_process();
   file.version = MACHINA_VERSION;
   file.started_at = rfc3339_now();
-  file.host = config.text("MACHINA_HOST");
-  file.port = static_cast<int>(config.number("MACHINA_PORT"));
-  file.workers = static_cast<int>(config.number("MACHINA_WORKERS"));
-  file.profile = config.text("MACHINA_PROFILE");
+  file.host = config.typed().host;
+  file.port = config.typed().port;
+  file.workers = config.typed().workers;
+  file.profile = config.typed().profile;
   char cwd[4096];
   if (::getcwd(cwd, sizeof cwd) != nullptr) file.cwd = cwd;
   file.argv = start.argv;

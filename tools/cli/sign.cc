@@ -78,7 +78,7 @@ int sign(const Given& given) {
   for (const auto& line : config->open_secrets()) {
     std::cerr << "warning: " << line << "\n";
   }
-  const std::string& secret = config->text("MACHINA_API_HMAC_SECRET");
+  const std::string& secret = config->typed().api_hmac_secret;
   if (secret.empty()) {
     return fail(kUsage,
                 "there is no secret: set MACHINA_API_HMAC_SECRET or "

@@ -56,8 +56,8 @@ Result<void> listening_fault(Result<void> tried) {
 
 // The address is another's: not of the server that is to be replaced.
 Result<void> check_port(const Config& config, const Detected* running) {
-  const std::string& host = config.text("MACHINA_HOST");
-  const int port = static_cast<int>(config.number("MACHINA_PORT"));
+  const std::string& host = config.typed().host;
+  const int port = config.typed().port;
   if (running != nullptr && running->serve_file->host == host &&
       running->serve_file->port == port) {
     return {};
@@ -103,9 +103,8 @@ StartFault files_fault(const std::string& root, bool pool) {
 // it is tried out, as the pool's workers would.
 Result<void> check_level(const Settings& settings, const Config& config,
                          const Detected* running, bool no_pool) {
-  const auto least =
-      static_cast<int>(config.number("MACHINA_SANDBOX_MIN_LEVEL"));
-  if (!config.prod() || config.number("MACHINA_WORKERS") == 0) return {};
+  const auto least = static_cast<int>(config.typed().sandbox_min_level);
+  if (!config.prod() || config.typed().workers == 0) return {};
   const auto word = [](int level) { return "L" + std::to_string(level); };
   int has = -1;
   if (running != nullptr) {
@@ -140,7 +139,7 @@ Result<void> check_level(const Settings& settings, const Config& config,
 std::vector<std::string> settings_faults(const Config& config) {
   std::vector<std::string> lines = start_refusals(config);
   // A malformed pattern would silently allow nothing.
-  for (const auto& pattern : config.list("MACHINA_KINDS_ALLOWED")) {
+  for (const auto& pattern : config.typed().kinds_allowed) {
     if (!valid_kind_pattern(pattern)) {
       lines.push_back("MACHINA_KINDS_ALLOWED: \"" + pattern +
                       "\" must be a kind, or one that ends in .*");
@@ -157,13 +156,13 @@ std::string log_file_fault(const std::string& what) {
 
 Result<void> probe_port(const Config& config) {
   std::error_code error;
-  if (fs::exists(config.text("MACHINA_ROOT") + "/queue", error)) return {};
+  if (fs::exists(config.typed().root + "/queue", error)) return {};
   return check_port(config, nullptr);
 }
 
 StartFault place_fault(const Settings& settings, const Config& config,
                        bool unsafe_fs, bool no_pool, long* takes_over) {
-  const std::string& path = config.text("MACHINA_ROOT");
+  const std::string& path = config.typed().root;
   const auto fault = [](const std::string& what) {
     return StartFault{kUsage, what};
   };
@@ -171,13 +170,13 @@ StartFault place_fault(const Settings& settings, const Config& config,
   if (auto ok = examine_root(path, config.prod(), unsafe_fs); !ok) {
     return fault(ok.error().what);
   }
-  const std::string& log = config.text("MACHINA_LOG_FILE");
+  const std::string& log = config.typed().log_file;
   if (!log.empty()) {
     auto ok = check_log_file(log);
     if (ok) ok = LineFile::examine(log);
     if (!ok) return fault(log_file_fault(ok.error().what));
   }
-  const bool pool = !no_pool && config.number("MACHINA_WORKERS") != 0;
+  const bool pool = !no_pool && config.typed().workers != 0;
   if (auto found = files_fault(path, pool); !found.what.empty()) return found;
   auto found = detect(path);
   const Detected* running = found && found->serve ? &*found : nullptr;
@@ -209,9 +208,8 @@ Result<sandbox::Report> try_isolation(const Config& config) {
   sandbox::SpawnerOptions options;
   options.root = dir.path();
   options.repo_roots = {dir.path() + "/repos"};
-  options.slot_uid_base =
-      static_cast<std::uint32_t>(config.number("MACHINA_SLOT_UID_BASE"));
-  options.seccomp_enable = config.flag("MACHINA_SECCOMP_ENABLE");
+  options.slot_uid_base = config.typed().slot_uid_base;
+  options.seccomp_enable = config.typed().seccomp_enable;
   options.self_exe = self_exe();
   if (auto trouble = sandbox::host_trouble(options); trouble.any()) {
     return Error{Code::unavailable,

@@ -71,7 +71,7 @@ std::string rfc3339(Millis ms) {
 Result<std::string> queue_dir(const Settings& settings, std::string* root) {
   auto config = load(settings);
   if (!config) return Error{Code::invalid, ""};  // said already
-  const std::string& named = config->text("MACHINA_ROOT");
+  const std::string& named = config->typed().root;
   if (auto ok = check_trusted("MACHINA_ROOT", named, true); !ok) {
     return ok.error();
   }

@@ -54,7 +54,7 @@ int worker(const Given& given) {
   if (!kinds) return fail(kUsage, kinds.error().what);
   ::umask(077);
 
-  const std::string& root = config->text("MACHINA_ROOT");
+  const std::string& root = config->typed().root;
   WorkerOptions options;
   options.name = given.name;
   // Not an argument: those are for everybody on the host to read.
@@ -66,17 +66,15 @@ int worker(const Given& given) {
   options.facts_fd = given.facts;
   options.root = root;
   options.kinds = *kinds;
-  options.lease_ms = config->number("MACHINA_LEASE_MS");
-  options.min_level =
-      static_cast<Level>(config->number("MACHINA_SANDBOX_MIN_LEVEL"));
+  const SettingValues& set = config->typed();
+  options.lease_ms = set.lease_ms;
+  options.min_level = set.sandbox_min_level;
   options.repo_roots = repo_roots(*config, root);
   options.prod = config->prod();
-  options.shell_allowed_exe = config->list("MACHINA_SHELL_ALLOWED_EXE");
-  options.shell_timeout_ms = config->number("MACHINA_SHELL_TIMEOUT_MS");
-  options.shell_stdout_max =
-      static_cast<std::uint64_t>(config->number("MACHINA_SHELL_STDOUT_MAX"));
-  options.shell_stderr_max =
-      static_cast<std::uint64_t>(config->number("MACHINA_SHELL_STDERR_MAX"));
+  options.shell_allowed_exe = set.shell_allowed_exe;
+  options.shell_timeout_ms = set.shell_timeout_ms;
+  options.shell_stdout_max = set.shell_stdout_max;
+  options.shell_stderr_max = set.shell_stderr_max;
   SayOptions say = say_options(*config, "worker");
   say.who = options.name;
   say_as(say);
