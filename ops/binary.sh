@@ -7,7 +7,8 @@ set -euo pipefail
 machina_binary() {
   local here candidate
   here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-  for candidate in "$here/build/release/machina" "$here/build/debug/machina" \
+  for candidate in "$here/build/release/machina" "$here/build/demo/machina" \
+    "$here/build/debug/machina" \
     "$here/bin/machina"; do
     if [ -x "$candidate" ]; then
       printf '%s\n' "$candidate"
