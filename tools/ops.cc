@@ -13,6 +13,7 @@
 #include <ctime>
 #include <nlohmann/json.hpp>
 
+#include "queue/base/rfc3339.h"
 #include "tools/trust.h"
 
 namespace machina {
@@ -216,18 +217,6 @@ std::string pids_text(const std::vector<pid_t>& pids) {
 }
 
 }  // namespace
-
-std::string rfc3339_now() {
-  timespec now{};
-  ::clock_gettime(CLOCK_REALTIME, &now);
-  std::tm parts{};
-  ::gmtime_r(&now.tv_sec, &parts);
-  char text[40];
-  std::size_t n = std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%S", &parts);
-  std::snprintf(text + n, sizeof text - n, ".%03dZ",
-                static_cast<int>(now.tv_nsec / 1'000'000));
-  return text;
-}
 
 std::string ops_dir(const std::string& root) { return root + "/ops"; }
 

@@ -92,7 +92,6 @@ class OpsLock {
 };
 
 // Now, RFC 3339 in UTC with milliseconds.
-std::string rfc3339_now();
 
 // A process of a root.
 struct OurProcess {

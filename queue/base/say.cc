@@ -17,6 +17,7 @@
 #include <mutex>
 #include <thread>
 
+#include "queue/base/rfc3339.h"
 #include "queue/base/utf8.h"
 
 namespace machina {
@@ -24,18 +25,6 @@ namespace {
 
 constexpr std::size_t kPieceBytes = 64 * 1024;
 constexpr std::size_t kMsgBytesMax = 2048;
-
-void append_time(std::string* out) {
-  timespec now{};
-  clock_gettime(CLOCK_REALTIME, &now);
-  tm parts{};
-  gmtime_r(&now.tv_sec, &parts);
-  char text[40];
-  std::size_t n = strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%S", &parts);
-  out->append(text, n);
-  std::snprintf(text, sizeof text, ".%03ldZ", now.tv_nsec / 1'000'000);
-  *out += text;
-}
 
 // As the inside of a JSON string; in text lines too, so that one rule holds.
 // At most `max` bytes and the dots that say that more was there.
@@ -382,14 +371,14 @@ Saying::Saying(Severity severity, std::string_view event, std::string_view msg)
   line_.reserve(256);
   if (o.json) {
     line_ += "{\"ts\":\"";
-    append_time(&line_);
+    append_rfc3339(&line_, system_clock().wall_ms());
     line_.append("\",\"level\":\"").append(name(severity));
     line_.append("\",\"component\":\"").append(component);
     line_.append("\",\"event\":\"").append(event).append("\",\"msg\":\"");
     append_escaped(&line_, msg, kMsgBytesMax);
     line_ += '"';
   } else {
-    append_time(&line_);
+    append_rfc3339(&line_, system_clock().wall_ms());
     line_.append(" ").append(name(severity)).append(" ").append(component);
     line_.append(" ").append(event).append(": ");
     append_escaped(&line_, msg, kMsgBytesMax, false);

@@ -16,10 +16,10 @@
 
 #include "queue/base/clock.h"
 #include "queue/base/job.h"
+#include "queue/base/json.h"
 #include "queue/core/core.h"
 #include "server/api/problem.h"
 #include "server/api/server.h"
-#include "server/http/json.h"
 
 namespace machina {
 

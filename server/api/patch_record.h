@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "queue/base/job.h"
-#include "server/http/json.h"
+#include "queue/base/json.h"
 
 namespace machina {
 

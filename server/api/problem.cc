@@ -1,7 +1,7 @@
 #include "server/api/problem.h"
 
+#include "queue/base/json.h"
 #include "queue/base/utf8.h"
-#include "server/http/json.h"
 
 namespace machina {
 
@@ -96,7 +96,7 @@ Problem bad_field(std::string_view field, std::string_view detail) {
 std::string shown(std::string_view value) {
   constexpr std::size_t kShownMax = 80;
   std::string out;
-  append_json_string(&out, utf8_head(value, kShownMax));
+  json::quote(out, utf8_head(value, kShownMax));
   if (value.size() > kShownMax) out += "...";
   return out;
 }

@@ -24,6 +24,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "queue/base/json.h"
 #include "queue/base/say.h"
 #include "queue/shard/shard.h"
 #include "server/api/doorkeeper.h"
@@ -39,7 +40,6 @@
 #include "server/auth/tokens.h"
 #include "server/http/connection.h"
 #include "server/http/descriptors.h"
-#include "server/http/json.h"
 #include "server/http/limits.h"
 #include "server/http/loop.h"
 

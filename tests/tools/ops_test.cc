@@ -18,6 +18,8 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "queue/base/rfc3339.h"
+
 namespace machina {
 namespace {
 

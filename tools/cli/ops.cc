@@ -13,6 +13,7 @@
 #include <nlohmann/json.hpp>
 #include <random>
 
+#include "queue/base/rfc3339.h"
 #include "tools/cli/ops_common.h"
 #include "tools/cli/start_conditions.h"
 #include "tools/root.h"

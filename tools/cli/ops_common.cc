@@ -16,6 +16,7 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 
+#include "queue/base/rfc3339.h"
 #include "queue/base/utf8.h"
 #include "tools/root.h"
 

@@ -24,6 +24,7 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 
+#include "queue/base/rfc3339.h"
 #include "tools/cli/ops_common.h"
 #include "tools/cli/serve_events.h"
 #include "tools/root.h"

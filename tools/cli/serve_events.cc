@@ -13,6 +13,7 @@
 #include <fstream>
 #include <sstream>
 
+#include "queue/base/rfc3339.h"
 #include "tools/cli/cli.h"
 #include "tools/ops.h"
 

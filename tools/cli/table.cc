@@ -5,6 +5,7 @@
 #include <ctime>
 #include <iterator>
 
+#include "queue/base/rfc3339.h"
 #include "queue/base/utf8.h"
 #include "tools/cli/cli.h"
 
@@ -28,17 +29,8 @@ std::string local_time(std::int64_t ms, const char* format) {
 
 }  // namespace
 
-std::int64_t parse_time_ms(const std::string& rfc3339) {
-  std::tm parts{};
-  int millis = 0;
-  int fields =
-      std::sscanf(rfc3339.c_str(), "%4d-%2d-%2dT%2d:%2d:%2d.%3dZ",
-                  &parts.tm_year, &parts.tm_mon, &parts.tm_mday, &parts.tm_hour,
-                  &parts.tm_min, &parts.tm_sec, &millis);
-  if (fields < 6) return -1;
-  parts.tm_year -= 1900;
-  parts.tm_mon -= 1;
-  return static_cast<std::int64_t>(::timegm(&parts)) * 1000 + millis;
+std::int64_t parse_time_ms(const std::string& text) {
+  return parse_rfc3339(text).value_or(-1);
 }
 
 std::string readable_ms(std::int64_t ms) {

@@ -18,6 +18,7 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 
+#include "queue/base/rfc3339.h"
 #include "queue/base/utf8.h"
 #include "queue/verify/verify.h"
 #include "server/auth/signature.h"
@@ -53,18 +54,6 @@ int exit_for(const Error& error) {
     default:
       return kIoFailed;
   }
-}
-
-std::string rfc3339(Millis ms) {
-  std::time_t seconds = static_cast<std::time_t>(ms / 1000);
-  std::tm parts{};
-  ::gmtime_r(&seconds, &parts);
-  char text[80];
-  std::snprintf(text, sizeof(text), "%04d-%02d-%02dT%02d:%02d:%02d.%03dZ",
-                parts.tm_year + 1900, parts.tm_mon + 1, parts.tm_mday,
-                parts.tm_hour, parts.tm_min, parts.tm_sec,
-                static_cast<int>(ms % 1000));
-  return text;
 }
 
 // <root>/queue, or why not.

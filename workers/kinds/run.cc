@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "queue/base/json_view.h"
+#include "queue/base/json.h"
 #include "queue/base/utf8.h"
 
 namespace machina::kinds {
@@ -243,13 +243,13 @@ std::string level_name(Level level) { return "L" + std::to_string(level); }
 namespace {
 
 // A positive integer member; false with `problem` set where it is not.
-bool limit(std::string_view key, std::string_view value, std::uint64_t least,
+bool limit(std::string_view key, const JsonValue& value, std::uint64_t least,
            std::uint64_t& into, std::string& problem,
            std::uint64_t most = std::uint64_t{1} << 62) {
   const auto number = json::integer(value);
   if (!number || *number < static_cast<std::int64_t>(least) ||
       *number > static_cast<std::int64_t>(most)) {
-    problem = "sandbox." + std::string(key) + ": " + std::string(value) +
+    problem = "sandbox." + std::string(key) + ": " + std::string(value.raw()) +
               " is not an integer of at least " + std::to_string(least);
     if (most < std::uint64_t{1} << 62) {
       problem += " and at most " + std::to_string(most);
@@ -283,20 +283,20 @@ Result<void> apply_sandbox(const std::string& text, sandbox::Limits& limits,
       return limit(key, value, 1, limits.output_bytes, problem);
     }
     if (key == "min_level") {
-      if (value.size() == 4 && value[1] == 'L' && value[2] >= '0' &&
-          value[2] <= '4') {
-        required = static_cast<Level>(value[2] - '0');
+      const std::string_view raw = value.raw();
+      if (raw.size() == 4 && raw[1] == 'L' && raw[2] >= '0' && raw[2] <= '4') {
+        required = static_cast<Level>(raw[2] - '0');
         return true;
       }
     } else if (key == "profile") {
-      if (value == "\"strict\"") return true;
-      net = value == "\"net\"";
+      if (value.raw() == "\"strict\"") return true;
+      net = value.raw() == "\"net\"";
       if (net) return true;
     } else if (key == "allow_hosts") {
-      net = net || value != "[]";
+      net = net || value.raw() != "[]";
       return true;
     }
-    problem = "sandbox." + std::string(key) + ": " + std::string(value) +
+    problem = "sandbox." + std::string(key) + ": " + std::string(value.raw()) +
               " is not understood by this worker";
     return false;
   });

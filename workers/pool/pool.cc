@@ -24,7 +24,8 @@
 #include <sstream>
 #include <thread>
 
-#include "queue/base/json_view.h"
+#include "queue/base/json.h"
+#include "queue/base/rfc3339.h"
 #include "queue/base/say.h"
 #include "queue/base/utf8.h"
 #include "tools/ops.h"
@@ -533,7 +534,7 @@ void Pool::take_answer(const std::string& body) {
       target_ = static_cast<int>(*target);
       told_ = true;
     } else if (key == "drain") {
-      drain_asked_ = value == "true";
+      drain_asked_ = json::boolean(value).value_or(false);
     }
     return true;
   });
@@ -709,13 +710,13 @@ void Pool::take_fact(int slot, const std::string& line) {
     if (key == "reason") trouble.reason = json::string(value).value_or("");
     if (key == "remedy") trouble.remedy = json::string(value).value_or("");
     if (key == "counts") {
-      const auto counts = SandboxCounts::parse(value);
+      const auto counts = SandboxCounts::parse(value.raw());
       if (counts) counts_.add(*counts);
       counted = true;
     }
     if (key == "isolation") {
       first = s.isolation.empty();
-      s.isolation = std::string(value);
+      s.isolation = value.raw();
     }
     return true;
   });
@@ -726,12 +727,12 @@ void Pool::take_fact(int slot, const std::string& line) {
   if (first) {
     std::string level;
     json::members(s.isolation, [&](auto key, auto value) {
-      if (key == "level") level = std::string(value);
+      if (key == "level") level = json::string(value).value_or("");
       return true;
     });
     Saying(Severity::info, "worker_ready", "a worker has proven its level")
         .with("worker", s.name)
-        .with("isolation_level", json::string(level).value_or(""));
+        .with("isolation_level", level);
   }
   changed(first);
 }

@@ -1,30 +1,12 @@
 #include "workers/pool/pool_slots.h"
 
-#include <time.h>
-
 #include <algorithm>
-#include <cstdio>
 
 #include "queue/base/check.h"
-#include "queue/base/json_view.h"
+#include "queue/base/json.h"
+#include "queue/base/rfc3339.h"
 
 namespace machina {
-namespace {
-
-std::string rfc3339(Millis wall_ms) {
-  const time_t seconds = static_cast<time_t>(wall_ms / 1000);
-  struct tm parts {};
-  gmtime_r(&seconds, &parts);
-  char text[40];
-  const std::size_t n =
-      strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%S", &parts);
-  std::snprintf(text + n, sizeof text - n, ".%03dZ",
-                static_cast<int>(wall_ms % 1000));
-  return text;
-}
-
-}  // namespace
-
 int PoolSlots::alive() const {
   return static_cast<int>(
       std::count_if(slots_.begin(), slots_.end(), [](const Slot& s) {
@@ -211,7 +193,7 @@ std::string PoolSlots::sync_body(const std::string& host,
     if (!slot.isolation.empty()) {
       // The level beside the whole, for those who look for nothing else.
       json::members(slot.isolation, [&](auto key, auto value) {
-        if (key == "level") out += ",\"level\":" + std::string(value);
+        if (key == "level") out += ",\"level\":" + std::string(value.raw());
         return true;
       });
       out += ",\"isolation\":" + slot.isolation;

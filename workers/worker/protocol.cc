@@ -1,18 +1,31 @@
 #include "workers/worker/protocol.h"
 
-#include "queue/base/json_view.h"
+#include "queue/base/json.h"
 #include "queue/base/utf8.h"
 
 namespace machina {
 namespace {
 
-std::string text_or(std::string_view raw, const char* absent) {
-  auto text = json::string(raw);
+// Every reply that this thread reads goes through one document, which keeps its
+// memory.
+template <class Each>
+bool members(std::string_view reply, Each&& each) {
+  static thread_local JsonDoc doc;
+  return !doc.parse(reply, kJsonMessageDepthMax) &&
+         json::members(doc.root(), each);
+}
+
+std::string text_or(const JsonValue& value, const char* absent) {
+  auto text = json::string(value);
   return text ? std::move(*text) : std::string(absent);
 }
 
-bool parse_job(std::string_view raw, Lease& lease) {
-  return json::members(raw, [&](auto key, auto value) {
+std::string raw_or(const JsonValue& value, const char* absent) {
+  return std::string(value.is_null() ? absent : value.raw());
+}
+
+bool parse_job(const JsonValue& job, Lease& lease) {
+  return json::members(job, [&](auto key, auto value) {
     if (key == "id") {
       lease.job_id = text_or(value, "");
     } else if (key == "kind") {
@@ -22,13 +35,13 @@ bool parse_job(std::string_view raw, Lease& lease) {
     } else if (key == "timeout_ms") {
       lease.timeout_ms = json::integer(value).value_or(0);
     } else if (key == "payload") {
-      lease.payload = value == "null" ? "{}" : std::string(value);
+      lease.payload = raw_or(value, "{}");
     } else if (key == "sandbox") {
-      lease.sandbox = value == "null" ? "" : std::string(value);
+      lease.sandbox = raw_or(value, "");
     } else if (key == "tenant") {
       lease.tenant = text_or(value, "");
     } else if (key == "input") {
-      lease.input = value == "null" ? "" : std::string(value);
+      lease.input = raw_or(value, "");
     } else if (key == "traceparent") {
       lease.traceparent = text_or(value, "");
     } else if (key == "request_id") {
@@ -38,8 +51,8 @@ bool parse_job(std::string_view raw, Lease& lease) {
   });
 }
 
-bool parse_lease(std::string_view raw, Lease& lease) {
-  const bool good = json::members(raw, [&](auto key, auto value) {
+bool parse_lease(const JsonValue& one, Lease& lease) {
+  const bool good = json::members(one, [&](auto key, auto value) {
     if (key == "token") {
       lease.token = text_or(value, "");
     } else if (key == "lease_ms") {
@@ -79,16 +92,12 @@ void append_end(std::string& out, const kinds::End& end,
 
 Result<std::vector<Lease>> parse_leases(std::string_view reply) {
   std::vector<Lease> out;
-  bool good = true;
-  const bool whole = json::members(reply, [&](auto key, auto value) {
+  const bool good = members(reply, [&](auto key, auto value) {
     if (key != "leases") return true;
-    good = json::elements(value, [&](auto raw) {
-      out.emplace_back();
-      return parse_lease(raw, out.back());
-    });
-    return good;
+    return json::elements(
+        value, [&](auto one) { return parse_lease(one, out.emplace_back()); });
   });
-  if (!whole || !good) {
+  if (!good) {
     return Error{Code::invalid, "leases: the server's reply is malformed"};
   }
   return out;
@@ -154,14 +163,15 @@ std::string write_heartbeat(const std::vector<HeartbeatItem>& items,
 
 Result<std::vector<HeartbeatAnswer>> parse_heartbeat(std::string_view reply) {
   std::vector<HeartbeatAnswer> out;
-  const bool good = json::members(reply, [&](auto key, auto list) {
+  const bool good = members(reply, [&](auto key, auto list) {
     if (key != "items") return true;
-    return json::elements(list, [&](auto raw) {
+    return json::elements(list, [&](auto item) {
       HeartbeatAnswer& answer = out.emplace_back();
-      return json::members(raw, [&](auto name, auto value) {
+      return json::members(item, [&](auto name, auto value) {
         if (name == "token") answer.token = text_or(value, "");
-        if (name == "cancel") answer.cancel = value == "true";
-        if (name == "problem") answer.lost = value != "null";
+        if (name == "cancel")
+          answer.cancel = json::boolean(value).value_or(false);
+        if (name == "problem") answer.lost = !value.is_null();
         return true;
       });
     });
@@ -172,14 +182,14 @@ Result<std::vector<HeartbeatAnswer>> parse_heartbeat(std::string_view reply) {
 
 Result<std::vector<ItemReply>> parse_items(std::string_view reply) {
   std::vector<ItemReply> out;
-  const bool good = json::members(reply, [&](auto key, auto list) {
+  const bool good = members(reply, [&](auto key, auto list) {
     if (key != "items") return true;
-    return json::elements(list, [&](auto raw) {
+    return json::elements(list, [&](auto item) {
       ItemReply& answer = out.emplace_back();
-      return json::members(raw, [&](auto name, auto value) {
+      return json::members(item, [&](auto name, auto value) {
         if (name == "token") answer.token = text_or(value, "");
-        if (name == "problem" && value != "null") {
-          answer.problem = std::string(utf8_head(value, 500));
+        if (name == "problem" && !value.is_null()) {
+          answer.problem = std::string(utf8_head(value.raw(), 500));
           json::members(value, [&](auto field, auto number) {
             if (field == "status") {
               answer.status =

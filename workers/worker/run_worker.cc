@@ -8,7 +8,7 @@
 #include <string>
 #include <thread>
 
-#include "queue/base/json_view.h"
+#include "queue/base/json.h"
 #include "queue/base/say.h"
 #include "workers/worker/worker.h"
 

@@ -3,7 +3,7 @@
 #include <chrono>
 #include <csignal>
 
-#include "queue/base/json_view.h"
+#include "queue/base/json.h"
 
 namespace machina {
 namespace {
@@ -68,8 +68,8 @@ int denied_by(const sandbox::StepResult& step) {
   return -1;
 }
 
-bool count(std::string_view raw, std::uint64_t* into) {
-  const auto number = json::integer(raw);
+bool count(const JsonValue& value, std::uint64_t* into) {
+  const auto number = json::integer(value);
   if (!number || *number < 0) return false;
   *into = static_cast<std::uint64_t>(*number);
   return true;
@@ -114,16 +114,16 @@ Result<SandboxCounts> SandboxCounts::parse(std::string_view text) {
   std::size_t at = 0;
   const bool good = json::members(text, [&](auto key, auto value) {
     if (key == "starts") {
-      return json::elements(value, [&](auto raw) {
-        return at < out.starts.size() && count(raw, &out.starts[at++]);
+      return json::elements(value, [&](auto number) {
+        return at < out.starts.size() && count(number, &out.starts[at++]);
       });
     }
     if (key == "starts_us") return count(value, &out.starts_us);
     if (key == "log_dropped") return count(value, &out.log_dropped);
     if (key != "denied") return false;
-    return json::members(value, [&](auto what, auto raw) {
+    return json::members(value, [&](auto what, auto number) {
       for (std::size_t i = 0; i < kDenied.size(); ++i) {
-        if (kDenied[i] == what) return count(raw, &out.denied[i]);
+        if (kDenied[i] == what) return count(number, &out.denied[i]);
       }
       return false;
     });

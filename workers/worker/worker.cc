@@ -8,7 +8,7 @@
 #include <mutex>
 #include <thread>
 
-#include "queue/base/json_view.h"
+#include "queue/base/json.h"
 #include "queue/base/say.h"
 #include "queue/base/utf8.h"
 #include "workers/kinds/run.h"

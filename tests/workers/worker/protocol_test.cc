@@ -12,7 +12,7 @@
 #include <random>
 #include <thread>
 
-#include "queue/base/json_view.h"
+#include "queue/base/json.h"
 #include "workers/worker/http_client.h"
 
 namespace machina {
@@ -51,21 +51,28 @@ TEST(ProtocolTest, TextThatIsNotJsonIsRefusedAndNeverOverread) {
   }
 }
 
-TEST(ProtocolTest, StringsComeThroughBothWays) {
-  for (const std::string& text :
-       {std::string("plain"), std::string("\"\\/\n\t\x01\x7f"),
-        std::string("\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80"),
-        std::string("a\0b", 3)}) {
-    const std::string quoted = json::quoted(text);
-    EXPECT_EQ(nlohmann::json::parse(quoted).get<std::string>(), text);
-    EXPECT_EQ(json::string(quoted), text);
-  }
-  EXPECT_EQ(json::string(R"("\ud83d\ude00 \u00e9")"),
-            "\xF0\x9F\x98\x80 \xC3\xA9");
-  // Broken UTF-8 is mended, each byte by itself.
-  EXPECT_EQ(
-      json::quoted("\xff\xC3(\xED\xA0\x80"),
-      "\"\xEF\xBF\xBD\xEF\xBF\xBD(\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD\"");
+// A payload may be as deep as a request may be. The lease wraps it.
+TEST(ProtocolTest, ALeaseCarriesTheDeepestPayload) {
+  const std::string payload = "{\"a\":" + std::string(kJsonDepthMax - 2, '[') +
+                              std::string(kJsonDepthMax - 2, ']') + "}";
+  const auto leases = parse_leases(
+      R"({"leases":[{"token":"t","lease_ms":5,"job":{"kind":"noop","payload":)" +
+      payload + "}}]}");
+  ASSERT_TRUE(leases) << leases.error().what;
+  EXPECT_EQ(leases->at(0).payload, payload);
+}
+
+TEST(ProtocolTest, AnItemsRefusalIsRead) {
+  const auto items = parse_items(
+      R"({"items":[{"token":"a","problem":null},
+{"token":"b","problem":{"status":409,"title":"lease-lost"}}]})");
+  ASSERT_TRUE(items);
+  ASSERT_EQ(items->size(), 2);
+  EXPECT_EQ((*items)[0].problem, "");
+  EXPECT_EQ((*items)[1].problem, R"({"status":409,"title":"lease-lost"})");
+  EXPECT_EQ((*items)[1].status, 409);
+  EXPECT_FALSE(parse_items(R"({"items":{}})"));
+  EXPECT_FALSE(parse_heartbeat(R"({"items":[{"token":"a","token":"b"}]})"));
 }
 
 TEST(ProtocolTest, CompletionIsValidJsonWhateverTheMessage) {

@@ -6,8 +6,9 @@
 
 #include <optional>
 
-#include "queue/base/json_view.h"
+#include "queue/base/json.h"
 #include "queue/base/utf8.h"
+#include "workers/kinds/fields.h"
 #include "workers/kinds/handler.h"
 
 namespace machina::kinds {
@@ -23,25 +24,26 @@ struct NoopPayload {
 
 using Problem = std::optional<BadField>;
 
-bool number(std::string_view key, std::string_view value, std::uint32_t most,
+bool number(std::string_view key, const JsonValue& value, std::uint32_t most,
             std::uint32_t& into, Problem& problem) {
   const auto parsed = json::integer(value);
   if (!parsed || *parsed < 0 || *parsed > most) {
-    problem = BadField{std::string(key), std::string(utf8_head(value, 80)) +
-                                             " is not an integer in 0.." +
-                                             std::to_string(most)};
+    problem = BadField{std::string(key),
+                       std::string(utf8_head(value.raw(), 80)) +
+                           " is not an integer in 0.." + std::to_string(most)};
     return false;
   }
   into = static_cast<std::uint32_t>(*parsed);
   return true;
 }
 
-bool flag(std::string_view key, std::string_view value, bool& into,
+bool flag(std::string_view key, const JsonValue& value, bool& into,
           Problem& problem) {
   const auto parsed = json::boolean(value);
   if (!parsed) {
-    problem = BadField{std::string(key), std::string(utf8_head(value, 80)) +
-                                             " is not true or false"};
+    problem =
+        BadField{std::string(key), std::string(utf8_head(value.raw(), 80)) +
+                                       " is not true or false"};
     return false;
   }
   into = *parsed;
@@ -60,7 +62,7 @@ Checked<NoopPayload> parse_noop(std::string_view payload) {
   Problem problem;
   const bool good = json::members(payload, [&](auto key, auto value) {
     if (key == "echo") {
-      out.echo = value;
+      out.echo = value.raw();
       return true;
     }
     if (key == "sleep_ms")
@@ -69,7 +71,8 @@ Checked<NoopPayload> parse_noop(std::string_view payload) {
       return number(key, value, kMaxAttemptsMax, out.fail_attempts, problem);
     if (key == "fail") return flag(key, value, out.fail, problem);
     if (key == "crash") return flag(key, value, out.crash, problem);
-    problem = BadField{std::string(key), "not a member of this kind's payload"};
+    problem = BadField{printable(std::string(key)),
+                       "not a member of this kind's payload"};
     return false;
   });
   if (problem) return *problem;

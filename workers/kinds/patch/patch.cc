@@ -4,7 +4,7 @@
 #include <chrono>
 
 #include "queue/base/ids.h"
-#include "queue/base/json_view.h"
+#include "queue/base/json.h"
 #include "workers/kinds/patch/patch_rollback.h"
 
 namespace machina::kinds {
@@ -85,7 +85,7 @@ class PatchRun {
     json::members(attempt_.input, [&](auto key, auto value) {
       if (key == "approve") {
         approved = json::boolean(value).value_or(false);
-        denied = value == "false";
+        denied = !json::boolean(value).value_or(true);
       }
       if (key == "digest") given = json::string(value).value_or("");
       if (key == "base_commit") commit = json::string(value).value_or("");

@@ -4,7 +4,7 @@
 #include <map>
 #include <set>
 
-#include "queue/base/json_view.h"
+#include "queue/base/json.h"
 #include "queue/base/utf8.h"
 #include "workers/kinds/patch/patch.h"
 #include "workers/kinds/suite/pytest_watch.h"

@@ -8,7 +8,7 @@
 #include <thread>
 
 #include "queue/base/ids.h"
-#include "queue/base/json_view.h"
+#include "queue/base/json.h"
 #include "queue/base/utf8.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/patch/patch.h"
@@ -249,7 +249,7 @@ struct Known {
 
 Known read_known(const std::string& text) {
   Known out;
-  const auto word = [](std::string_view value) {
+  const auto word = [](const JsonValue& value) {
     return json::string(value).value_or("");
   };
   json::members(text, [&](auto key, auto value) {
@@ -260,8 +260,8 @@ Known read_known(const std::string& text) {
     if (key == "base_commit") out.base_commit = word(value);
     if (key == "description") out.description = word(value);
     if (key == "rolled_back_by") out.rolled_back_by = word(value);
-    if (key == "pushed") out.pushed = value == "true";
-    if (key == "test" && value.starts_with('{')) out.suite = value;
+    if (key == "pushed") out.pushed = json::boolean(value).value_or(false);
+    if (key == "test" && value.is_object()) out.suite = value.raw();
     if (key == "files") {
       json::elements(value, [&](auto file) {
         std::string path;
@@ -395,7 +395,7 @@ class RollbackRun {
   // What somebody said when the job was blocked.
   void read_answer() {
     json::members(attempt_.input, [&](auto key, auto value) {
-      if (key == "approve") denied_ = value == "false";
+      if (key == "approve") denied_ = !json::boolean(value).value_or(true);
       if (key == "digest") approved_ = json::string(value).value_or("");
       return true;
     });

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <filesystem>
 
-#include "queue/base/json_view.h"
+#include "queue/base/json.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/suite/suite.h"
 
@@ -280,13 +280,10 @@ Checked<FoundRepo> find_repo(const std::string& repo,
 std::string with_repo(const std::string& payload, const std::string& repo) {
   std::string_view raw;
   json::members(payload, [&](auto key, auto value) {
-    // A key may be spelled with escapes, as a text may.
-    const std::string quoted_key = '"' + std::string(key) + '"';
-    if (json::string(quoted_key) == "repo") raw = value;
+    if (key == "repo" && json::string(value) != repo) raw = value.raw();
     return true;
   });
-  const auto given = json::string(raw);
-  if (!given || *given == repo) return "";
+  if (!raw.starts_with('"')) return "";
   const auto at = static_cast<std::size_t>(raw.data() - payload.data());
   return payload.substr(0, at) + json::quoted(repo) +
          payload.substr(at + raw.size());

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <map>
 
-#include "queue/base/json_view.h"
+#include "queue/base/json.h"
 #include "queue/base/utf8.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/suite/suite.h"

@@ -7,7 +7,7 @@
 #include <filesystem>
 #include <optional>
 
-#include "queue/base/json_view.h"
+#include "queue/base/json.h"
 #include "queue/base/utf8.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/run.h"

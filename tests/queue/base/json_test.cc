@@ -1,4 +1,4 @@
-#include "server/http/json.h"
+#include "queue/base/json.h"
 
 #include <gtest/gtest.h>
 
@@ -234,31 +234,50 @@ TEST(JsonTest, AgreesWithAnotherParserOnMutations) {
 
 TEST(JsonTest, StringsAreEscaped) {
   std::string out;
-  append_json_string(&out,
-                     std::string_view("a\"\\\n\x01\x7f\xc3\xa9\xff\0", 10));
+  json::quote(out, std::string_view("a\"\\\n\x01\x7f\xc3\xa9\xff\0", 10));
   auto back = nlohmann::json::parse(out);
   EXPECT_EQ(back.get<std::string>(),
             std::string("a\"\\\n\x01\x7f\xc3\xa9\xef\xbf\xbd\0", 12));
 }
 
-TEST(JsonTest, TimesAreRfc3339) {
-  std::string out;
-  append_rfc3339(&out, 1'795'183'200'123);
-  EXPECT_EQ(out, "2026-11-20T14:00:00.123Z");
-  for (Millis ms : {Millis{0}, Millis{951'782'400'000}, Millis{1},
-                    Millis{1'709'164'800'000}, Millis{4'102'444'799'999}}) {
-    out.clear();
-    append_rfc3339(&out, ms);
-    EXPECT_EQ(parse_rfc3339(out), ms) << out;
+TEST(JsonTest, StringsComeThroughBothWays) {
+  for (const std::string& text :
+       {std::string("plain"), std::string("\"\\/\n\r\t\x01\x7f"),
+        std::string("\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80"),
+        std::string("a\0b", 3)}) {
+    const std::string quoted = json::quoted(text);
+    EXPECT_EQ(nlohmann::json::parse(quoted).get<std::string>(), text);
+    JsonDoc doc;
+    ASSERT_FALSE(doc.parse(quoted));
+    EXPECT_EQ(json::string(doc.root()), text);
   }
-  EXPECT_EQ(parse_rfc3339("2026-11-20T15:00:00.5+01:00"), 1'795'183'200'500);
-  EXPECT_EQ(parse_rfc3339("2026-11-20T14:00:00Z"), 1'795'183'200'000);
-  for (const char* bad :
-       {"", "2026-11-20", "2026-11-20T14:00:00", "2026-13-20T14:00:00Z",
-        "2026-02-29T14:00:00Z", "2026-11-20T24:00:00Z", "2026-11-20T14:00:00.Z",
-        "2026-11-20T14:00:00Zx", "1763647200"}) {
-    EXPECT_FALSE(parse_rfc3339(bad)) << bad;
+  // Broken UTF-8 is mended, each byte by itself.
+  EXPECT_EQ(
+      json::quoted("\xff\xC3(\xED\xA0\x80"),
+      "\"\xEF\xBF\xBD\xEF\xBF\xBD(\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD\"");
+}
+
+TEST(JsonTest, MembersAreVisitedWithTheirTypes) {
+  std::string seen;
+  const auto visit = [&](std::string_view key, const JsonValue& value) {
+    seen += std::string(key) + "=" +
+            json::string(value).value_or(
+                std::to_string(json::integer(value).value_or(-1))) +
+            (json::boolean(value).value_or(false) ? "!" : "") + ";";
+    return key != "end";
+  };
+  EXPECT_TRUE(
+      json::members(R"({"\u0061":"x\n","b":7,"c":true,"d":1.5})", visit));
+  EXPECT_EQ(seen, "a=x\n;b=7;c=-1!;d=-1;");
+  EXPECT_FALSE(json::members(R"({"end":1,"after":2})", visit));
+  EXPECT_EQ(seen, "a=x\n;b=7;c=-1!;d=-1;end=1;");
+  // Nothing is visited of what is not an object.
+  for (const char* text : {"", "[]", "7", R"({"a":1)", R"({"a":1}x)"}) {
+    EXPECT_FALSE(json::members(text, visit)) << text;
   }
+  EXPECT_EQ(seen, "a=x\n;b=7;c=-1!;d=-1;end=1;");
+  EXPECT_FALSE(json::members(JsonValue(), visit));
+  EXPECT_FALSE(json::elements(JsonValue(), [](auto) { return true; }));
 }
 
 TEST(JsonTest, AWriterLeavesExactlyItsText) {

@@ -1,17 +1,18 @@
-// server/http/json.h
+// queue/base/json.h
 //
-// JSON in and out. Reading: one strict pass over the text leaves a flat tree of
-// places in it, so that a payload is kept exactly as it was sent. It is a
-// scanner of its own because four things are needed at once that no library
-// here gives together: raw text of any value, refusal of duplicate keys, a
-// bounded depth, and no allocation per value. tests/server/http/json_test.cc
-// holds it against nlohmann::json on a corpus and on random mutations.
+// Reads and writes JSON at high rate: the server's requests, the workers' and
+// the pool's messages. One strict pass over a text leaves a flat tree of places
+// in the text, so a payload is kept exactly as it was sent. The scanner is our
+// own because no library here gives these four together: the raw text of any
+// value, refusal of duplicate keys, a bounded depth, no allocation per value
+// (docs/decisions/0020-a-scanner-for-requests.md).
 //
-//   J1  Accepts exactly RFC 8259 texts in valid UTF-8 without duplicate keys
-//       and nested at most kJsonDepthMax deep.
-//   J2  A value's raw() is the bytes that were sent.
-//
-// Writing: JsonWriter appends to a string; strings are escaped, commas placed.
+//   JS1  Accepts exactly RFC 8259 texts in valid UTF-8 without duplicate keys
+//        and nested at most `depth_max` deep. (JsonTest.TakesWhatTheStandard-
+//        Allows, RefusesWhatTheStandardForbids, AgreesWithAnotherParser)
+//   JS2  A value's raw() is the bytes that were sent.
+//   JS3  What is written is JSON in UTF-8 for any bytes: each byte that is no
+//        UTF-8 becomes U+FFFD. (JsonTest.StringsAreEscaped)
 
 #pragma once
 
@@ -24,11 +25,14 @@
 
 #include "queue/base/clock.h"
 #include "queue/base/ids.h"
-#include "queue/base/result.h"
+#include "queue/base/rfc3339.h"
 
 namespace machina {
 
-constexpr int kJsonDepthMax = 64;
+constexpr int kJsonDepthMax = 64;  // of a request
+// Of a message between the server, the pool and a worker. Such a message wraps
+// what requests brought in: a lease has its payload four levels down.
+constexpr int kJsonMessageDepthMax = kJsonDepthMax + 8;
 
 class JsonDoc;
 
@@ -86,8 +90,10 @@ struct JsonError {
 
 class JsonDoc {
  public:
-  // `text` must outlive the values. A document may be reused.
-  std::optional<JsonError> parse(std::string_view text);
+  // `text` must outlive the values. A document may be reused: it keeps its
+  // memory.
+  std::optional<JsonError> parse(std::string_view text,
+                                 int depth_max = kJsonDepthMax);
   JsonValue root() const;
 
  private:
@@ -112,8 +118,6 @@ class JsonDoc {
 // XXH3-128 of the value's canonical form: members by key, no white space,
 // strings and numbers in one spelling.
 void canonical_digest(const JsonValue& value, std::uint64_t digest[2]);
-
-constexpr std::size_t kRfc3339Text = 24;
 
 // Appends one value, with all that is in it, to a string. The string is longer
 // meanwhile and ends with the value when its outermost object or array does.
@@ -225,11 +229,45 @@ class JsonWriter {
   char last_time_[kRfc3339Text];
 };
 
-void append_json_string(std::string* out, std::string_view value);
-// The value of "2026-11-20T14:00:00.123Z" (fraction optional, 1 to 9 digits;
-// Z or an offset). Nothing for any other text.
-std::optional<Millis> parse_rfc3339(std::string_view text);
-void append_rfc3339(std::string* out, Millis wall_ms);
-void write_rfc3339(char* text, Millis wall_ms);  // kRfc3339Text bytes
+namespace json {
+
+// A value of that type; nothing of any other type.
+std::optional<std::string> string(const JsonValue& value);  // unescaped
+std::optional<std::int64_t> integer(const JsonValue& value);
+std::optional<bool> boolean(const JsonValue& value);
+
+// Calls `each(key, value)` for every member until `each` says false. False: not
+// an object, or `each` said false. The key and the value are valid during the
+// call; value.raw() is valid as long as the text.
+template <class Each>
+bool members(const JsonValue& object, Each&& each) {
+  if (!object || !object.is_object()) return false;
+  for (JsonValue v = object.first(); v; v = v.next()) {
+    if (!each(v.key(), v)) return false;
+  }
+  return true;
+}
+// The same of a message that is not parsed yet. Nothing is called when the text
+// is not JSON.
+template <class Each>
+bool members(std::string_view text, Each&& each) {
+  JsonDoc doc;
+  return !doc.parse(text, kJsonMessageDepthMax) && members(doc.root(), each);
+}
+
+template <class Each>
+bool elements(const JsonValue& array, Each&& each) {
+  if (!array || !array.is_array()) return false;
+  for (JsonValue v = array.first(); v; v = v.next()) {
+    if (!each(v)) return false;
+  }
+  return true;
+}
+
+// Appends `text` as a JSON string.
+void quote(std::string& out, std::string_view text);
+std::string quoted(std::string_view text);
+
+}  // namespace json
 
 }  // namespace machina

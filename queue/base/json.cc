@@ -1,4 +1,4 @@
-#include "server/http/json.h"
+#include "queue/base/json.h"
 
 #include <xxhash.h>
 
@@ -98,8 +98,12 @@ void append_unescaped(std::string* out, std::string_view s) {
 
 class JsonScanner {
  public:
-  JsonScanner(JsonDoc& doc, std::string_view text)
-      : doc_(doc), text_(text), p_(text.data()), end_(p_ + text.size()) {}
+  JsonScanner(JsonDoc& doc, std::string_view text, int depth_max)
+      : doc_(doc),
+        text_(text),
+        p_(text.data()),
+        end_(p_ + text.size()),
+        depth_max_(depth_max) {}
 
   std::optional<JsonError> run() {
     skip_space();
@@ -272,8 +276,8 @@ class JsonScanner {
   }
 
   bool too_deep(int depth) {
-    if (depth <= kJsonDepthMax) return false;
-    fail("nested more than " + std::to_string(kJsonDepthMax) + " deep");
+    if (depth <= depth_max_) return false;
+    fail("nested more than " + std::to_string(depth_max_) + " deep");
     return true;
   }
 
@@ -371,16 +375,17 @@ class JsonScanner {
   std::string_view text_;
   const char* p_;
   const char* end_;
+  int depth_max_;
   std::optional<JsonError> error_;
 };
 
-std::optional<JsonError> JsonDoc::parse(std::string_view text) {
+std::optional<JsonError> JsonDoc::parse(std::string_view text, int depth_max) {
   text_ = text;
   keys_.clear();
   nodes_.clear();
   if (nodes_.capacity() > 64 * 1024) std::vector<Node>().swap(nodes_);
   if (text.size() > UINT32_MAX) return JsonError{0, "longer than 4 GiB", {}};
-  return JsonScanner(*this, text).run();
+  return JsonScanner(*this, text, depth_max).run();
 }
 
 JsonValue JsonDoc::root() const {
@@ -487,7 +492,7 @@ void append_canonical(std::string* out, const JsonValue& value) {
                 });
       *out += '{';
       for (const JsonValue& member : members) {
-        append_json_string(out, member.key());
+        json::quote(*out, member.key());
         *out += ':';
         append_canonical(out, member);
         *out += ',';
@@ -505,9 +510,9 @@ void append_canonical(std::string* out, const JsonValue& value) {
       break;
     case Type::string:
       if (value.has_escapes()) {
-        append_json_string(out, value.as_string());
+        json::quote(*out, value.as_string());
       } else {
-        append_json_string(out, value.plain_string());
+        json::quote(*out, value.plain_string());
       }
       break;
     case Type::number:
@@ -530,8 +535,10 @@ void canonical_digest(const JsonValue& value, std::uint64_t digest[2]) {
 
 // --- Writing ---------------------------------------------------------------
 
-void append_json_string(std::string* out, std::string_view value) {
-  *out += '"';
+namespace json {
+
+void quote(std::string& out, std::string_view value) {
+  out += '"';
   std::size_t plain = 0;
   for (std::size_t i = 0; i < value.size(); ++i) {
     auto c = static_cast<unsigned char>(value[i]);
@@ -543,38 +550,62 @@ void append_json_string(std::string* out, std::string_view value) {
         i += n - 1;
         continue;
       }
-      out->append(value, plain, i - plain);
-      *out += "\xef\xbf\xbd";
+      out.append(value, plain, i - plain);
+      out += "\xef\xbf\xbd";
       plain = i + 1;
       continue;
     }
-    out->append(value, plain, i - plain);
+    out.append(value, plain, i - plain);
     plain = i + 1;
     switch (c) {
       case '"':
-        *out += "\\\"";
+        out += "\\\"";
         break;
       case '\\':
-        *out += "\\\\";
+        out += "\\\\";
         break;
       case '\n':
-        *out += "\\n";
+        out += "\\n";
         break;
       case '\r':
-        *out += "\\r";
+        out += "\\r";
         break;
       case '\t':
-        *out += "\\t";
+        out += "\\t";
         break;
       default:
-        *out += "\\u00";
-        *out += kHex[c >> 4];
-        *out += kHex[c & 15];
+        out += "\\u00";
+        out += kHex[c >> 4];
+        out += kHex[c & 15];
     }
   }
-  out->append(value, plain, value.size() - plain);
-  *out += '"';
+  out.append(value, plain, value.size() - plain);
+  out += '"';
 }
+
+std::string quoted(std::string_view text) {
+  std::string out;
+  out.reserve(text.size() + 2);
+  quote(out, text);
+  return out;
+}
+
+std::optional<std::string> string(const JsonValue& value) {
+  if (!value || !value.is_string()) return std::nullopt;
+  return value.as_string();
+}
+
+std::optional<std::int64_t> integer(const JsonValue& value) {
+  if (!value || !value.is_number()) return std::nullopt;
+  return value.as_integer();
+}
+
+std::optional<bool> boolean(const JsonValue& value) {
+  if (!value || !value.is_bool()) return std::nullopt;
+  return value.as_bool();
+}
+
+}  // namespace json
 
 void JsonWriter::grow(std::size_t bytes) {
   const std::size_t used = size();
@@ -592,7 +623,7 @@ void JsonWriter::quoted(std::string_view value) {
     if (u < 0x20 || u >= 0x7f || c == '"' || c == '\\') {
       at_ = begin;
       std::string text;
-      append_json_string(&text, value);
+      json::quote(text, value);
       room(text.size());
       return copy(text);
     }
@@ -644,121 +675,6 @@ JsonWriter& JsonWriter::time(Millis wall_ms) {
   copy(std::string_view(last_time_, sizeof last_time_));
   *at_++ = '"';
   return end_value();
-}
-
-// --- Times -----------------------------------------------------------------
-
-namespace {
-
-// Days since 1970-01-01 of a date of the Gregorian calendar (H. Hinnant).
-std::int64_t days_of(std::int64_t y, unsigned m, unsigned d) {
-  y -= m <= 2;
-  std::int64_t era = (y >= 0 ? y : y - 399) / 400;
-  auto yoe = static_cast<unsigned>(y - era * 400);
-  unsigned doy = (153 * (m > 2 ? m - 3 : m + 9) + 2) / 5 + d - 1;
-  unsigned doe = yoe * 365 + yoe / 4 - yoe / 100 + doy;
-  return era * 146097 + static_cast<std::int64_t>(doe) - 719468;
-}
-
-void put(char* at, int width, std::int64_t value) {
-  for (int i = width - 1; i >= 0; --i, value /= 10) {
-    at[i] = static_cast<char>('0' + value % 10);
-  }
-}
-
-bool take(std::string_view* text, int width, int* value) {
-  if (text->size() < static_cast<std::size_t>(width)) return false;
-  *value = 0;
-  for (int i = 0; i < width; ++i) {
-    char c = (*text)[static_cast<std::size_t>(i)];
-    if (c < '0' || c > '9') return false;
-    *value = *value * 10 + (c - '0');
-  }
-  text->remove_prefix(static_cast<std::size_t>(width));
-  return true;
-}
-
-bool take(std::string_view* text, std::string_view any_of) {
-  if (text->empty() || any_of.find(text->front()) == any_of.npos) return false;
-  text->remove_prefix(1);
-  return true;
-}
-
-}  // namespace
-
-void append_rfc3339(std::string* out, Millis wall_ms) {
-  char text[kRfc3339Text];
-  write_rfc3339(text, wall_ms);
-  out->append(text, sizeof text);
-}
-
-void write_rfc3339(char* text, Millis wall_ms) {
-  std::int64_t days = wall_ms / 86'400'000;
-  std::int64_t ms = wall_ms % 86'400'000;
-  if (ms < 0) {
-    ms += 86'400'000;
-    --days;
-  }
-  std::int64_t z = days + 719468;
-  std::int64_t era = (z >= 0 ? z : z - 146096) / 146097;
-  auto doe = static_cast<unsigned>(z - era * 146097);
-  unsigned yoe = (doe - doe / 1460 + doe / 36524 - doe / 146096) / 365;
-  unsigned doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
-  unsigned mp = (5 * doy + 2) / 153;
-  unsigned d = doy - (153 * mp + 2) / 5 + 1;
-  unsigned m = mp < 10 ? mp + 3 : mp - 9;
-  std::int64_t y = static_cast<std::int64_t>(yoe) + era * 400 + (m <= 2);
-  std::memcpy(text, "0000-00-00T00:00:00.000Z", kRfc3339Text);
-  put(text, 4, y);
-  put(text + 5, 2, m);
-  put(text + 8, 2, d);
-  put(text + 11, 2, ms / 3'600'000);
-  put(text + 14, 2, ms / 60'000 % 60);
-  put(text + 17, 2, ms / 1000 % 60);
-  put(text + 20, 3, ms % 1000);
-}
-
-std::optional<Millis> parse_rfc3339(std::string_view text) {
-  int y, mo, d, h, mi, s;
-  if (!take(&text, 4, &y) || !take(&text, "-") || !take(&text, 2, &mo) ||
-      !take(&text, "-") || !take(&text, 2, &d) || !take(&text, "Tt ") ||
-      !take(&text, 2, &h) || !take(&text, ":") || !take(&text, 2, &mi) ||
-      !take(&text, ":") || !take(&text, 2, &s)) {
-    return std::nullopt;
-  }
-  static constexpr int kDays[] = {31, 28, 31, 30, 31, 30,
-                                  31, 31, 30, 31, 30, 31};
-  bool leap = (y % 4 == 0 && y % 100 != 0) || y % 400 == 0;
-  if (mo < 1 || mo > 12 || d < 1 || h > 23 || mi > 59 || s > 60 ||
-      d > kDays[mo - 1] + (mo == 2 && leap ? 1 : 0)) {
-    return std::nullopt;
-  }
-  int ms = 0;
-  if (take(&text, ".")) {
-    int digits = 0;
-    while (!text.empty() && text[0] >= '0' && text[0] <= '9') {
-      if (++digits > 9) return std::nullopt;
-      if (digits <= 3) ms = ms * 10 + (text[0] - '0');
-      text.remove_prefix(1);
-    }
-    if (digits == 0) return std::nullopt;
-    for (; digits < 3; ++digits) ms *= 10;
-  }
-  std::int64_t offset = 0;
-  if (!take(&text, "Zz")) {
-    int oh, om;
-    bool behind = !text.empty() && text[0] == '-';
-    if (!take(&text, "+-") || !take(&text, 2, &oh) || !take(&text, ":") ||
-        !take(&text, 2, &om) || oh > 23 || om > 59) {
-      return std::nullopt;
-    }
-    offset = (oh * 60 + om) * (behind ? -1 : 1);
-  }
-  if (!text.empty()) return std::nullopt;
-  std::int64_t seconds =
-      days_of(y, static_cast<unsigned>(mo), static_cast<unsigned>(d)) * 86400 +
-      h * 3600 + mi * 60 + s - offset * 60;
-  return seconds * 1000 + ms;
 }
 
 }  // namespace machina
