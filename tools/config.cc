@@ -14,6 +14,7 @@
 #include <thread>
 
 #include "queue/base/check.h"
+#include "queue/base/fd.h"
 #include "queue/base/utf8.h"
 #include "tools/duration.h"
 #include "tools/trust.h"
@@ -175,28 +176,13 @@ Result<void> check_value(const Setting& row, const std::string& name,
 // A file of at most `max` bytes; no directory, device or pipe.
 Result<std::string> read_file(const std::string& path, std::size_t max,
                               mode_t* mode = nullptr) {
-  int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd < 0) return Error{Code::io, path + ": " + std::strerror(errno)};
-  std::string bytes(max + 1, '\0');
-  std::size_t have = 0;
+  const Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (!fd) return Error{Code::io, path + ": " + std::strerror(errno)};
   struct stat status {};
-  ssize_t got = 0;
-  bool regular = ::fstat(fd, &status) == 0 && S_ISREG(status.st_mode);
-  while (regular && have < bytes.size() &&
-         (got = ::read(fd, bytes.data() + have, bytes.size() - have)) > 0) {
-    have += static_cast<std::size_t>(got);
+  if (mode != nullptr && ::fstat(fd.get(), &status) == 0) {
+    *mode = status.st_mode & 07777;
   }
-  int error = errno;
-  ::close(fd);
-  if (mode != nullptr) *mode = status.st_mode & 07777;
-  if (!regular) return Error{Code::io, path + ": not a regular file"};
-  if (got < 0) return Error{Code::io, path + ": " + std::strerror(error)};
-  if (have > max) {
-    return Error{Code::io,
-                 path + ": more than " + std::to_string(max) + " bytes"};
-  }
-  bytes.resize(have);
-  return bytes;
+  return machina::read_file(fd.get(), max, path);
 }
 
 using Values = std::map<std::string, Config::Value, std::less<>>;

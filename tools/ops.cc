@@ -13,6 +13,7 @@
 #include <ctime>
 #include <nlohmann/json.hpp>
 
+#include "queue/base/fd.h"
 #include "queue/base/rfc3339.h"
 #include "tools/trust.h"
 
@@ -36,20 +37,6 @@ Error system_error(const std::string& what) {
   return Error{Code::io, what + ": " + std::strerror(errno)};
 }
 
-class Fd {
- public:
-  explicit Fd(int fd) : fd_(fd) {}
-  ~Fd() {
-    if (fd_ >= 0) ::close(fd_);
-  }
-  Fd(Fd&& other) noexcept : fd_(other.fd_) { other.fd_ = -1; }
-  Fd& operator=(Fd&&) = delete;
-  operator int() const { return fd_; }
-
- private:
-  int fd_;
-};
-
 // Root works for the root's owner: what it makes there is the owner's, who
 // could not write it again otherwise. By descriptor: a name may be another's by
 // now.
@@ -72,14 +59,14 @@ Result<OpsDir> open_ops(const std::string& root, bool make) {
   Fd top(::open(root.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   struct stat status {
   }, queue{};
-  if (top < 0 || ::fstat(top, &status) != 0) return system_error(root);
+  if (!top || ::fstat(top.get(), &status) != 0) return system_error(root);
   bool made = make &&
-              ::fstatat(top, "queue", &queue, AT_SYMLINK_NOFOLLOW) == 0 &&
-              ::mkdirat(top, "ops", 0700) == 0;
-  OpsDir dir{
-      Fd(::openat(top, "ops", O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW)),
-      {status.st_uid, status.st_gid}};
-  if (dir.fd < 0 || (made && !give(dir.fd, dir.owner))) {
+              ::fstatat(top.get(), "queue", &queue, AT_SYMLINK_NOFOLLOW) == 0 &&
+              ::mkdirat(top.get(), "ops", 0700) == 0;
+  OpsDir dir{Fd(::openat(top.get(), "ops",
+                         O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW)),
+             {status.st_uid, status.st_gid}};
+  if (!dir.fd || (made && !give(dir.fd.get(), dir.owner))) {
     return system_error(root + "/ops");
   }
   return dir;
@@ -88,32 +75,29 @@ Result<OpsDir> open_ops(const std::string& root, bool make) {
 Result<void> write_whole(const OpsDir& dir, const std::string& name,
                          const std::string& text) {
   std::string temporary = "." + name + "." + std::to_string(::getpid());
-  ::unlinkat(dir.fd, temporary.c_str(), 0);
-  int fd = ::openat(dir.fd, temporary.c_str(),
+  ::unlinkat(dir.fd.get(), temporary.c_str(), 0);
+  int fd = ::openat(dir.fd.get(), temporary.c_str(),
                     O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
   if (fd < 0) return system_error("ops/" + name);
   bool ok = give(fd, dir.owner) && ::write(fd, text.data(), text.size()) ==
                                        static_cast<ssize_t>(text.size());
   ok = ::close(fd) == 0 && ok;
-  ok = ok && ::renameat(dir.fd, temporary.c_str(), dir.fd, name.c_str()) == 0;
+  ok = ok && ::renameat(dir.fd.get(), temporary.c_str(), dir.fd.get(),
+                        name.c_str()) == 0;
   if (ok) return {};
   Error error = system_error("ops/" + name);
-  ::unlinkat(dir.fd, temporary.c_str(), 0);
+  ::unlinkat(dir.fd.get(), temporary.c_str(), 0);
   return error;
 }
 
 Result<std::string> read_whole(int dir, const std::string& name) {
   Fd fd(::openat(dir, name.c_str(),
                  O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK));
-  if (fd < 0) {
+  if (!fd) {
     return Error{errno == ENOENT ? Code::not_found : Code::io,
                  "ops/" + name + ": " + std::strerror(errno)};
   }
-  std::string text(kFileBytesMax, '\0');
-  ssize_t got = ::read(fd, text.data(), text.size());
-  if (got < 0) return system_error("ops/" + name);
-  text.resize(static_cast<std::size_t>(got));
-  return text;
+  return read_file(fd.get(), kFileBytesMax, "ops/" + name);
 }
 
 const char* role_name(const std::string& role) {
@@ -226,7 +210,7 @@ Result<void> write_pid_file(const std::string& root, const PidFile& file) {
   auto dir = open_ops(root, true);
   if (!dir) return dir.error();
   struct stat top {};
-  if (::fstatat(dir->fd, "..", &top, AT_SYMLINK_NOFOLLOW) != 0) {
+  if (::fstatat(dir->fd.get(), "..", &top, AT_SYMLINK_NOFOLLOW) != 0) {
     return system_error(root);
   }
   Json json = {{"role", file.role},
@@ -263,7 +247,7 @@ Result<PidFile> read_pid_file(const std::string& root,
                               const std::string& role) {
   auto dir = open_ops(root, false);
   if (!dir) return Error{Code::not_found, dir.error().what};
-  auto text = read_whole(dir->fd, role + ".pid");
+  auto text = read_whole(dir->fd.get(), role + ".pid");
   if (!text) return text.error();
   // A pool that gave up root can empty its file, not remove it.
   if (text->empty()) return Error{Code::not_found, role + ".pid is empty"};
@@ -316,7 +300,7 @@ namespace {
 
 // ops.lock, opened, and made where it is missing.
 int open_ops_lock(const OpsDir& ops) {
-  const int dir = ops.fd;
+  const int dir = ops.fd.get();
   constexpr int kFlags = O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK;
   int fd = ::openat(dir, "ops.lock", kFlags);
   if (fd >= 0 || errno != ENOENT) return fd;
@@ -402,7 +386,7 @@ namespace {
 Result<std::string> read_trusted(const std::string& path, uid_t owner) {
   Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   struct stat status {};
-  if (fd < 0 || ::fstat(fd, &status) != 0) {
+  if (!fd || ::fstat(fd.get(), &status) != 0) {
     return Error{Code::invalid,
                  "--from: " + path + ": " + std::strerror(errno)};
   }
@@ -428,7 +412,7 @@ Result<std::string> read_trusted(const std::string& path, uid_t owner) {
                                     std::to_string(kFileBytesMax)};
   }
   std::string text(static_cast<std::size_t>(status.st_size), '\0');
-  ssize_t got = ::read(fd, text.data(), text.size());
+  ssize_t got = ::read(fd.get(), text.data(), text.size());
   if (got < 0) return system_error("--from: " + path);
   text.resize(static_cast<std::size_t>(got));
   return text;
@@ -817,7 +801,7 @@ Result<void> write_report(const std::string& root, const std::string& name,
 void remove_report(const std::string& root, const std::string& name) {
   auto dir = open_ops(root, false);
   if (!dir) return;
-  ::unlinkat(dir->fd, name.c_str(), 0);
+  ::unlinkat(dir->fd.get(), name.c_str(), 0);
 }
 
 }  // namespace machina

@@ -1,15 +1,9 @@
 #include "queue/base/ids.h"
 
+#include "queue/base/hex.h"
+
 namespace machina {
 namespace {
-
-constexpr char kHex[] = "0123456789abcdef";
-
-int hex_value(char c) {
-  if (c >= '0' && c <= '9') return c - '0';
-  if (c >= 'a' && c <= 'f') return c - 'a' + 10;
-  return -1;
-}
 
 bool is_dash_position(std::size_t i) {
   return i == 8 || i == 13 || i == 18 || i == 23;
@@ -56,8 +50,8 @@ void write_job_id(const JobId& id, char* text) {
   std::size_t at = 0;
   for (std::uint8_t byte : id.bytes) {
     if (is_dash_position(at)) text[at++] = '-';
-    text[at++] = kHex[byte >> 4];
-    text[at++] = kHex[byte & 15];
+    text[at++] = kHexDigits[byte >> 4];
+    text[at++] = kHexDigits[byte & 15];
   }
 }
 
@@ -67,8 +61,8 @@ std::optional<JobId> parse_job_id(std::string_view text) {
   std::size_t at = 0;
   for (std::uint8_t& byte : id.bytes) {
     if (is_dash_position(at) && text[at++] != '-') return std::nullopt;
-    int high = hex_value(text[at]);
-    int low = hex_value(text[at + 1]);
+    int high = lower_hex_value(text[at]);
+    int low = lower_hex_value(text[at + 1]);
     if (high < 0 || low < 0) return std::nullopt;
     byte = static_cast<std::uint8_t>(high << 4 | low);
     at += 2;
@@ -84,7 +78,7 @@ std::int64_t created_ms(const JobId& id) {
 
 std::string fence_hex(Fence fence) {
   std::string text(16, '0');
-  for (int i = 15; i >= 0; --i, fence >>= 4) text[i] = kHex[fence & 15];
+  write_hex(text.data(), fence);
   return text;
 }
 
@@ -92,7 +86,7 @@ std::optional<Fence> parse_fence_hex(std::string_view text) {
   if (text.size() != 16) return std::nullopt;
   Fence fence = 0;
   for (char c : text) {
-    int value = hex_value(c);
+    int value = lower_hex_value(c);
     if (value < 0) return std::nullopt;
     fence = fence << 4 | static_cast<Fence>(value);
   }

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "queue/base/check.h"
+#include "queue/base/hex.h"
 #include "queue/base/utf8.h"
 
 namespace machina {
@@ -16,16 +17,8 @@ using Type = JsonValue::Type;
 
 namespace {
 
-constexpr char kHex[] = "0123456789abcdef";
 // Up to so many keys, duplicates are looked for by comparing all pairs.
 constexpr std::size_t kFewKeys = 12;
-
-int hex_value(char c) {
-  if (c >= '0' && c <= '9') return c - '0';
-  if (c >= 'a' && c <= 'f') return c - 'a' + 10;
-  if (c >= 'A' && c <= 'F') return c - 'A' + 10;
-  return -1;
-}
 
 void append_utf8(std::string* out, std::uint32_t c) {
   if (c < 0x80) {
@@ -575,8 +568,8 @@ void quote(std::string& out, std::string_view value) {
         break;
       default:
         out += "\\u00";
-        out += kHex[c >> 4];
-        out += kHex[c & 15];
+        out += kHexDigits[c >> 4];
+        out += kHexDigits[c & 15];
     }
   }
   out.append(value, plain, value.size() - plain);

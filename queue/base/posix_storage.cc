@@ -15,6 +15,7 @@
 #include <thread>
 #include <utility>
 
+#include "queue/base/fd.h"
 #include "queue/base/storage.h"
 
 namespace machina {
@@ -32,26 +33,6 @@ Error system_error(const char* what, const std::string& name) {
   if (error == ENOENT) code = Code::not_found;
   return {code, std::string(what) + " " + name + ": " + std::strerror(error)};
 }
-
-// A descriptor that closes itself.
-class Fd {
- public:
-  Fd() = default;
-  explicit Fd(int fd) : fd_(fd) {}
-  Fd(Fd&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
-  Fd& operator=(Fd&& other) noexcept {
-    std::swap(fd_, other.fd_);
-    return *this;
-  }
-  ~Fd() {
-    if (fd_ >= 0) ::close(fd_);
-  }
-  int get() const { return fd_; }
-  explicit operator bool() const { return fd_ >= 0; }
-
- private:
-  int fd_ = -1;
-};
 
 Fd open_at(int dir, const std::string& name, int flags) {
   int fd;

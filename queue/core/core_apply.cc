@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "queue/base/check.h"
+#include "queue/base/hex.h"
 #include "queue/base/utf8.h"
 #include "queue/core/core_state.h"
 
@@ -13,11 +14,6 @@ namespace {
 
 std::uint32_t to_u32(Millis ms) {
   return static_cast<std::uint32_t>(std::clamp<Millis>(ms, 0, 0xffffffff));
-}
-
-int hex_value(char c) {
-  if (c >= '0' && c <= '9') return c - '0';
-  return c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
 }
 
 template <class T>
@@ -312,7 +308,7 @@ void Core::Impl::apply(const Record& record, const BlockRecord& r) {
   ExtraEntry& extra = extra_of(slot);
   std::memset(extra.token, 0, sizeof(extra.token));
   for (std::size_t i = 0; i < 32 && i < r.token.size(); ++i) {
-    int value = hex_value(r.token[i]);
+    int value = lower_hex_value(r.token[i]);
     CHECK(value >= 0);
     extra.token[i / 2] |= static_cast<std::uint8_t>(i % 2 ? value : value << 4);
   }

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "queue/base/check.h"
+#include "queue/base/hex.h"
 #include "queue/core/core_state.h"
 
 namespace machina {
@@ -36,14 +37,9 @@ std::string hex32(std::uint64_t a, std::uint64_t b) {
 
 // Takes as long wherever the first difference is.
 bool same_token(const std::uint8_t (&token)[16], std::string_view hex) {
-  static constexpr char kHex[] = "0123456789abcdef";
-  if (hex.size() != 32) return false;
-  int different = 0;
-  for (int i = 0; i < 16; ++i) {
-    different |= hex[2 * i] ^ kHex[token[i] >> 4];
-    different |= hex[2 * i + 1] ^ kHex[token[i] & 15];
-  }
-  return different == 0;
+  char text[32];
+  write_hex(text, token, sizeof token);
+  return same_secret({text, sizeof text}, hex);
 }
 
 EndCode attempt_code(EndCode code) {

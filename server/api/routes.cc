@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "queue/base/hex.h"
 #include "queue/base/utf8.h"
 #include "server/api/service.h"
 
@@ -68,24 +69,11 @@ void Service::take_request_id(Pending& pending, const Head& head) {
       (++next_request_ +
        static_cast<std::uint64_t>(started_mono_) * 0x100000001b3ull) *
       0x9e3779b97f4a7c15ull;
-  for (int i = 0; i < 16; ++i, n >>= 4) {
-    pending.request_id[i] = "0123456789abcdef"[n & 15];
-  }
+  write_hex(pending.request_id, n);
   pending.request_id_bytes = 16;
 }
 
 // --- Which route -----------------------------------------------------------
-
-namespace {
-
-int hex_digit(char c) {
-  return c >= '0' && c <= '9'   ? c - '0'
-         : c >= 'a' && c <= 'f' ? c - 'a' + 10
-         : c >= 'A' && c <= 'F' ? c - 'A' + 10
-                                : -1;
-}
-
-}  // namespace
 
 // A segment is decoded after the path was split: an encoded slash is no
 // separator to some and one to others, so no path of ours has it: "". Null: it
@@ -97,7 +85,7 @@ std::optional<std::string_view> Service::plain_path(const Head& head) {
     char c = head.path[i];
     if (c == '%') {
       if (i + 2 >= head.path.size()) return std::nullopt;
-      int high = hex_digit(head.path[i + 1]), low = hex_digit(head.path[i + 2]);
+      int high = hex_value(head.path[i + 1]), low = hex_value(head.path[i + 2]);
       if (high < 0 || low < 0) return std::nullopt;
       c = static_cast<char>(high << 4 | low);
       auto u = static_cast<unsigned char>(c);
@@ -429,7 +417,7 @@ std::optional<std::string> decoded(std::string_view text) {
       out += text[i];
     } else {
       if (i + 2 >= text.size()) return std::nullopt;
-      int high = hex_digit(text[i + 1]), low = hex_digit(text[i + 2]);
+      int high = hex_value(text[i + 1]), low = hex_value(text[i + 2]);
       if (high < 0 || low < 0) return std::nullopt;
       out += static_cast<char>(high << 4 | low);
       i += 2;

@@ -14,7 +14,7 @@ namespace {
 // A file on its way out.
 struct Download final : PendingExtra {
   std::unique_ptr<FileSlot> slot;
-  std::shared_ptr<OwnedFd> fd;
+  std::shared_ptr<Fd> fd;
   std::uint64_t offset = 0, size = 0;
   bool reading = false;
 };

@@ -4,6 +4,7 @@
 #include <charconv>
 #include <ctime>
 
+#include "queue/base/hex.h"
 #include "queue/base/utf8.h"
 #include "server/api/service.h"
 
@@ -724,11 +725,6 @@ Problem mismatch(const std::string& field, const std::string& detail) {
 constexpr char kApprovalForm[] =
     "{\"approve\":true,\"digest\":\"<blocked.data.digest>\"} or "
     "{\"approve\":false}";
-
-bool is_commit_name(std::string_view text) {
-  return text.size() >= 40 && text.size() <= 64 &&
-         text.find_first_not_of("0123456789abcdef") == std::string_view::npos;
-}
 
 // The unblock of a job that waits for approval says what it approves: the
 // digest that the job was blocked with. A denial needs none. The commit that

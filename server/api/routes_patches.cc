@@ -4,6 +4,7 @@
 #include <charconv>
 #include <set>
 
+#include "queue/base/hex.h"
 #include "queue/base/say.h"
 #include "server/api/service.h"
 
@@ -72,8 +73,7 @@ MaybeProblem read_digest(const std::string& name, const std::string& value,
   constexpr std::string_view kPrefix = "sha256:";
   std::string hex = value;
   if (hex.starts_with(kPrefix)) hex.erase(0, kPrefix.size());
-  if (hex.size() != 64 ||
-      hex.find_first_not_of("0123456789abcdef") != std::string::npos) {
+  if (!is_sha256(hex)) {
     return bad_field(name, shown(value) +
                                " is no SHA-256: 64 hexadecimal digits in lower "
                                "case, with or without \"sha256:\" before them");

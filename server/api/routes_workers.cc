@@ -1,6 +1,7 @@
 // The workers' verbs: lease, heartbeat, complete, fail, block, release.
 
 #include "queue/base/check.h"
+#include "queue/base/hex.h"
 #include "server/api/service.h"
 
 namespace machina {
@@ -67,7 +68,7 @@ std::optional<Fence> Service::lease_of(const Exchange& call) {
 // A worker that shows no session begins one; its name alone gives no right to
 // what another session of that name holds.
 MaybeProblem Service::finish_lease(const Peer& peer, LeaseBody* lease) {
-  if (lease->session.empty()) lease->session = new_secret();
+  if (lease->session.empty()) lease->session = random_hex(32);
   lease->command.session =
       tokens_->session(lease->command.worker, lease->session, peer.local);
   if (!lease->holding) return std::nullopt;

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "queue/base/check.h"
+#include "queue/base/hex.h"
 
 namespace machina {
 namespace {
@@ -34,14 +35,14 @@ Result<void> make_dir(int at, const std::string& name) {
   return {};
 }
 
-OwnedFd open_dir(int at, const std::string& name) {
-  return OwnedFd(openat(at, name.c_str(),
-                        O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW));
+Fd open_dir(int at, const std::string& name) {
+  return Fd(openat(at, name.c_str(),
+                   O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW));
 }
 
 // The directory `name`, made and synced into its parent where it is missing.
-Result<OwnedFd> enter(int at, const std::string& name) {
-  OwnedFd dir = open_dir(at, name);
+Result<Fd> enter(int at, const std::string& name) {
+  Fd dir = open_dir(at, name);
   if (dir) return dir;
   if (auto made = make_dir(at, name); !made) return made.error();
   if (fsync(at) != 0) return failure("sync the directory of " + name);
@@ -66,41 +67,16 @@ std::vector<std::string> names_in(int dir) {
   return names;
 }
 
-Result<void> write_all(int fd, std::string_view bytes, std::uint64_t offset) {
-  while (!bytes.empty()) {
-    ssize_t n =
-        pwrite(fd, bytes.data(), bytes.size(), static_cast<off_t>(offset));
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) return failure("write");
-    bytes.remove_prefix(static_cast<std::size_t>(n));
-    offset += static_cast<std::uint64_t>(n);
-  }
-  return {};
-}
-
 std::string log_dir_of(const JobId& job, std::string* bucket) {
   std::string id = to_string(job);
   *bucket = id.substr(id.size() - 2);
   return id;
 }
 
-std::string hex(const unsigned char* bytes, std::size_t n) {
-  std::string text;
-  for (std::size_t i = 0; i < n; ++i) {
-    text += "0123456789abcdef"[bytes[i] >> 4];
-    text += "0123456789abcdef"[bytes[i] & 15];
-  }
-  return text;
-}
-
 }  // namespace
 
-OwnedFd::~OwnedFd() {
-  if (fd_ >= 0) close(fd_);
-}
-
 struct Store::Dirs {
-  OwnedFd logs, objects, index, tmp;
+  Fd logs, objects, index, tmp;
   std::atomic<std::uint64_t> next_tmp{0}, floor{0};
   std::mutex mutex;  // links come and go one at a time
 };
@@ -130,7 +106,7 @@ Store::Store() : dirs_(std::make_unique<Dirs>()) {}
 Store::~Store() = default;
 
 Result<std::unique_ptr<Store>> Store::open(const std::string& root) {
-  OwnedFd top(::open(root.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  Fd top(::open(root.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (!top) return failure("open " + root);
   std::unique_ptr<Store> store(new Store());
   Dirs& dirs = *store->dirs_;
@@ -141,7 +117,7 @@ Result<std::unique_ptr<Store>> Store::open(const std::string& root) {
   if (!artifacts) return artifacts.error();
   struct {
     const char* name;
-    OwnedFd* fd;
+    Fd* fd;
   } const below[] = {
       {"objects", &dirs.objects}, {"index", &dirs.index}, {"tmp", &dirs.tmp}};
   bool made_one = false;
@@ -171,7 +147,7 @@ Result<std::uint64_t> Store::write_log(const JobId& job, int attempt,
   if (auto room = room_for(*dirs_, bytes.size()); !room) return room.error();
   std::string bucket, id = log_dir_of(job, &bucket);
   std::string name = std::to_string(attempt) + "-" + fence_hex(fence) + ".log";
-  OwnedFd outer = open_dir(dirs_->logs.get(), bucket);
+  Fd outer = open_dir(dirs_->logs.get(), bucket);
   if (!outer) {
     if (auto made = make_dir(dirs_->logs.get(), bucket); !made) {
       return made.error();
@@ -179,14 +155,14 @@ Result<std::uint64_t> Store::write_log(const JobId& job, int attempt,
     outer = open_dir(dirs_->logs.get(), bucket);
     if (!outer) return failure("open logs/" + bucket);
   }
-  OwnedFd dir = open_dir(outer.get(), id);
+  Fd dir = open_dir(outer.get(), id);
   if (!dir) {
     if (auto made = make_dir(outer.get(), id); !made) return made.error();
     dir = open_dir(outer.get(), id);
     if (!dir) return failure("open logs/" + bucket + "/" + id);
   }
-  OwnedFd file(openat(dir.get(), name.c_str(),
-                      O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
+  Fd file(openat(dir.get(), name.c_str(),
+                 O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
   if (!file) return failure("open log " + id);
   struct stat info;
   if (fstat(file.get(), &info) != 0) return failure("stat log " + id);
@@ -200,16 +176,15 @@ Result<std::uint64_t> Store::write_log(const JobId& job, int attempt,
     return Error{Code::too_large, "offset: the log would pass " +
                                       std::to_string(kLogBytesMax) + " bytes"};
   }
-  if (auto written = write_all(file.get(), bytes, offset); !written) {
-    return Error{written.error().code,
-                 "log " + id + ": " + written.error().what};
+  if (!write_all_at(file.get(), bytes, offset)) {
+    return failure("log " + id + ": write");
   }
   return std::max(size, offset + bytes.size());
 }
 
 Result<OpenedFile> Store::open_log(const JobId& job, int attempt) {
   std::string bucket, id = log_dir_of(job, &bucket);
-  OwnedFd dir = open_dir(dirs_->logs.get(), bucket + "/" + id);
+  Fd dir = open_dir(dirs_->logs.get(), bucket + "/" + id);
   if (!dir) return Error{Code::not_found, "no log"};
   // An attempt that was given back leaves its number to the next one; the
   // greater fence is the later.
@@ -231,7 +206,7 @@ Result<OpenedFile> Store::open_log(const JobId& job, int attempt) {
   }
   if (best.empty()) return Error{Code::not_found, "no log of that attempt"};
   OpenedFile file;
-  file.fd = std::make_shared<OwnedFd>(
+  file.fd = std::make_shared<Fd>(
       openat(dir.get(), best.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW));
   struct stat info;
   if (!*file.fd || fstat(file.fd->get(), &info) != 0) {
@@ -259,16 +234,16 @@ class UploadImpl final : public Store::Upload {
 
   Result<void> begin() {
     tmp_ = std::to_string(dirs_.next_tmp.fetch_add(1));
-    file_ = OwnedFd(openat(dirs_.tmp.get(), tmp_.c_str(),
-                           O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
+    file_ = Fd(openat(dirs_.tmp.get(), tmp_.c_str(),
+                      O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
     if (!file_) return failure("create an artifact");
     return {};
   }
 
   Result<void> append(std::string_view bytes) override {
     if (auto room = room_for(dirs_, bytes.size()); !room) return room;
-    if (auto ok = write_all(file_.get(), bytes, artifact_.size); !ok) {
-      return ok.error();
+    if (!write_all_at(file_.get(), bytes, artifact_.size)) {
+      return failure("write");
     }
     artifact_.size += bytes.size();
     CHECK(EVP_DigestUpdate(context_, bytes.data(), bytes.size()) == 1);
@@ -306,8 +281,8 @@ class UploadImpl final : public Store::Upload {
     if (!outer) return outer.error();
     auto dir = enter(outer->get(), fence);
     if (!dir) return dir.error();
-    OwnedFd owner(openat(dir->get(), ("job-" + to_string(job)).c_str(),
-                         O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
+    Fd owner(openat(dir->get(), ("job-" + to_string(job)).c_str(),
+                    O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
     if (!owner) return failure("mark an artifact index");
     std::vector<std::string> old;
     std::string mine = artifact_.sha256 + "-" + artifact_.name;
@@ -342,7 +317,7 @@ class UploadImpl final : public Store::Upload {
   EVP_MD_CTX* context_;
   Artifact artifact_;
   std::string tmp_;
-  OwnedFd file_;
+  Fd file_;
 };
 
 }  // namespace
@@ -357,7 +332,7 @@ Result<std::unique_ptr<Store::Upload>> Store::begin_upload(
 Result<std::vector<Artifact>> Store::artifacts(Fence fence) {
   std::string name = fence_hex(fence);
   std::lock_guard<std::mutex> lock(dirs_->mutex);
-  OwnedFd dir = open_dir(dirs_->index.get(), name.substr(14) + "/" + name);
+  Fd dir = open_dir(dirs_->index.get(), name.substr(14) + "/" + name);
   if (!dir) {
     if (errno == ENOENT) return std::vector<Artifact>();
     return failure("open an artifact index");
@@ -394,8 +369,8 @@ Result<std::vector<Artifact>> Store::artifacts(Fence fence) {
 Result<OpenedFile> Store::open_artifact(const Artifact& artifact) {
   std::string path = artifact.sha256.substr(0, 2) + "/" + artifact.sha256;
   OpenedFile file;
-  file.fd = std::make_shared<OwnedFd>(openat(
-      dirs_->objects.get(), path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW));
+  file.fd = std::make_shared<Fd>(openat(dirs_->objects.get(), path.c_str(),
+                                        O_RDONLY | O_CLOEXEC | O_NOFOLLOW));
   struct stat info;
   if (!*file.fd || fstat(file.fd->get(), &info) != 0) {
     return failure("open artifact " + artifact.sha256);
@@ -429,7 +404,7 @@ void remove_links(Store::Dirs& dirs, int dir,
                 info.st_nlink <= 2;
     unlinkat(dir, entry.c_str(), 0);
     if (!last) continue;
-    OwnedFd objects = open_dir(dirs.objects.get(), entry.substr(0, 2));
+    Fd objects = open_dir(dirs.objects.get(), entry.substr(0, 2));
     if (objects) {
       unlinkat(objects.get(), entry.substr(0, kDigestDigits).c_str(), 0);
     }
@@ -437,7 +412,7 @@ void remove_links(Store::Dirs& dirs, int dir,
 }
 
 void remove_dir(int at, const std::string& name) {
-  OwnedFd dir = open_dir(at, name);
+  Fd dir = open_dir(at, name);
   if (!dir) return;
   for (const std::string& entry : names_in(dir.get())) {
     unlinkat(dir.get(), entry.c_str(), 0);
@@ -449,7 +424,7 @@ void remove_dir(int at, const std::string& name) {
 
 std::vector<Store::Kept> Store::kept(int bucket, std::int64_t now_s) {
   std::vector<Kept> kept;
-  OwnedFd logs = open_dir(dirs_->logs.get(), bucket_name(bucket));
+  Fd logs = open_dir(dirs_->logs.get(), bucket_name(bucket));
   if (logs) {
     for (const std::string& name : names_in(logs.get())) {
       auto id = parse_job_id(name);
@@ -457,13 +432,13 @@ std::vector<Store::Kept> Store::kept(int bucket, std::int64_t now_s) {
       if (id && old_enough(logs.get(), name, now_s)) kept.push_back({*id, 0});
     }
   }
-  OwnedFd index = open_dir(dirs_->index.get(), bucket_name(bucket));
+  Fd index = open_dir(dirs_->index.get(), bucket_name(bucket));
   if (!index) return kept;
   for (const std::string& name : names_in(index.get())) {
     auto fence = parse_fence_hex(name);
     if (kept.size() >= kSweepMax) return kept;
     if (!fence || !old_enough(index.get(), name, now_s)) continue;
-    OwnedFd dir = open_dir(index.get(), name);
+    Fd dir = open_dir(index.get(), name);
     if (!dir) continue;
     for (const std::string& entry : names_in(dir.get())) {
       if (entry.rfind("job-", 0) != 0) continue;
@@ -478,15 +453,15 @@ std::vector<Store::Kept> Store::kept(int bucket, std::int64_t now_s) {
 void Store::forget(const Kept& kept) {
   if (kept.fence == 0) {
     std::string bucket, id = log_dir_of(kept.job, &bucket);
-    OwnedFd outer = open_dir(dirs_->logs.get(), bucket);
+    Fd outer = open_dir(dirs_->logs.get(), bucket);
     if (outer) remove_dir(outer.get(), id);
     return;
   }
   std::string fence = fence_hex(kept.fence);
   std::lock_guard<std::mutex> lock(dirs_->mutex);
-  OwnedFd outer = open_dir(dirs_->index.get(), fence.substr(14));
+  Fd outer = open_dir(dirs_->index.get(), fence.substr(14));
   if (!outer) return;
-  OwnedFd dir = open_dir(outer.get(), fence);
+  Fd dir = open_dir(outer.get(), fence);
   if (!dir) return;
   std::vector<std::string> entries = names_in(dir.get());
   // The mark goes last: a crash half-way leaves something to find again.
@@ -502,7 +477,7 @@ std::string sha256_of(std::string_view bytes) {
   return hex(digest, n);
 }
 
-Result<std::string> read_piece(const OwnedFd& fd, std::uint64_t offset,
+Result<std::string> read_piece(const Fd& fd, std::uint64_t offset,
                                std::size_t max) {
   std::string bytes(max, '\0');
   std::size_t got = 0;

@@ -40,6 +40,7 @@
 #include <thread>
 #include <vector>
 
+#include "queue/base/fd.h"
 #include "queue/base/ids.h"
 #include "queue/base/result.h"
 
@@ -53,30 +54,13 @@ constexpr std::int64_t kSweepAgeS = 3600;
 constexpr std::size_t kSweepMax = 1000;       // looked at in one go
 constexpr std::size_t kStoreQueueMax = 4096;  // then 503
 
-// An open file, closed with its owner.
-class OwnedFd {
- public:
-  explicit OwnedFd(int fd = -1) : fd_(fd) {}
-  OwnedFd(OwnedFd&& other) noexcept : fd_(other.fd_) { other.fd_ = -1; }
-  OwnedFd& operator=(OwnedFd&& other) noexcept {
-    std::swap(fd_, other.fd_);
-    return *this;
-  }
-  ~OwnedFd();
-  int get() const { return fd_; }
-  explicit operator bool() const { return fd_ >= 0; }
-
- private:
-  int fd_;
-};
-
 struct Artifact {
   std::string name;
   std::string sha256;  // 64 hex digits
   std::uint64_t size = 0;
 };
 struct OpenedFile {
-  std::shared_ptr<OwnedFd> fd;
+  std::shared_ptr<Fd> fd;
   std::uint64_t size = 0;
 };
 
@@ -145,7 +129,7 @@ class FileThreads {
 // 64 hex digits.
 std::string sha256_of(std::string_view bytes);
 // Up to `max` bytes of an open file from `offset`.
-Result<std::string> read_piece(const OwnedFd& fd, std::uint64_t offset,
+Result<std::string> read_piece(const Fd& fd, std::uint64_t offset,
                                std::size_t max);
 
 }  // namespace machina

@@ -1,5 +1,6 @@
 #include "server/auth/gate.h"
 
+#include "queue/base/hex.h"
 #include "server/auth/tokens.h"
 
 namespace machina {

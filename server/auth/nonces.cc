@@ -15,6 +15,7 @@
 #include <thread>
 
 #include "queue/base/check.h"
+#include "queue/base/fd.h"
 
 namespace machina {
 namespace {
@@ -73,16 +74,8 @@ Error failure(const std::string& what, const std::string& path) {
   return Error{Code::io, what + " " + path + ": " + std::strerror(errno)};
 }
 
-bool write_all(int fd, const void* bytes, std::size_t size) {
-  auto* at = static_cast<const char*>(bytes);
-  while (size > 0) {
-    ssize_t n = ::write(fd, at, size);
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) return false;
-    at += n;
-    size -= static_cast<std::size_t>(n);
-  }
-  return true;
+std::string_view bytes_of(const void* data, std::size_t size) {
+  return {static_cast<const char*>(data), size};
 }
 
 }  // namespace
@@ -200,7 +193,7 @@ Result<void> Nonces::Impl::begin_file(const std::vector<Range>& ranges) {
   int next =
       ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
   if (next < 0) return failure("create", temporary);
-  if (!write_all(next, &header, sizeof header)) {
+  if (!write_all(next, bytes_of(&header, sizeof header))) {
     Error error = failure("write", temporary);
     ::close(next);
     return error;
@@ -284,7 +277,7 @@ Result<std::unique_ptr<Nonces>> Nonces::open(const std::string& dir,
   }
   if (auto ok = impl.begin_file(impl.gone); !ok) return ok.error();
   for (const Entry& e : live) impl.young.add(e.key, e.ts_ms);
-  if (!write_all(impl.fd, live.data(), live.size() * sizeof(Entry))) {
+  if (!write_all(impl.fd, bytes_of(live.data(), live.size() * sizeof(Entry)))) {
     return failure("write", impl.path(".tmp"));
   }
   if (rename(impl.path(".tmp").c_str(), impl.path().c_str()) != 0) {
@@ -397,8 +390,8 @@ void Nonces::Impl::run() {
         }
       }
       if (trouble.empty() && fd >= 0 &&
-          !write_all(fd, batch.entries.data(),
-                     batch.entries.size() * sizeof(Entry))) {
+          !write_all(fd, bytes_of(batch.entries.data(),
+                                  batch.entries.size() * sizeof(Entry)))) {
         trouble = failure("write", path()).what;
       }
     }

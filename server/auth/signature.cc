@@ -4,11 +4,11 @@
 #include <openssl/crypto.h>
 #include <openssl/evp.h>
 #include <openssl/params.h>
-#include <sys/random.h>
 
 #include <algorithm>
 
 #include "queue/base/check.h"
+#include "queue/base/hex.h"
 
 namespace machina {
 namespace {
@@ -25,10 +25,7 @@ const EVP_MD* sha256() {
 
 HexDigest hex_of(const unsigned char bytes[32]) {
   HexDigest hex;
-  for (std::size_t i = 0; i < 32; ++i) {
-    hex[2 * i] = "0123456789abcdef"[bytes[i] >> 4];
-    hex[2 * i + 1] = "0123456789abcdef"[bytes[i] & 15];
-  }
+  write_hex(hex.data(), bytes, 32);
   return hex;
 }
 
@@ -151,16 +148,6 @@ std::optional<std::int64_t> signature_time_ms(std::string_view ts) {
   return n >= kMillisFrom ? n : n * 1000;
 }
 
-std::string random_nonce() {
-  unsigned char bytes[16];
-  CHECK(getrandom(bytes, sizeof bytes, 0) ==
-        static_cast<ssize_t>(sizeof bytes));
-  std::string hex;
-  for (unsigned char b : bytes) {
-    hex += "0123456789abcdef"[b >> 4];
-    hex += "0123456789abcdef"[b & 15];
-  }
-  return hex;
-}
+std::string random_nonce() { return random_hex(32); }
 
 }  // namespace machina

@@ -13,6 +13,7 @@
 #include <cstring>
 
 #include "queue/base/check.h"
+#include "queue/base/hex.h"
 
 namespace machina {
 namespace {
@@ -122,10 +123,7 @@ void Tokens::mac(Fence fence, char hex[16]) {
   for (int i = 0; i < 8; ++i) {
     bytes[i] = static_cast<char>(fence >> (8 * (7 - i)));
   }
-  const std::uint64_t head = mac({bytes, sizeof bytes});
-  for (int i = 0; i < 16; ++i) {
-    hex[i] = "0123456789abcdef"[head >> (60 - 4 * i) & 15];
-  }
+  write_hex(hex, mac({bytes, sizeof bytes}));
 }
 
 std::uint64_t Tokens::session(std::string_view worker, std::string_view secret,
@@ -137,17 +135,6 @@ std::uint64_t Tokens::session(std::string_view worker, std::string_view secret,
   text += secret;
   const std::uint64_t number = (mac(text) & ~std::uint64_t{1}) | local;
   return number != 0 ? number : 2;
-}
-
-std::string new_secret() {
-  unsigned char bytes[16];
-  CHECK(getrandom(bytes, sizeof bytes, 0) == sizeof bytes);
-  std::string text;
-  for (unsigned char byte : bytes) {
-    text += "0123456789abcdef"[byte >> 4];
-    text += "0123456789abcdef"[byte & 15];
-  }
-  return text;
 }
 
 void Tokens::append(std::string* out, Fence fence) {
@@ -170,16 +157,6 @@ Tokens::Checked Tokens::check(std::string_view text) {
   mac(*fence, hex);
   result.ours = CRYPTO_memcmp(hex, text.data() + 17, sizeof hex) == 0;
   return result;
-}
-
-bool same_secret(std::string_view secret, std::string_view given) {
-  if (secret.empty()) return false;
-  auto difference = static_cast<unsigned>(secret.size() != given.size());
-  for (std::size_t i = 0; i < given.size(); ++i) {
-    difference |= static_cast<unsigned char>(given[i]) ^
-                  static_cast<unsigned char>(secret[i % secret.size()]);
-  }
-  return difference == 0;
 }
 
 }  // namespace machina

@@ -54,10 +54,4 @@ class Tokens {
   std::unique_ptr<Impl> impl_;
 };
 
-// 32 hex digits that nobody can guess.
-std::string new_secret();
-
-// True where `given` is `secret`; takes a time that depends on `given` alone.
-bool same_secret(std::string_view secret, std::string_view given);
-
 }  // namespace machina

@@ -318,6 +318,55 @@ TEST(Tidy, OnlyTheTableReadsTheEnvironment) {
   }
 }
 
+// Each small thing is in queue/base once. A file that needs a word of this
+// table for something else is named beside it, and must still have the word.
+TEST(Tidy, SmallThingsAreSaidOnce) {
+  struct Thing {
+    const char* pattern;
+    const char* home;
+    std::set<std::string> others;
+  };
+  const std::vector<Thing> kThings = {
+      {R"("0123456789abcdef")", "queue/base/hex.h", {}},
+      {R"(\b(class|struct)\s+\w*(Owned|Unique|Scoped)?Fd\s*(final\s*)?\{)",
+       "queue/base/fd.h",
+       {"tools/service_manager.h"}},  // a number and its name
+      {R"(\b(bool|void|int|Result<\w+>)\s+(read|write)_all\w*\()",
+       "queue/base/fd.{h,cc}, posix_storage.cc (aligned blocks)",
+       {"queue/base/fd.h", "queue/base/fd.cc", "queue/base/posix_storage.cc"}},
+      {R"(\b(gmtime_r|timegm|strftime)\s*\()",
+       "queue/base/rfc3339.h",
+       {"server/api/service.cc",  // HTTP's Date
+        "tools/cli/table.cc"}},   // local time, for a person
+      {R"(\bappend_utf8\s*\(std)",
+       "queue/base/json.cc",
+       {"queue/base/json.cc"}},
+      {R"(\bparse_rfc3339\s*\(std|\brfc3339\w*\s*\((Millis|std::int64_t|\)\s*\{))",
+       "queue/base/rfc3339.h",
+       {"queue/base/rfc3339.h", "queue/base/rfc3339.cc"}},
+  };
+  for (const Thing& thing : kThings) {
+    const std::regex pattern(thing.pattern);
+    std::set<std::string> unused = thing.others;
+    bool found = false;
+    for (const auto& source : product()) {
+      for (std::size_t i = 0; i < source.lines.size(); ++i) {
+        if (!std::regex_search(source.lines[i], pattern)) continue;
+        found = true;
+        unused.erase(source.path);
+        EXPECT_TRUE(source.path == thing.home ||
+                    thing.others.contains(source.path))
+            << source.path << ":" << i + 1 << " has again what " << thing.home
+            << " has: " << source.lines[i];
+      }
+    }
+    EXPECT_TRUE(found) << thing.pattern << " finds nothing any more";
+    for (const auto& path : unused) {
+      ADD_FAILURE() << path << " needs no exception from " << thing.pattern;
+    }
+  }
+}
+
 // Standard output is the verbs'; libraries talk through results and logs.
 TEST(Tidy, NoStrayDebugOutput) {
   static const std::regex kStdout(

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "queue/base/hex.h"
 #include "queue/base/utf8.h"
 #include "workers/kinds/run.h"
 
@@ -47,13 +48,12 @@ bool has_nul(const std::string& text) {
 bool whole_json(std::string_view text) { return nlohmann::json::accept(text); }
 
 std::string printable(const std::string& text) {
-  static constexpr char kHex[] = "0123456789abcdef";
   std::string out;
   for (const char c : text) {
     if (is_control(c)) {
       out += "\\u00";
-      out += kHex[static_cast<unsigned char>(c) >> 4];
-      out += kHex[c & 15];
+      out += kHexDigits[static_cast<unsigned char>(c) >> 4];
+      out += kHexDigits[c & 15];
     } else {
       out += c;
     }

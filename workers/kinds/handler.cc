@@ -6,31 +6,10 @@
 #include <algorithm>
 #include <cstring>
 
+#include "queue/base/fd.h"
+
 namespace machina::kinds {
 namespace {
-
-bool read_all(int fd, void* into, std::size_t bytes) {
-  auto* at = static_cast<char*>(into);
-  while (bytes > 0) {
-    const ssize_t n = ::read(fd, at, bytes);
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) return false;
-    at += n;
-    bytes -= static_cast<std::size_t>(n);
-  }
-  return true;
-}
-
-bool write_all(int fd, const std::string& out) {
-  std::size_t at = 0;
-  while (at < out.size()) {
-    const ssize_t n = ::write(fd, out.data() + at, out.size() - at);
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) return false;
-    at += static_cast<std::size_t>(n);
-  }
-  return true;
-}
 
 template <class T>
 void append_struct(std::string& out, const T& value) {

@@ -20,10 +20,10 @@
 #include <fstream>
 #include <map>
 #include <mutex>
-#include <random>
 #include <sstream>
 #include <thread>
 
+#include "queue/base/hex.h"
 #include "queue/base/json.h"
 #include "queue/base/rfc3339.h"
 #include "queue/base/say.h"
@@ -74,14 +74,6 @@ Millis wall_ms() {
   return std::chrono::duration_cast<milliseconds>(
              std::chrono::system_clock::now().time_since_epoch())
       .count();
-}
-
-std::string random_hex(int digits) {
-  static constexpr char kHex[] = "0123456789abcdef";
-  std::random_device random;
-  std::string out;
-  for (int i = 0; i < digits; ++i) out += kHex[random() & 15];
-  return out;
 }
 
 // The pool's descriptors that outlive the drop of privilege.

@@ -19,6 +19,7 @@
 #include <cstring>
 #include <string>
 
+#include "queue/base/hex.h"
 #include "workers/sandbox/launch.h"
 
 namespace machina::sandbox {
@@ -30,8 +31,7 @@ constexpr int kBuildMs = 10'000;
 constexpr std::uint64_t kSlackBytes = 16 << 20;
 
 bool hex_name(const std::string& name) {
-  return name.size() == kMirrorName &&
-         name.find_first_not_of("0123456789abcdef") == std::string::npos;
+  return name.size() == kMirrorName && is_hex(name);
 }
 
 std::string text_of(const char* data, std::size_t size) {

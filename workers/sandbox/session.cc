@@ -18,6 +18,7 @@
 #include <optional>
 #include <utility>
 
+#include "queue/base/fd.h"
 #include "workers/sandbox/collector.h"
 #include "workers/sandbox/launch.h"
 #include "workers/sandbox/output.h"
@@ -42,36 +43,11 @@ Millis now_ms() {
       .count();
 }
 
-class Fd {
- public:
-  explicit Fd(int fd = -1) : fd_(fd) {}
-  Fd(Fd&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
-  Fd& operator=(Fd&& other) noexcept {
-    reset(std::exchange(other.fd_, -1));
-    return *this;
-  }
-  ~Fd() { reset(); }
-  int get() const { return fd_; }
-  int release() { return std::exchange(fd_, -1); }
-  void reset(int fd = -1) {
-    if (fd_ >= 0) close(fd_);
-    fd_ = fd;
-  }
-
- private:
-  int fd_;
-};
-
 // A file in memory that nobody can change any more.
 Fd sealed(std::string_view bytes) {
   Fd fd(memfd_create("step", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (fd.get() < 0) return fd;
-  std::size_t at = 0;
-  while (at < bytes.size()) {
-    const ssize_t n = write(fd.get(), bytes.data() + at, bytes.size() - at);
-    if (n <= 0) return Fd();
-    at += static_cast<std::size_t>(n);
-  }
+  if (!write_all(fd.get(), bytes)) return Fd();
   lseek(fd.get(), 0, SEEK_SET);
   fcntl(fd.get(), F_ADD_SEALS,
         F_SEAL_SEAL | F_SEAL_WRITE | F_SEAL_GROW | F_SEAL_SHRINK);

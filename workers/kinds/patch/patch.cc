@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "queue/base/hex.h"
 #include "queue/base/ids.h"
 #include "queue/base/json.h"
 #include "workers/kinds/patch/patch_rollback.h"

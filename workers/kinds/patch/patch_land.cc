@@ -15,6 +15,8 @@
 #include <cstdio>
 #include <cstring>
 
+#include "queue/base/fd.h"
+#include "queue/base/hex.h"
 #include "queue/base/utf8.h"
 #include "workers/kinds/patch/patch.h"
 
@@ -44,21 +46,6 @@ git rev-list --objects --quiet "$1" "^$2" || exit 4
 
 // --- inside the sandbox ---
 
-class Fd {
- public:
-  explicit Fd(int fd = -1) : fd_(fd) {}
-  Fd(const Fd&) = delete;
-  Fd& operator=(const Fd&) = delete;
-  ~Fd() {
-    if (fd_ >= 0) close(fd_);
-  }
-  int get() const { return fd_; }
-  bool good() const { return fd_ >= 0; }
-
- private:
-  int fd_;
-};
-
 int open_below(int dir, const std::string& path, int flags) {
   open_how how{};
   how.flags = static_cast<std::uint64_t>(flags) | O_CLOEXEC;
@@ -71,7 +58,7 @@ int open_below(int dir, const std::string& path, int flags) {
 std::optional<std::string> contents(int dir, const std::string& path,
                                     std::size_t bytes_max) {
   const Fd file(open_below(dir, path, O_RDONLY | O_NONBLOCK | O_NOCTTY));
-  if (!file.good()) return std::nullopt;
+  if (!file) return std::nullopt;
   struct stat st {};
   if (fstat(file.get(), &st) < 0) return std::nullopt;
   if (!S_ISREG(st.st_mode)) {
@@ -100,11 +87,6 @@ std::string trimmed(std::string text) {
   return text;
 }
 
-bool hex_name(const std::string& name, std::size_t least, std::size_t most) {
-  return name.size() >= least && name.size() <= most &&
-         name.find_first_not_of("0123456789abcdef") == std::string::npos;
-}
-
 struct Stop {
   std::string why;
   bool trouble = false;  // an error, not a refusal
@@ -124,7 +106,7 @@ class Lander {
 
   std::optional<Stop> run() {
     const Fd repo(open("/repo", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-    if (!repo.good()) return trouble("the repository");
+    if (!repo) return trouble("the repository");
     const int inner = open_below(repo.get(), ".git", O_RDONLY | O_DIRECTORY);
     const Fd git(inner >= 0 ? inner : dup(repo.get()));
     git_ = git.get();
@@ -161,7 +143,7 @@ class Lander {
     }
     const Fd objects(open_below(git_, "objects", O_RDONLY | O_DIRECTORY));
     const Fd refs(open_below(git_, "refs", O_RDONLY | O_DIRECTORY));
-    if (!objects.good() || !refs.good()) return trouble("objects or refs");
+    if (!objects || !refs) return trouble("objects or refs");
     return std::nullopt;
   }
 
@@ -348,7 +330,7 @@ class Lander {
     const std::size_t last = ref_.rfind('/');
     const Fd parent(
         open_below(git_, ref_.substr(0, last), O_RDONLY | O_DIRECTORY));
-    if (!parent.good()) return trouble(ref_.substr(0, last));
+    if (!parent) return trouble(ref_.substr(0, last));
     const std::string name = ref_.substr(last + 1), lock = name + ".lock";
     const std::string text = commit_ + "\n";
     for (int round = 0;; ++round) {
@@ -434,7 +416,7 @@ class Lander {
   std::optional<Stop> link_objects() {
     const Fd objects(open_below(git_, "objects", O_RDONLY | O_DIRECTORY));
     struct stat st {};
-    if (!objects.good() || fstat(objects.get(), &st) < 0) {
+    if (!objects || fstat(objects.get(), &st) < 0) {
       return trouble("objects");
     }
     dir_mode_ = st.st_mode & 0777;
@@ -445,7 +427,8 @@ class Lander {
       const dirent* entry = readdir(dir);
       if (entry == nullptr) break;
       const std::string name = entry->d_name;
-      if (hex_name(name, 2, 2)) stop = link_fan(objects.get(), name);
+      if (name.size() == 2 && is_hex(name))
+        stop = link_fan(objects.get(), name);
     }
     closedir(dir);
     if (!stop && fsync(objects.get()) < 0) return trouble("objects");
@@ -461,21 +444,21 @@ class Lander {
     }
     const Fd into(open_below(objects, fan, O_RDONLY | O_DIRECTORY));
     std::optional<Stop> stop;
-    if (!into.good()) stop = trouble("objects/" + fan);
+    if (!into) stop = trouble("objects/" + fan);
     while (!stop) {
       const dirent* entry = readdir(dir);
       if (entry == nullptr) break;
       const std::string name = entry->d_name;
-      if (!hex_name(name, 38, 62)) continue;
+      if (!is_commit_name(fan + name)) continue;
       struct stat st {};
       if (fstatat(into.get(), name.c_str(), &st, AT_SYMLINK_NOFOLLOW) == 0) {
         continue;
       }
       const Fd from(openat(dirfd(dir), name.c_str(), O_RDONLY | O_CLOEXEC));
       const int error =
-          from.good() ? place(into.get(), name, "tmp_obj_machina", 0444,
-                              [&](int to) { return copy(from.get(), to); })
-                      : errno;
+          from ? place(into.get(), name, "tmp_obj_machina", 0444,
+                       [&](int to) { return copy(from.get(), to); })
+               : errno;
       errno = error;
       if (error && error != EEXIST) stop = trouble("objects/" + fan);
     }
@@ -495,7 +478,7 @@ class Lander {
                           ? dup(git_)
                           : open_below(git_, part.substr(0, slash),
                                        O_RDONLY | O_DIRECTORY));
-      if (!parent.good() ||
+      if (!parent ||
           (mkdirat(parent.get(),
                    part.c_str() + (slash == std::string::npos ? 0 : slash + 1),
                    dir_mode_) < 0 &&
@@ -513,7 +496,7 @@ class Lander {
     const std::size_t last = ref_.rfind('/');
     const Fd parent(
         open_below(git_, ref_.substr(0, last), O_RDONLY | O_DIRECTORY));
-    if (!parent.good()) return trouble(ref_.substr(0, last));
+    if (!parent) return trouble(ref_.substr(0, last));
     const std::string name = ref_.substr(last + 1), text = commit_ + "\n";
     const int error =
         place(parent.get(), name, name + ".lock", 0644, [&](int to) {
@@ -553,7 +536,7 @@ class Lander {
     const std::size_t slash = path.rfind('/');
     const Fd parent(
         open_below(git_, path.substr(0, slash), O_RDONLY | O_DIRECTORY));
-    if (parent.good()) {
+    if (parent) {
       unlinkat(parent.get(), path.c_str() + slash + 1, AT_REMOVEDIR);
     }
   }
@@ -587,8 +570,8 @@ int land_handler(int in_fd, int out_fd) {
   }
   if (lines.size() == 3) lines.emplace_back();
   if (lines.size() != 4 || !branch_problem(lines[1]).empty() ||
-      !hex_name(lines[2], 40, 64) ||
-      (!lines[3].empty() && !hex_name(lines[3], 40, 64))) {
+      !is_commit_name(lines[2]) ||
+      (!lines[3].empty() && !is_commit_name(lines[3]))) {
     return kTrouble;
   }
   const auto stop =

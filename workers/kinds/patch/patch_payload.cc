@@ -1,6 +1,7 @@
 // The payload of patch.apply: what is checked at submission and again in the
 // worker.
 
+#include "queue/base/hex.h"
 #include "queue/base/ids.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/patch/patch.h"
@@ -95,8 +96,7 @@ void read_fingerprint(Fields& item) {
   if (!item.has("license_fingerprint")) return;
   std::string_view hex = given;
   if (hex.starts_with("sha256:")) hex.remove_prefix(7);
-  if (hex.size() != 64 ||
-      hex.find_first_not_of("0123456789abcdef") != std::string_view::npos) {
+  if (!is_sha256(hex)) {
     item.fail("license_fingerprint",
               in_quotes(given) +
                   " is no SHA-256 of a licence's text: 64 hexadecimal digits "

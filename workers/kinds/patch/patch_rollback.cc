@@ -7,6 +7,7 @@
 #include <set>
 #include <thread>
 
+#include "queue/base/hex.h"
 #include "queue/base/ids.h"
 #include "queue/base/json.h"
 #include "queue/base/utf8.h"
@@ -304,8 +305,7 @@ std::string base_of(const std::string& bundle) {
     return "";
   }
   std::string name = bundle.substr(at + 2, 64);
-  name.resize(
-      std::min(name.size(), name.find_first_not_of("0123456789abcdef")));
+  name.resize(std::min(name.size(), name.find_first_not_of(kHexDigits)));
   return is_commit_name(name) ? name : "";
 }
 

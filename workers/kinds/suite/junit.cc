@@ -16,6 +16,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "queue/base/fd.h"
 #include "queue/base/utf8.h"
 
 namespace machina::kinds {
@@ -378,27 +379,6 @@ std::string no_junit(const std::string& why) {
   return no_report("not a JUnit report: " + why);
 }
 
-bool read_all(int fd, char* at, std::size_t bytes) {
-  while (bytes > 0) {
-    const ssize_t n = ::read(fd, at, bytes);
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) return false;
-    at += n;
-    bytes -= static_cast<std::size_t>(n);
-  }
-  return true;
-}
-
-bool write_all(int fd, std::string_view bytes) {
-  while (!bytes.empty()) {
-    const ssize_t n = ::write(fd, bytes.data(), bytes.size());
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) return false;
-    bytes.remove_prefix(static_cast<std::size_t>(n));
-  }
-  return true;
-}
-
 // --- in the worker ---
 
 // Takes values off the front; after a short one every answer is zero.
@@ -628,7 +608,7 @@ int junit_handler(int in_fd, int out_fd) {
 int report_handler(int in_fd, int out_fd,
                    std::string (*encode)(std::string_view)) {
   std::uint32_t size = 0;
-  if (!read_all(in_fd, reinterpret_cast<char*>(&size), sizeof size)) return 1;
+  if (!read_all(in_fd, &size, sizeof size)) return 1;
   if (size > kJunitXmlBytesMax) return 2;
   std::string xml(size, '\0');
   if (!read_all(in_fd, xml.data(), size)) return 1;

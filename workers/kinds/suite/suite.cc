@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <chrono>
-#include <random>
 
+#include "queue/base/hex.h"
 #include "queue/base/utf8.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/suite/pytest_watch.h"
@@ -141,15 +141,6 @@ using Clock = std::chrono::steady_clock;
 constexpr Millis kParseMs = 20'000;
 constexpr Millis kParseAfterEndMs = 3'000;  // when the run's time is over
 constexpr std::string_view kPythonPath = "PYTHONPATH=";
-
-// A name that nobody knows beforehand.
-std::string fresh_name() {
-  static constexpr char kHex[] = "0123456789abcdef";
-  std::random_device random;
-  std::string out;
-  for (int i = 0; i < 32; ++i) out += kHex[random() & 15];
-  return out;
-}
 
 class SuiteRunner {
  public:
@@ -397,13 +388,13 @@ class SuiteRunner {
     const bool theirs = payload_.runner == Runner::command;
     const bool from_file = payload_.runner != Runner::tap;
     const std::string report = theirs ? "repo/" + payload_.report_path
-                                      : kOwnDir + fresh_name() + ".xml";
+                                      : kOwnDir + random_hex(32) + ".xml";
     RunnerCall call;
     if (theirs || !from_file) {
       call.argv = payload_.command;
     } else {
       call = call_runner(payload_.runner, payload_.args, payload_.select,
-                         "/work/" + report, kOwnDir + fresh_name() + ".cjs");
+                         "/work/" + report, kOwnDir + random_hex(32) + ".cjs");
     }
     // What was there before the run is not its report; a name that nobody knows
     // needs its directory alone.
@@ -414,7 +405,7 @@ class SuiteRunner {
                                       ", cannot be removed before the run"};
     }
     if (!theirs && from_file) {
-      if (call.file.empty()) call.file = kOwnDir + fresh_name();
+      if (call.file.empty()) call.file = kOwnDir + random_hex(32);
       if (auto put = session_->put(call.file, call.file_text); !put) {
         ran.ended = put.error().code == Code::full ? sandbox::Ended::disk
                                                    : sandbox::Ended::failed;
@@ -489,10 +480,10 @@ class SuiteRunner {
   // What one run writes, below /work. Fresh names for each run: nothing that
   // was there before it can be taken for its own.
   struct Paths {
-    std::string report = kOwnDir + fresh_name() + ".xml";
-    std::string record = kOwnDir + fresh_name() + ".xml";
-    std::string dir = kOwnDir + fresh_name();
-    std::string module = "machina_" + fresh_name();
+    std::string report = kOwnDir + random_hex(32) + ".xml";
+    std::string record = kOwnDir + random_hex(32) + ".xml";
+    std::string dir = kOwnDir + random_hex(32);
+    std::string module = "machina_" + random_hex(32);
   };
 
   std::vector<std::string> pytest_argv(const Paths& paths, bool again) const {
@@ -718,7 +709,7 @@ class SuiteRunner {
   SuiteRun run_;
   TestOutcome& tests_ = run_.tests;
   Usage usage_;
-  const std::string cache_ = kOwnDir + fresh_name();
+  const std::string cache_ = kOwnDir + random_hex(32);
   std::vector<std::string> unknown_;  // of `select`, not in ctest's list
   bool setup_failed_ = false;
 };

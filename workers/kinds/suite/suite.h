@@ -123,8 +123,6 @@ Prepared prepare_repo(const std::string& repo, const std::string& base_rev,
 // git's words on standard error for a person who knows `repo` and not the
 // sandbox's paths: at most three lines, 400 bytes.
 std::string git_said(const std::string& err, const std::string& repo);
-// 40 to 64 hexadecimal digits.
-bool is_commit_name(std::string_view text);
 // The step that puts the commit into /work/repo; `pack` lies in kPackFile.
 sandbox::Step checkout_step(const Checkout& checkout);
 inline constexpr char kPackFile[] = ".machina/patch.pack";  // below /work

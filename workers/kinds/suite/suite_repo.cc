@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <filesystem>
 
+#include "queue/base/hex.h"
 #include "queue/base/json.h"
 #include "workers/kinds/fields.h"
 #include "workers/kinds/suite/suite.h"
@@ -133,18 +134,7 @@ std::string sha256_hex(const std::string& text) {
   unsigned char digest[EVP_MAX_MD_SIZE];
   unsigned size = 0;
   EVP_Digest(text.data(), text.size(), digest, &size, EVP_sha256(), nullptr);
-  static constexpr char kHex[] = "0123456789abcdef";
-  std::string out;
-  for (unsigned i = 0; i < size; ++i) {
-    out += kHex[digest[i] >> 4];
-    out += kHex[digest[i] & 15];
-  }
-  return out;
-}
-
-bool is_commit_name(std::string_view text) {
-  return text.size() >= 40 && text.size() <= 64 &&
-         text.find_first_not_of("0123456789abcdef") == std::string_view::npos;
+  return hex(digest, size);
 }
 
 namespace {
