@@ -6,7 +6,6 @@
 #include <yaml-cpp/yaml.h>
 
 #include <algorithm>
-#include <charconv>
 #include <cstdio>
 #include <cstring>
 #include <optional>
@@ -15,6 +14,7 @@
 
 #include "queue/base/check.h"
 #include "queue/base/fd.h"
+#include "queue/base/numbers.h"
 #include "queue/base/utf8.h"
 #include "tools/duration.h"
 #include "tools/trust.h"
@@ -53,14 +53,6 @@ Error unknown_variable(std::string_view name, std::string_view origin,
   return invalid(std::string(name) + " (" + std::string(origin) +
                  ") is not a variable of machina; the nearest is " +
                  nearest_variable(name, table));
-}
-
-std::optional<std::int64_t> parse_number(std::string_view text) {
-  std::int64_t value = 0;
-  const char* end = text.data() + text.size();
-  auto [stop, error] = std::from_chars(text.data(), end, value);
-  if (error != std::errc{} || stop != end || text.empty()) return std::nullopt;
-  return value;
 }
 
 bool printable(std::string_view text) {

@@ -1,7 +1,7 @@
 // queue/base/hex.h
 //
-// Bytes as hexadecimal text, and the names that are such text: digests, commits,
-// secrets.
+// Bytes as hexadecimal text, and the names that are such text: digests,
+// commits, secrets.
 //
 //   HX1  Writes lower case. (HexTest.BytesAreWrittenAndRead)
 //   HX2  is_hex() takes lower case alone, so a name has one spelling.

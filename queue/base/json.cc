@@ -9,6 +9,7 @@
 
 #include "queue/base/check.h"
 #include "queue/base/hex.h"
+#include "queue/base/numbers.h"
 #include "queue/base/utf8.h"
 
 namespace machina {
@@ -398,11 +399,7 @@ std::string_view JsonValue::raw() const {
 bool JsonValue::as_bool() const { return raw() == "true"; }
 
 std::optional<std::int64_t> JsonValue::as_integer() const {
-  std::string_view text = raw();
-  std::int64_t v = 0;
-  auto [end, e] = std::from_chars(text.data(), text.data() + text.size(), v);
-  if (e != std::errc() || end != text.data() + text.size()) return std::nullopt;
-  return v;
+  return parse_number(raw());
 }
 
 std::string_view JsonValue::plain_string() const {

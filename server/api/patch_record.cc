@@ -1,10 +1,10 @@
 #include "server/api/patch_record.h"
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
 #include <map>
 
+#include "queue/base/numbers.h"
 #include "queue/base/utf8.h"
 #include "server/api/store.h"
 
@@ -117,10 +117,8 @@ void read_files(const JsonValue& list, PatchRecord* patch) {
 }
 
 double real_of(const JsonValue& v) {
-  double value = 0;
-  std::string_view raw = v.raw();
-  auto [end, e] = std::from_chars(raw.data(), raw.data() + raw.size(), value);
-  return e == std::errc() && std::isfinite(value) ? value : 0;
+  const double value = parse_number<double>(v.raw()).value_or(0);
+  return std::isfinite(value) ? value : 0;
 }
 
 // An array of texts, cut to its bounds; empty where there is none.

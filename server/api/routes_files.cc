@@ -3,9 +3,9 @@
 // same way; a reader or writer that is slow holds only itself up.
 
 #include <algorithm>
-#include <charconv>
 
 #include "queue/base/check.h"
+#include "queue/base/numbers.h"
 #include "server/api/service.h"
 
 namespace machina {
@@ -18,15 +18,6 @@ struct Download final : PendingExtra {
   std::uint64_t offset = 0, size = 0;
   bool reading = false;
 };
-
-std::optional<std::uint64_t> number(std::string_view text) {
-  std::uint64_t n = 0;
-  auto [end, e] = std::from_chars(text.data(), text.data() + text.size(), n);
-  if (text.empty() || e != std::errc() || end != text.data() + text.size()) {
-    return std::nullopt;
-  }
-  return n;
-}
 
 Problem not_found(std::string detail) {
   Problem p;
@@ -115,7 +106,8 @@ static void post_log(Service& s, const Exchange& call) {
   for (const auto& [name, value] : *parameters) {
     if (name != "offset") {
       problem = unknown_field(name);
-    } else if (offset = number(value); !offset || *offset > kLogBytesMax) {
+    } else if (offset = parse_number<std::uint64_t>(value);
+               !offset || *offset > kLogBytesMax) {
       problem = bad_field("offset", shown(value) + " is not an integer in " +
                                         range_text("_bytes", 0, kLogBytesMax));
     }
@@ -156,7 +148,7 @@ static void get_logs(Service& s, const Exchange& call) {
   }
   for (const auto& [name, value] : *parameters) {
     if (name == "attempt") {
-      auto n = number(value);
+      auto n = parse_number<std::uint64_t>(value);
       if (!n || *n < 1 || *n > kMaxAttemptsMax) {
         problem =
             bad_field("attempt", shown(value) + " is not an integer in " +

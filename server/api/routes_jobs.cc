@@ -5,6 +5,7 @@
 #include <ctime>
 
 #include "queue/base/hex.h"
+#include "queue/base/numbers.h"
 #include "queue/base/utf8.h"
 #include "server/api/service.h"
 
@@ -543,14 +544,11 @@ MaybeProblem read_parameter(const std::string& name, const std::string& value,
   if (name == "since") return time(&query->since_ms);
   if (name == "until") return time(&query->until_ms);
   if (name == "limit") {
-    int limit = 0;
-    auto [end, e] =
-        std::from_chars(value.data(), value.data() + value.size(), limit);
-    if (e != std::errc() || end != value.data() + value.size() || limit < 1 ||
-        limit > 1000) {
+    const auto limit = parse_number<int>(value);
+    if (!limit || *limit < 1 || *limit > 1000) {
       return bad_field(name, shown(value) + " is not an integer in 1..1000");
     }
-    query->limit = limit;
+    query->limit = *limit;
     return std::nullopt;
   }
   if (name == "cursor") {

@@ -1,10 +1,10 @@
 // What is asked about patches, and how their store is filled anew. All of it
 // runs on store threads; the loop only carries bytes.
 
-#include <charconv>
 #include <set>
 
 #include "queue/base/hex.h"
+#include "queue/base/numbers.h"
 #include "queue/base/say.h"
 #include "server/api/service.h"
 
@@ -115,15 +115,12 @@ MaybeProblem read_filter(const std::string& name, const std::string& value,
     return std::nullopt;
   }
   if (name == "limit") {
-    int limit = 0;
-    auto [end, e] =
-        std::from_chars(value.data(), value.data() + value.size(), limit);
-    if (e != std::errc() || end != value.data() + value.size() || limit < 1 ||
-        limit > 1000) {
+    const auto limit = parse_number<int>(value);
+    if (!limit || *limit < 1 || *limit > 1000) {
       return bad_field(name,
                        shown(value) + " is not an integer from 1 to 1000");
     }
-    query->limit = limit;
+    query->limit = *limit;
     return std::nullopt;
   }
   if (name == "cursor") {

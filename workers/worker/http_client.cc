@@ -10,11 +10,11 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <charconv>
 #include <chrono>
 #include <optional>
 
 #include "queue/base/check.h"
+#include "queue/base/numbers.h"
 
 namespace machina {
 namespace {
@@ -157,20 +157,17 @@ struct Parsed {
   bool keep = true;
 };
 
-template <class Number>
-bool parse_number(std::string_view text, Number& into) {
-  const auto end =
-      std::from_chars(text.data(), text.data() + text.size(), into);
-  return end.ec == std::errc() && end.ptr == text.data() + text.size();
-}
-
 // The head without its empty line; nullopt where it is not understood.
 std::optional<Parsed> parse_head(std::string_view head) {
   Parsed out;
-  if (!head.starts_with("HTTP/1.") || head.size() < 12 || head[8] != ' ' ||
-      !parse_number(head.substr(9, 3), out.status)) {
+  if (!head.starts_with("HTTP/1.") || head.size() < 12 || head[8] != ' ') {
     return {};
   }
+  const auto status = parse_number<int>(head.substr(9, 3));
+  if (!status) {
+    return {};
+  }
+  out.status = *status;
   bool has_length = false;
   for (std::size_t at = head.find("\r\n"); at != std::string_view::npos;) {
     const std::size_t begin = at + 2;
@@ -184,7 +181,9 @@ std::optional<Parsed> parse_head(std::string_view head) {
     const std::string_view name = line.substr(0, colon);
     if (same_name(name, "Content-Length")) {
       has_length = true;
-      if (!parse_number(value, out.length)) return {};
+      const auto length = parse_number<std::size_t>(value);
+      if (!length) return {};
+      out.length = *length;
     } else if (same_name(name, "Transfer-Encoding")) {
       return {};
     } else if (same_name(name, "Connection") && same_name(value, "close")) {
