@@ -208,7 +208,8 @@ GoneCommand Service::gone_of(const std::string& id, const Pool& said,
 // `ended`; `then` is called when that is durable, or refused.
 void Service::report_gone(GoneCommand command,
                           std::function<void(Response)> then) {
-  for (const std::string& worker : command.workers) no_longer_serves(worker);
+  for (const std::string& worker : command.workers)
+    served_.worker_ended(worker);
   Request request;
   request.what.emplace<Command>(std::move(command));
   ask(std::move(request), std::move(then));
@@ -485,7 +486,7 @@ static void put_scale(Service& s, const Exchange& call) {
   }
   if (count > s.target_) s.scaled_mono_ = s.clock_.mono_ms();
   s.target_ = static_cast<int>(count);
-  s.served_.clear();
+  s.served_.look_again();
   s.reply(call.peer, call.sequence, 200,
           "{\"configured\":" + std::to_string(s.target_) + "}");
   s.pool_start_at_ = 0;

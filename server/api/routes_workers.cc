@@ -83,48 +83,13 @@ MaybeProblem Service::finish_lease(const Peer& peer, LeaseBody* lease) {
   return std::nullopt;
 }
 
-void Service::note_serving(Peer& peer, const LeaseCommand& lease,
-                           Millis wait_ms) {
-  const Millis now = loop_->now();
-  if (serving_.size() >= kServingMax) {
-    std::erase_if(serving_,
-                  [now](const auto& one) { return one.second->until < now; });
-    if (serving_.size() >= kServingMax) serving_.clear();
-  }
-  std::shared_ptr<Serving>& its = serving_[lease.worker];
-  if (its == nullptr) its = std::make_shared<Serving>();
-  if (its->kinds != lease.kinds || its->until < now) served_.clear();
-  its->kinds = lease.kinds;
-  its->until = now + wait_ms + kServingMs;
-  its->peer = peer.id;
-  peer.serving = its;
-}
-
-void Service::no_longer_serves(const std::string& worker) {
-  if (serving_.erase(worker) != 0) served_.clear();
-}
-
 bool Service::served(const std::string& kind) {
-  if (auto known = served_.find(kind); known != served_.end()) {
-    return known->second;
-  }
-  const Millis now = loop_->now();
-  bool yes = false;
-  for (const auto& [_, its] : serving_) {
-    if (its->until < now) continue;
-    for (const std::string& pattern : its->kinds) {
-      yes = yes || kind_matches(pattern, kind);
-    }
-  }
-  // Whose workers are on their way.
-  if (!yes && target_ > 0 && options_.kinds.contains(kind) &&
-      (!options_.pool_argv.empty() || pool_heard()) &&
-      clock_.mono_ms() - std::max(started_mono_, scaled_mono_) < kPoolComesMs) {
-    yes = true;
-  }
-  if (served_.size() >= kServingMax) served_.clear();
-  served_[kind] = yes;  // housekeeping forgets it
-  return yes;
+  return served_.serves(kind, loop_->now(), [this](const std::string& its) {
+    return target_ > 0 && options_.kinds.contains(its) &&
+           (!options_.pool_argv.empty() || pool_heard()) &&
+           clock_.mono_ms() - std::max(started_mono_, scaled_mono_) <
+               kPoolComesMs;
+  });
 }
 
 static void post_leases(Service& s, const Exchange& call) {
@@ -137,7 +102,8 @@ static void post_leases(Service& s, const Exchange& call) {
   Pending* pending = call.peer.connection.pending(call.sequence);
   pending->then = leased;
   pending->extra = std::make_unique<SessionNote>(std::move(lease.session));
-  s.note_serving(call.peer, lease.command, lease.wait_ms);
+  call.peer.serving = s.served_.asks(call.peer.id, lease.command, lease.wait_ms,
+                                     s.loop_->now());
   if (!lease.command.holding || lease.command.holding->empty()) {
     s.worker_asks(lease.command.worker);
   }
@@ -444,7 +410,8 @@ static void post_complete_many(Service& s, const Exchange& call) {
     batch->items.push_back(std::move(entry));
   }
   if (with_lease) {
-    s.note_serving(call.peer, lease.command, lease.wait_ms);
+    call.peer.serving = s.served_.asks(call.peer.id, lease.command,
+                                       lease.wait_ms, s.loop_->now());
     batch->worker = lease.command.worker;
     command->lease = std::move(lease.command);
     batch->session = std::move(lease.session);

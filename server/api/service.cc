@@ -269,7 +269,7 @@ void Service::housekeeping() {
       if (p != nullptr && !p->closed) check_peer(*p, loop_->now());
     }
     check_levels();
-    served_.clear();
+    served_.look_again();
     if (std::string why = door_->gate().trouble(); !why.empty()) {
       Saying(Severity::error, "nonces_not_kept",
              "nonces are not kept on disk any more; the next start refuses "
@@ -521,9 +521,8 @@ void Service::forget(Peer& peer) {
   peer.closed = true;
   door_->release(peer.visitor);
   weights_ -= std::exchange(peer.weight, 0) + std::exchange(peer.kept, 0);
-  if (peer.serving != nullptr && peer.serving->peer == peer.id) {
-    peer.serving->until =
-        std::min(peer.serving->until, loop_->now() + kServingGoneMs);
+  if (peer.serving != nullptr) {
+    ServedKinds::connection_gone(*peer.serving, peer.id, loop_->now());
   }
   if (peer.upload != nullptr) peer.upload->dead = true;
   if (shard_ != nullptr && !poisoned_) shard_->abandon(0, peer.id);

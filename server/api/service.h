@@ -35,6 +35,7 @@
 #include "server/api/problem.h"
 #include "server/api/route.h"
 #include "server/api/server.h"
+#include "server/api/serving.h"
 #include "server/api/store.h"
 #include "server/auth/gate.h"
 #include "server/auth/tokens.h"
@@ -81,16 +82,7 @@ constexpr Millis kPoolHearMs = 500;     // until a drain is told by signal, too
 constexpr Millis kPoolLeaveMs = 3'000;  // how long a drain waits for pools
 constexpr Millis kDrainLookMs = 20;     // between two looks at what is left
 
-// Which kinds a worker asked for, and until when that is believed: it asks or
-// renews a lease before then, and a while more; less where it has hung up.
-struct Serving {
-  std::vector<std::string> kinds;
-  Millis until = 0;
-  std::uint64_t peer = 0;  // where it asked last
-};
-constexpr std::size_t kServingMax = 4096;
 constexpr std::size_t kGoneSessionsMax = 4096;  // remembered; then anew
-constexpr Millis kServingMs = 60'000, kServingGoneMs = 15'000;
 constexpr Millis kPoolComesMs = 30'000;    // until a pool's workers may ask
 constexpr std::size_t kUnservedMax = 100;  // kinds, of /stats
 
@@ -297,8 +289,6 @@ class Service {
       std::function<void(std::vector<MaybeProblem>)> then);
   void append_leases(Peer& peer, JsonWriter& json,
                      std::vector<LeaseView>& leases, std::string_view session);
-  void note_serving(Peer& peer, const LeaseCommand& lease, Millis wait_ms);
-  void no_longer_serves(const std::string& worker);
   // Whether a worker that is connected, or about to be, leases this kind.
   bool served(const std::string& kind);
   void give_back(std::vector<Fence> fences);
@@ -450,8 +440,7 @@ class Service {
     std::shared_ptr<Serving> serving = nullptr;
   };
   std::unordered_map<Fence, Attempt> attempts_;  // of leases handed out
-  std::unordered_map<std::string, std::shared_ptr<Serving>> serving_;
-  std::unordered_map<std::string, bool> served_;  // what served() found
+  ServedKinds served_;
 
   JsonDoc doc_;
   std::string scratch_, date_;
