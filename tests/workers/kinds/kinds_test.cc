@@ -173,6 +173,24 @@ TEST_F(KindsTest, F31_EachKindIsWarmedOrHasARunOfItsOwn) {
   EXPECT_EQ(static_cast<int>(runs.size()), sandboxed);
 }
 
+TEST_F(KindsTest, TwoFamiliesMayNotClaimOneName) {
+  const MakeFamily twice[] = {built_in_families()[0], built_in_families()[0]};
+  EXPECT_DEATH(kinds_of(twice, settings_), "");
+  EXPECT_DEATH(register_handlers(twice), "");
+}
+
+// What the server says of a member is made of two parts; a name that came from
+// the client may have any character in it.
+TEST_F(KindsTest, WhatIsWrongIsFieldAndReason) {
+  const auto bad = look_at(
+      "tool.shell", R"({"argv":["/usr/bin/true"],"files":{"a:b/../c":"x"}})");
+  ASSERT_FALSE(bad);
+  EXPECT_EQ(bad.error().field, "files.a:b/../c");
+  EXPECT_EQ(bad.error().why,
+            "a file's name is a relative path without . and .., at most 1024 "
+            "bytes");
+}
+
 TEST_F(KindsTest, NoopNamesFieldValueAndBound) {
   EXPECT_EQ(check("noop", "{}"), "");
   EXPECT_EQ(check("noop", R"({"echo":[1,{"a":"}"}],"sleep_ms":5})"), "");

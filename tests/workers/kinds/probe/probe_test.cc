@@ -32,7 +32,7 @@ class ProbeTest : public ServerTest {
     sandbox::SpawnerOptions spawning;
     spawning.root = root_;
     spawning.socket_path = options_.socket_path;
-    umask(077);                                        // as the pool does
+    mask_ = umask(077);                                // as the pool does
     auto spawner = sandbox::Spawner::start(spawning);  // before any thread
     ASSERT_TRUE(spawner) << spawner.error().what;
     spawner_ = std::move(*spawner);
@@ -58,6 +58,7 @@ class ProbeTest : public ServerTest {
       worker_.reset();
       stop_server();
     }
+    umask(mask_);
     close(control_[0]);
     waitpid(server_, nullptr, 0);
   }
@@ -118,6 +119,7 @@ class ProbeTest : public ServerTest {
   std::thread working_;
   int control_[2] = {-1, -1};
   pid_t server_ = -1;
+  mode_t mask_ = 022;
 };
 
 TEST_F(ProbeTest, EachOfThemGoesTheWholeWayAndIsThereAfterARestart) {
