@@ -35,7 +35,7 @@ class IsolatedTest : public testing::Test {
     spawning.root = root_;
     spawning.repo_roots = {repos_};
     spawning.socket_path = root_ + "/machina.sock";
-    umask(077);  // as the pool does
+    mask_ = umask(077);  // as the pool does
     auto spawner = sandbox::Spawner::start(spawning);
     ASSERT_TRUE(spawner) << spawner.error().what;
     spawner_ = std::move(*spawner);
@@ -56,6 +56,7 @@ class IsolatedTest : public testing::Test {
     thread_ = std::thread([this] { worker_->run(); });
   }
   void TearDown() override {
+    umask(mask_);
     if (worker_) {
       worker_->release_now();
       thread_.join();
@@ -100,6 +101,7 @@ class IsolatedTest : public testing::Test {
   std::thread thread_;
   Level level_ = 0;
   int jobs_ = 0;
+  mode_t mask_ = 022;
 };
 
 }  // namespace machina
