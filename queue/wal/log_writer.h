@@ -1,8 +1,8 @@
 // queue/wal/log_writer.h
 //
 // Puts sealed batches into segments, one at a time: the part of the log that
-// knows files and no threads. queue/wal/log.cc stages batches for it and runs
-// it on the log thread.
+// knows files and no threads. queue/wal/log_stage.cc stages batches for it and
+// runs it on the log thread.
 //
 // A batch is bound to a segment and an offset when its first record is staged,
 // because records must know their places at once; the segment's file comes to
