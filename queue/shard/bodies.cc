@@ -175,13 +175,14 @@ void BodyCache::drop_oldest() {
 
 // --- reading the log ---
 
-Result<Record> read_record(const Log& log, Place place, std::uint32_t bytes) {
+Result<Record> read_record(const LogStore& log, Place place,
+                           std::uint32_t bytes) {
   auto read = log.read(place, bytes);
   if (!read) return read.error();
   return decode(read->first, read->second);
 }
 
-Result<Body> read_body(const Log& log, const JobId& id, Place place,
+Result<Body> read_body(const LogStore& log, const JobId& id, Place place,
                        std::uint32_t bytes) {
   auto record = read_record(log, place, bytes);
   if (!record) return record.error();

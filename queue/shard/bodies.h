@@ -26,7 +26,7 @@
 #include "queue/base/ids.h"
 #include "queue/record/record.h"
 #include "queue/shard/mailbox.h"
-#include "queue/wal/log.h"
+#include "queue/wal/log_store.h"
 
 namespace machina {
 
@@ -88,9 +88,10 @@ class BodyCache {
 
 // The body of `id` as it lies in the log: a record of its own, or a child
 // within its parent's end.
-Result<Body> read_body(const Log& log, const JobId& id, Place place,
+Result<Body> read_body(const LogStore& log, const JobId& id, Place place,
                        std::uint32_t bytes);
-Result<Record> read_record(const Log& log, Place place, std::uint32_t bytes);
+Result<Record> read_record(const LogStore& log, Place place,
+                           std::uint32_t bytes);
 
 constexpr std::size_t kStoreTasksMax = 16'384;
 

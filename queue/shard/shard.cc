@@ -91,7 +91,7 @@ Result<void> ShardImpl::start(RecoveryReport* report) {
     image_bytes_ = image.size();
     return core_.load(image);
   };
-  auto opened = Log::open(
+  auto opened = options_.open_log(
       storage_, options_.log, history_->applied(), load,
       [&](const Record& record) { return visit(record, checkpoint); }, report);
   if (!opened) return opened.error();

@@ -35,7 +35,7 @@
 #include "queue/base/job.h"
 #include "queue/base/result.h"
 #include "queue/core/core.h"
-#include "queue/wal/log.h"
+#include "queue/wal/log_store.h"
 
 namespace machina {
 
@@ -105,6 +105,7 @@ struct Response {
 struct ShardOptions {
   CoreOptions core;
   LogOptions log;
+  OpenLog open_log = open_file_log;
   std::size_t body_cache_bytes = 64u << 20;
   std::uint64_t history_lag_max_bytes = 1ull << 30;
   Millis checkpoint_ms = 5000;
@@ -142,7 +143,7 @@ struct ShardStats {
   Lsn applied = 0, durable = 0, history_applied = 0;
   std::uint64_t history_lag_bytes = 0;
   std::uint64_t live_jobs = 0, reserved_bytes = 0, disk_free_bytes = 0;
-  Log::Stats log;
+  LogStore::Stats log;
   bool poisoned = false, draining = false;
   std::string poison_cause, recovery;
   std::uint64_t clock_steps = 0;  // of the wall clock, since the start

@@ -112,7 +112,7 @@ void ShardImpl::feed() {
 namespace {
 
 // On the history thread. Reads from the log what was not kept in memory.
-Result<HistoryChange> change_of(const Log& log, const Ended& ended) {
+Result<HistoryChange> change_of(const LogStore& log, const Ended& ended) {
   HistoryChange change;
   change.id = ended.id;
   change.lsn = ended.lsn;
@@ -143,7 +143,7 @@ Result<HistoryChange> change_of(const Log& log, const Ended& ended) {
 // Damage of one job's bytes must not keep all later ones out of history: it is
 // left out, loudly. A disk that does not answer is another matter: the whole
 // batch is tried again, for its rows would otherwise be lost.
-Result<void> apply_batch(const Log& log, History& history, EndSink* sink,
+Result<void> apply_batch(const LogStore& log, History& history, EndSink* sink,
                          const std::vector<EndedPtr>& batch, Lsn through) {
   std::vector<HistoryChange> changes;
   changes.reserve(batch.size());
@@ -402,7 +402,7 @@ std::string ShardImpl::disk_words(const DiskBound& bound) const {
 }
 
 std::string ShardImpl::full_words() const {
-  const Log::Room room = log_->room();
+  const LogStore::Room room = log_->room();
   return "disk: the log found no room (" + room.why + "); " +
          std::to_string(room.held) + " bytes are held, " +
          std::to_string(core_.reserved_bytes()) +

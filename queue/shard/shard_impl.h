@@ -41,7 +41,7 @@
 #include "queue/record/view.h"
 #include "queue/shard/bodies.h"
 #include "queue/shard/shard.h"
-#include "queue/wal/log.h"
+#include "queue/wal/log_store.h"
 
 namespace machina {
 
@@ -138,7 +138,7 @@ struct Need {
 };
 
 // On a store thread: reads what `need` asks for, as of server time `at`.
-void fetch_need(const Log& log, History& history, Millis at, Need* need);
+void fetch_need(const LogStore& log, History& history, Millis at, Need* need);
 
 // What a finished job means for the item that asked about it.
 enum class Purpose : std::uint8_t {
@@ -350,7 +350,7 @@ class ShardImpl final : public Shard {
   EndSink* sink_ = nullptr;
   std::atomic<std::size_t> image_bytes_{0};  // of the last checkpoint; set by
                                              // a thread of the log
-  std::unique_ptr<Log> log_;
+  std::unique_ptr<LogStore> log_;
   std::string recovery_;
   Send send_;
 
@@ -410,7 +410,7 @@ class ShardImpl final : public Shard {
   Millis checkpoint_at_mono_ = 0;
 
   DiskBound disk_soft_, disk_hard_;
-  Log::Room room_;  // as of this turn
+  LogStore::Room room_;  // as of this turn
   std::uint64_t hold_log_ = 0, hold_checkpoint_ = 0;
   Millis due_retry_mono_ = 0;         // what is due waits for room until then
   Millis checkpoint_retry_mono_ = 0;  // "

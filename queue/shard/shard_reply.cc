@@ -169,7 +169,7 @@ void leave_out(Need* need) {
 
 }  // namespace
 
-void fetch_need(const Log& log, History& history, Millis at, Need* need) {
+void fetch_need(const LogStore& log, History& history, Millis at, Need* need) {
   switch (need->what) {
     case Need::What::body: {
       auto body = read_body(log, need->id, need->place, need->bytes);

@@ -13,7 +13,7 @@ constexpr std::size_t kReadersMax = 64;  // files open for read()
 
 // --- reading -----------------------------------------------------------------
 
-Result<std::pair<RecordType, std::vector<std::byte>>> Log::Impl::read(
+Result<std::pair<RecordType, std::vector<std::byte>>> FileLog::Impl::read(
     Place place, std::uint32_t bytes) const {
   std::shared_ptr<Segment> segment;
   {
@@ -43,8 +43,8 @@ Result<std::pair<RecordType, std::vector<std::byte>>> Log::Impl::read(
   return std::pair(static_cast<RecordType>(frame->type), std::move(data));
 }
 
-std::shared_ptr<File> Log::Impl::reader_of(Segment& segment,
-                                           Error* error) const {
+std::shared_ptr<File> FileLog::Impl::reader_of(Segment& segment,
+                                               Error* error) const {
   {
     std::lock_guard hold(segment.reader_mutex);
     if (segment.reader) return segment.reader;
@@ -69,10 +69,9 @@ std::shared_ptr<File> Log::Impl::reader_of(Segment& segment,
   return reader;
 }
 
-// --- threads and the end
-// -------------------------------------------------------
+// --- threads and the end -----------------------------------------------------
 
-void Log::Impl::poison(const Error& error) {
+void FileLog::Impl::poison(const Error& error) {
   {
     std::lock_guard hold(mutex_);
     if (poisoned()) return;  // the first cause is the one that counts
@@ -83,7 +82,7 @@ void Log::Impl::poison(const Error& error) {
   wake_owner();
 }
 
-void Log::Impl::wake_owner() {
+void FileLog::Impl::wake_owner() {
   std::function<void()> wake;
   {
     std::lock_guard hold(mutex_);
@@ -93,13 +92,13 @@ void Log::Impl::wake_owner() {
   if (wake) wake();
 }
 
-void Log::Impl::start_threads() {
+void FileLog::Impl::start_threads() {
   if (!options_.own_thread) return;
   writer_thread_ = std::thread([this] { run_writer(); });
   keeper_thread_ = std::thread([this] { run_keeper(); });
 }
 
-void Log::Impl::stop_threads() {
+void FileLog::Impl::stop_threads() {
   {
     std::lock_guard hold(mutex_);
     stop_ = true;
@@ -110,7 +109,7 @@ void Log::Impl::stop_threads() {
   if (keeper_thread_.joinable()) keeper_thread_.join();
 }
 
-Result<void> Log::Impl::close() {
+Result<void> FileLog::Impl::close() {
   if (closed_) return {};
   flush();
   while (!poisoned()) {
@@ -152,7 +151,7 @@ Result<void> Log::Impl::close() {
   return ok;
 }
 
-Log::Stats Log::Impl::take_stats() {
+FileLog::Stats FileLog::Impl::take_stats() {
   Stats stats;
   std::shared_lock table(table_mutex_);
   std::lock_guard hold(mutex_);
@@ -163,80 +162,85 @@ Log::Stats Log::Impl::take_stats() {
   return stats;
 }
 
-bool Log::Impl::write_one() {
+bool FileLog::Impl::write_one() {
   CHECK(!options_.own_thread);
   return write_batch() || write_vouch() || keep_one();
 }
 
-// --- Log ---------------------------------------------------------------------
+// --- FileLog -----------------------------------------------------------------
 
-Log::Log() = default;
-Log::~Log() = default;
+FileLog::FileLog(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+FileLog::~FileLog() = default;
 
-Result<std::unique_ptr<Log>> Log::open(Storage& storage,
-                                       const LogOptions& options,
-                                       Lsn replay_from, const Load& load,
-                                       const Visit& visit,
-                                       RecoveryReport* report) {
+Result<std::unique_ptr<FileLog>> FileLog::open(
+    Storage& storage, const LogOptions& options, Lsn replay_from,
+    const Load& load, const Visit& visit, RecoveryReport* report) {
   RecoveryReport unwanted;
-  std::unique_ptr<Log> log(new Log);
-  log->impl_ = std::make_unique<Impl>(storage, options);
-  auto ok = log->impl_->open(replay_from, load, visit,
-                             report != nullptr ? report : &unwanted);
+  auto impl = std::make_unique<Impl>(storage, options);
+  auto ok = impl->open(replay_from, load, visit,
+                       report != nullptr ? report : &unwanted);
   if (!ok) return ok.error();
-  return log;
+  return std::unique_ptr<FileLog>(new FileLog(std::move(impl)));
 }
 
-std::uint32_t Log::writer_epoch() const { return impl_->epoch_; }
-Result<void> Log::append(Record* record) { return impl_->append(record); }
-std::span<const std::byte> Log::encoded() const { return impl_->encoded(); }
-void Log::flush() { impl_->flush(); }
-void Log::poll() { impl_->poll(); }
-void Log::on_wake(std::function<void()> wake) { impl_->set_wake(wake); }
-Lsn Log::appended() const { return impl_->appended_; }
-Lsn Log::durable() const { return impl_->durable_; }
-bool Log::poisoned() const { return impl_->poisoned(); }
-std::string Log::poison_cause() const { return impl_->poison_cause(); }
+std::uint32_t FileLog::writer_epoch() const { return impl_->epoch_; }
+Result<void> FileLog::append(Record* record) { return impl_->append(record); }
+std::span<const std::byte> FileLog::encoded() const { return impl_->encoded(); }
+void FileLog::flush() { impl_->flush(); }
+void FileLog::poll() { impl_->poll(); }
+void FileLog::on_wake(std::function<void()> wake) { impl_->set_wake(wake); }
+Lsn FileLog::appended() const { return impl_->appended_; }
+Lsn FileLog::durable() const { return impl_->durable_; }
+bool FileLog::poisoned() const { return impl_->poisoned(); }
+std::string FileLog::poison_cause() const { return impl_->poison_cause(); }
 
-Result<std::pair<RecordType, std::vector<std::byte>>> Log::read(
+Result<std::pair<RecordType, std::vector<std::byte>>> FileLog::read(
     Place place, std::uint32_t bytes) const {
   return impl_->read(place, bytes);
 }
 
-void Log::need(Place place, int delta) { impl_->need(place, delta); }
+void FileLog::need(Place place, int delta) { impl_->need(place, delta); }
 
-void Log::set_history_applied(Lsn lsn) {
+void FileLog::set_history_applied(Lsn lsn) {
   if (lsn <= impl_->history_applied_) return;
   impl_->history_applied_ = lsn;
   impl_->release();
 }
 
-void Log::checkpoint(Lsn lsn, Millis time_ms, Image image) {
+void FileLog::checkpoint(Lsn lsn, Millis time_ms, Image image) {
   impl_->checkpoint(lsn, time_ms, std::move(image));
 }
-void Log::checkpoint(Lsn lsn, Millis time_ms, std::vector<std::byte> image) {
-  impl_->checkpoint(lsn, time_ms, [image = std::move(image)] { return image; });
-}
-bool Log::checkpointing() const { return impl_->checkpointing_; }
-Lsn Log::checkpointed() const { return impl_->checkpointed_; }
-void Log::hold(std::uint64_t log_bytes, std::uint64_t checkpoint_bytes) {
+bool FileLog::checkpointing() const { return impl_->checkpointing_; }
+Lsn FileLog::checkpointed() const { return impl_->checkpointed_; }
+void FileLog::hold(std::uint64_t log_bytes, std::uint64_t checkpoint_bytes) {
   impl_->hold(log_bytes, checkpoint_bytes);
 }
-Log::Room Log::room() const { return impl_->room(); }
-bool Log::lacking() const { return impl_->lacking(); }
-bool Log::stalled() const { return impl_->stalled(); }
-bool Log::fits(std::uint64_t bytes, std::uint64_t keep) const {
+FileLog::Room FileLog::room() const { return impl_->room(); }
+bool FileLog::lacking() const { return impl_->lacking(); }
+bool FileLog::stalled() const { return impl_->stalled(); }
+bool FileLog::fits(std::uint64_t bytes, std::uint64_t keep) const {
   return impl_->fits(bytes, keep);
 }
-std::uint64_t Log::kept_for_checkpoints() const {
+std::uint64_t FileLog::kept_for_checkpoints() const {
   return impl_->kept_for_checkpoints();
 }
-std::uint64_t Log::bytes_since_checkpoint() const {
+std::uint64_t FileLog::bytes_since_checkpoint() const {
   return impl_->bytes_since_checkpoint_;
 }
-std::uint64_t Log::staged_bytes() const { return impl_->staged_bytes_; }
-bool Log::write_one() { return impl_->write_one(); }
-Result<void> Log::close() { return impl_->close(); }
-Log::Stats Log::take_stats() { return impl_->take_stats(); }
+std::uint64_t FileLog::staged_bytes() const { return impl_->staged_bytes_; }
+bool FileLog::write_one() { return impl_->write_one(); }
+Result<void> FileLog::close() { return impl_->close(); }
+FileLog::Stats FileLog::take_stats() { return impl_->take_stats(); }
+
+Result<std::unique_ptr<LogStore>> open_file_log(Storage& storage,
+                                                const LogOptions& options,
+                                                Lsn replay_from,
+                                                const LogStore::Load& load,
+                                                const LogStore::Visit& visit,
+                                                RecoveryReport* report) {
+  auto log = FileLog::open(storage, options, replay_from, load, visit, report);
+  if (!log) return log.error();
+  return std::unique_ptr<LogStore>(std::move(*log));
+}
 
 }  // namespace machina

@@ -1,6 +1,6 @@
 // queue/wal/log_impl.h
 //
-// What a Log is made of, for its own files alone. Each file has one part:
+// What a FileLog is made of, for its own files alone. Each file has one part:
 // log_open.cc opens a root and recovers it, log_stage.cc stages records and
 // writes batches, log_keep.cc makes checkpoints, holds room and removes
 // segments, log.cc reads by place and shuts the log down.
@@ -45,7 +45,7 @@ inline std::uint64_t room_for(std::uint64_t used) {
   return pad_to(used, kBlockBytes) + kBlockBytes;
 }
 
-class Log::Impl {
+class FileLog::Impl {
  public:
   Impl(Storage& storage, const LogOptions& options)
       : storage_(storage),

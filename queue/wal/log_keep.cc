@@ -28,7 +28,7 @@ std::uint64_t room_in(std::uint64_t bytes, std::uint64_t record) {
 
 }  // namespace
 
-void Log::Impl::checkpoint(Lsn lsn, Millis time_ms, Image image) {
+void FileLog::Impl::checkpoint(Lsn lsn, Millis time_ms, Image image) {
   CHECK(!checkpointing_ && lsn <= durable_);
   checkpoint_grown_ = std::exchange(bytes_since_checkpoint_, 0);
   std::lock_guard hold(mutex_);
@@ -39,7 +39,7 @@ void Log::Impl::checkpoint(Lsn lsn, Millis time_ms, Image image) {
   keeper_ready_.notify_one();
 }
 
-void Log::Impl::release() {
+void FileLog::Impl::release() {
   if (!may_release_) return;
   Lsn covered;
   {
@@ -68,7 +68,7 @@ void Log::Impl::release() {
   keeper_ready_.notify_one();
 }
 
-std::uint64_t Log::Impl::kept_for_checkpoints() const {
+std::uint64_t FileLog::Impl::kept_for_checkpoints() const {
   std::uint64_t bytes = 0;
   std::shared_lock hold(table_mutex_);
   for (auto it = table_.begin(); it != table_.end(); ++it) {
@@ -81,7 +81,7 @@ std::uint64_t Log::Impl::kept_for_checkpoints() const {
   return bytes;
 }
 
-void Log::Impl::need(Place place, int delta) {
+void FileLog::Impl::need(Place place, int delta) {
   if (place == 0) return;
   std::shared_lock hold(table_mutex_);
   auto it = table_.upper_bound(place);
@@ -95,20 +95,20 @@ void Log::Impl::need(Place place, int delta) {
 
 // --- the keeper thread -------------------------------------------------------
 
-bool Log::Impl::wants_spare() const {
+bool FileLog::Impl::wants_spare() const {
   return options_.spares && options_.fsync && spare_wanted_ &&
          std::none_of(held_.begin(), held_.end(),
                       [](const Held& held) { return held.zeroed; });
 }
 
 // Held files that are not the spare: as large as a segment without one.
-std::uint64_t Log::Impl::unit_bytes() const {
+std::uint64_t FileLog::Impl::unit_bytes() const {
   std::uint64_t bytes = options_.segment_bytes;
   if (options_.fsync) bytes = std::min(bytes, kPlainSegmentBytes);
   return pad_to(bytes, kBlockBytes);
 }
 
-std::uint64_t Log::Impl::units_held() const {
+std::uint64_t FileLog::Impl::units_held() const {
   std::uint64_t bytes = 0;
   for (const Held& held : held_) {
     if (!held.spare) bytes += room_in(held.bytes, 0);
@@ -116,19 +116,20 @@ std::uint64_t Log::Impl::units_held() const {
   return bytes;
 }
 
-bool Log::Impl::wants_room() const {
+bool FileLog::Impl::wants_room() const {
   if (!options_.hold || room_refused_) return false;
   return units_held() < hold_log_ || room_bytes_ < hold_checkpoint_;
 }
 
 // Under mutex_, after any change of what is held or to be held.
-void Log::Impl::settle_room() {
+void FileLog::Impl::settle_room() {
   if (stalled() || !options_.hold || room_refused_) return;
   if (units_held() >= hold_log_ && room_bytes_ >= hold_checkpoint_)
     lacking_ = false;
 }
 
-void Log::Impl::hold(std::uint64_t log_bytes, std::uint64_t checkpoint_bytes) {
+void FileLog::Impl::hold(std::uint64_t log_bytes,
+                         std::uint64_t checkpoint_bytes) {
   std::lock_guard hold(mutex_);
   hold_log_ = log_bytes;
   hold_checkpoint_ = pad_to(checkpoint_bytes, kBlockBytes);
@@ -149,13 +150,13 @@ void Log::Impl::hold(std::uint64_t log_bytes, std::uint64_t checkpoint_bytes) {
 }
 
 // Of the segment being written, behind what is staged.
-std::uint64_t Log::Impl::tail_room() const {
+std::uint64_t FileLog::Impl::tail_room() const {
   std::uint64_t used = tail_offset_ + (open_ ? open_->padded() : 0);
   used += 2 * kBlockBytes;  // the next batch's header, a vouching batch
   return tail_held_ && used < tail_bytes_ ? tail_bytes_ - used : 0;
 }
 
-Log::Room Log::Impl::room() const {
+FileLog::Room FileLog::Impl::room() const {
   std::lock_guard hold(mutex_);
   Room room;
   room.held = tail_room();
@@ -166,7 +167,7 @@ Log::Room Log::Impl::room() const {
   return room;
 }
 
-bool Log::Impl::fits(std::uint64_t bytes, std::uint64_t keep) const {
+bool FileLog::Impl::fits(std::uint64_t bytes, std::uint64_t keep) const {
   std::lock_guard hold(mutex_);
   if (stalled()) return false;
   const std::uint64_t record =
@@ -178,7 +179,7 @@ bool Log::Impl::fits(std::uint64_t bytes, std::uint64_t keep) const {
   return room >= bytes && room - bytes >= keep;
 }
 
-bool Log::Impl::keep_one() {
+bool FileLog::Impl::keep_one() {
   if (do_checkpoint()) return true;
   std::vector<std::string> names;
   bool room = false, spare = false;
@@ -195,7 +196,7 @@ bool Log::Impl::keep_one() {
   return true;
 }
 
-bool Log::Impl::do_checkpoint() {
+bool FileLog::Impl::do_checkpoint() {
   std::optional<CheckpointJob> job;
   {
     std::lock_guard hold(mutex_);
@@ -222,7 +223,7 @@ bool Log::Impl::do_checkpoint() {
   return true;
 }
 
-Result<void> Log::Impl::run_checkpoint(const CheckpointJob& job) {
+Result<void> FileLog::Impl::run_checkpoint(const CheckpointJob& job) {
   if (!options_.fsync) {
     // Never again, whatever it was (S3).
     if (auto ok = sync_unsynced(); !ok) return Error{Code::io, ok.error().what};
@@ -262,7 +263,7 @@ Result<void> Log::Impl::run_checkpoint(const CheckpointJob& job) {
 }
 
 // With fsync off a checkpoint must not outlive the bodies that it points at.
-Result<void> Log::Impl::sync_unsynced() {
+Result<void> FileLog::Impl::sync_unsynced() {
   Lsn written;
   {
     std::lock_guard hold(mutex_);
@@ -277,7 +278,8 @@ Result<void> Log::Impl::sync_unsynced() {
   return {};
 }
 
-Result<void> Log::Impl::run_removals(const std::vector<std::string>& names) {
+Result<void> FileLog::Impl::run_removals(
+    const std::vector<std::string>& names) {
   for (const std::string& name : names) {
     if (auto ok = storage_.remove(name); !ok) return ok;
   }
@@ -289,7 +291,7 @@ Result<void> Log::Impl::run_removals(const std::vector<std::string>& names) {
 }
 
 // One more file that is held, or the checkpoint's room.
-Result<void> Log::Impl::make_room() {
+Result<void> FileLog::Impl::make_room() {
   std::string name = kRoomName;
   std::uint64_t bytes = 0;
   bool log = false;
@@ -319,7 +321,7 @@ Result<void> Log::Impl::make_room() {
 
 // Not even tried where it cannot be: a try takes the last of the room from
 // others, if only for a moment.
-Result<void> Log::Impl::allocate(File& file, std::uint64_t bytes) {
+Result<void> FileLog::Impl::allocate(File& file, std::uint64_t bytes) {
   auto size = file.size();
   if (!size) return size.error();
   auto free = storage_.free_bytes();
@@ -331,7 +333,8 @@ Result<void> Log::Impl::allocate(File& file, std::uint64_t bytes) {
 }
 
 // A full disk is no fault of the log's: whoever asked for room hears of it.
-Result<void> Log::Impl::no_room(const Error& error, const std::string& name) {
+Result<void> FileLog::Impl::no_room(const Error& error,
+                                    const std::string& name) {
   if (error.code != Code::full) return error;
   {
     std::lock_guard hold(mutex_);
@@ -346,7 +349,7 @@ Result<void> Log::Impl::no_room(const Error& error, const std::string& name) {
 
 // The next segment, before it is needed: its blocks first, then zeros. A full
 // disk is no fault of the log's: it then goes on without.
-Result<void> Log::Impl::make_spare() {
+Result<void> FileLog::Impl::make_spare() {
   Held spare;
   {
     std::lock_guard hold(mutex_);
@@ -392,7 +395,7 @@ Result<void> Log::Impl::make_spare() {
 
 // Written politely: small steps, each synced, with pauses, unless the log will
 // soon want it.
-Result<void> Log::Impl::zero_spare(const Held& spare) {
+Result<void> FileLog::Impl::zero_spare(const Held& spare) {
   // As durable the zeros go past the page cache, which would copy each of them
   // once more and keep it; they are as many bytes as the log itself writes.
   auto file = storage_.open(
@@ -414,7 +417,7 @@ Result<void> Log::Impl::zero_spare(const Held& spare) {
 }
 
 // False when there is no use in going on.
-bool Log::Impl::pause_spare(const Held& spare) {
+bool FileLog::Impl::pause_spare(const Held& spare) {
   if (!options_.own_thread) return true;
   do_checkpoint();
   std::unique_lock hold(mutex_);
@@ -432,7 +435,7 @@ bool Log::Impl::pause_spare(const Held& spare) {
   return !zeroing_.empty();
 }
 
-void Log::Impl::run_keeper() {
+void FileLog::Impl::run_keeper() {
   for (;;) {
     {
       std::unique_lock hold(mutex_);

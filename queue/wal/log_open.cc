@@ -7,8 +7,8 @@
 
 namespace machina {
 
-Result<void> Log::Impl::open(Lsn replay_from, const Load& load,
-                             const Visit& visit, RecoveryReport* report) {
+Result<void> FileLog::Impl::open(Lsn replay_from, const Load& load,
+                                 const Visit& visit, RecoveryReport* report) {
   Lsn covered = 0;
   if (auto ok = start_manifest(); !ok) return ok;
   if (auto ok = load_checkpoint(load, report, &covered); !ok) return ok;
@@ -19,7 +19,7 @@ Result<void> Log::Impl::open(Lsn replay_from, const Load& load,
 }
 
 // The lock, and what the manifest says. An empty root gets its first one.
-Result<void> Log::Impl::start_manifest() {
+Result<void> FileLog::Impl::start_manifest() {
   if (auto ok = storage_.make_dir("wal"); !ok) return ok;
   auto lock = storage_.lock("wal/LOCK");
   if (!lock) return lock.error();
@@ -38,7 +38,7 @@ Result<void> Log::Impl::start_manifest() {
 
 // Temporary names are of work that was never finished, and so are checkpoints
 // that no manifest names.
-Result<void> Log::Impl::sweep(bool tmp) {
+Result<void> FileLog::Impl::sweep(bool tmp) {
   auto names = storage_.list("wal");
   if (!names) return names.error();
   for (const std::string& name : *names) {
@@ -56,7 +56,7 @@ Result<void> Log::Impl::sweep(bool tmp) {
 
 // What an earlier start held is held on: on a full disk it is all there is.
 // The spare is told by its name: on a small file system a unit is as large.
-Result<void> Log::Impl::adopt() {
+Result<void> FileLog::Impl::adopt() {
   if (!options_.hold) return {};
   auto names = storage_.list("wal");
   if (!names) return names.error();
@@ -90,8 +90,9 @@ Result<void> Log::Impl::adopt() {
   return {};
 }
 
-Result<void> Log::Impl::load_checkpoint(const Load& load,
-                                        RecoveryReport* report, Lsn* covered) {
+Result<void> FileLog::Impl::load_checkpoint(const Load& load,
+                                            RecoveryReport* report,
+                                            Lsn* covered) {
   Error newest{Code::corrupt, ""};
   for (int i = 0; i < 2; ++i) {
     const auto checkpoint = manifest_.checkpoint[i];
@@ -119,8 +120,9 @@ Result<void> Log::Impl::load_checkpoint(const Load& load,
   return load(0, {});
 }
 
-Result<void> Log::Impl::recover(Lsn replay_from, Lsn covered,
-                                const Visit& visit, RecoveryReport* report) {
+Result<void> FileLog::Impl::recover(Lsn replay_from, Lsn covered,
+                                    const Visit& visit,
+                                    RecoveryReport* report) {
   auto found = find_segments(storage_, manifest_);
   if (!found) return found.error();
   for (const FoundSegment& segment : *found)
@@ -172,7 +174,7 @@ Result<void> Log::Impl::recover(Lsn replay_from, Lsn covered,
 }
 
 // A new epoch, a fresh segment (W4), and only then the end of what was cut off.
-Result<void> Log::Impl::begin_writing(Chain* chain, const Scan& scan) {
+Result<void> FileLog::Impl::begin_writing(Chain* chain, const Scan& scan) {
   ChainLink link = scan.link;
   Place base = 0;
   for (const auto* list : {&chain->live, &chain->kept, &chain->dead}) {
@@ -226,7 +228,7 @@ Result<void> Log::Impl::begin_writing(Chain* chain, const Scan& scan) {
 
 // A small segment, so that it is there at once; on a full disk one of those
 // that are held.
-Result<void> Log::Impl::begin_tail(Place base, Lsn first_lsn) {
+Result<void> FileLog::Impl::begin_tail(Place base, Lsn first_lsn) {
   std::uint64_t bytes =
       std::min(options_.first_segment_bytes, options_.segment_bytes);
   bytes = std::max<std::uint64_t>(bytes, 4 * kBlockBytes);
@@ -244,14 +246,14 @@ Result<void> Log::Impl::begin_tail(Place base, Lsn first_lsn) {
   return entered;
 }
 
-void Log::Impl::remember(const FoundSegment& found) {
+void FileLog::Impl::remember(const FoundSegment& found) {
   auto segment = std::make_shared<Segment>();
   segment->header = found.header;
   segment->name = found.name;
   table_[found.header.base] = std::move(segment);
 }
 
-void Log::Impl::describe(RecoveryReport* report) const {
+void FileLog::Impl::describe(RecoveryReport* report) const {
   std::string text;
   if (report->segments == 0) {
     text = "a new log";

@@ -16,8 +16,9 @@ constexpr auto kStallPause = std::chrono::milliseconds(200);
 
 }  // namespace
 
-std::shared_ptr<Segment> Log::Impl::make_segment(std::uint64_t bytes,
-                                                 Place base, Lsn first_lsn) {
+std::shared_ptr<Segment> FileLog::Impl::make_segment(std::uint64_t bytes,
+                                                     Place base,
+                                                     Lsn first_lsn) {
   auto segment = std::make_shared<Segment>();
   SegmentHeader& header = segment->header;
   // Not from manifest_: that is the keeper's while a checkpoint is made.
@@ -45,7 +46,7 @@ std::shared_ptr<Segment> Log::Impl::make_segment(std::uint64_t bytes,
   return segment;
 }
 
-Result<void> Log::Impl::append(Record* record) {
+Result<void> FileLog::Impl::append(Record* record) {
   if (poisoned())
     return Error{Code::io, "the log is poisoned: " + poison_cause()};
   CHECK(!closed_);
@@ -84,7 +85,7 @@ Result<void> Log::Impl::append(Record* record) {
   return {};
 }
 
-void Log::Impl::open_batch(std::size_t need) {
+void FileLog::Impl::open_batch(std::size_t need) {
   std::uint64_t room = room_for(kBatchHeaderBytes + need);
   std::unique_lock hold(mutex_);
   ++bound_;  // from here on no vouching batch takes the offset
@@ -103,7 +104,7 @@ void Log::Impl::open_batch(std::size_t need) {
   open_->buffer = take_buffer();
 }
 
-void Log::Impl::close_batch() {
+void FileLog::Impl::close_batch() {
   std::lock_guard hold(mutex_);
   tail_offset_ += open_->padded();
   staged_.push_back(std::move(open_));
@@ -111,7 +112,7 @@ void Log::Impl::close_batch() {
 
 // The next batch begins a new segment: of the spare if there is one that is
 // large enough, else of another held file, else a plain one.
-void Log::Impl::roll(std::size_t need) {
+void FileLog::Impl::roll(std::size_t need) {
   std::uint64_t least = kSegmentDataOffset + room_for(kBatchHeaderBytes + need);
   std::uint64_t bytes = 0;
   std::optional<Held> held;
@@ -144,7 +145,8 @@ void Log::Impl::roll(std::size_t need) {
 }
 
 // Zeroed ones first: they sync faster. Without hold() only those.
-std::optional<Log::Impl::Held> Log::Impl::take_held(std::uint64_t least) {
+std::optional<FileLog::Impl::Held> FileLog::Impl::take_held(
+    std::uint64_t least) {
   auto best = held_.end();
   auto rank = [this](const Held& held) {
     if (held.zeroed) return 0;
@@ -161,14 +163,14 @@ std::optional<Log::Impl::Held> Log::Impl::take_held(std::uint64_t least) {
   return held;
 }
 
-BatchBuffer Log::Impl::take_buffer() {
+BatchBuffer FileLog::Impl::take_buffer() {
   if (buffers_.empty()) return {};
   BatchBuffer buffer = std::move(buffers_.back());
   buffers_.pop_back();
   return buffer;
 }
 
-void Log::Impl::flush() {
+void FileLog::Impl::flush() {
   if (!open_ && staged_.empty()) return;
   {
     std::lock_guard hold(mutex_);
@@ -181,7 +183,7 @@ void Log::Impl::flush() {
   work_ready_.notify_one();
 }
 
-void Log::Impl::poll() {
+void FileLog::Impl::poll() {
   std::vector<std::unique_ptr<Batch>> done;
   bool checkpointed = false;
   {
@@ -213,7 +215,7 @@ void Log::Impl::poll() {
 
 // --- the log thread ----------------------------------------------------------
 
-bool Log::Impl::write_batch() {
+bool FileLog::Impl::write_batch() {
   std::unique_ptr<Batch> batch;
   {
     std::unique_lock hold(mutex_);
@@ -265,7 +267,7 @@ bool Log::Impl::write_batch() {
 
 // Closes the gap of W3: rot in the last batch is known for what it is once a
 // later one vouches for it.
-bool Log::Impl::write_vouch() {
+bool FileLog::Impl::write_vouch() {
   std::shared_ptr<Segment> segment;
   std::uint64_t offset = 0;
   Millis time_ms = 0;
@@ -305,7 +307,7 @@ bool Log::Impl::write_vouch() {
   return !full();
 }
 
-void Log::Impl::run_writer() {
+void FileLog::Impl::run_writer() {
   std::unique_lock hold(mutex_);
   for (;;) {
     auto ready = [this] { return stop_ || (!work_.empty() && !poisoned()); };

@@ -25,7 +25,7 @@ bool all_zero(std::span<const std::byte> bytes) {
 class Scanner {
  public:
   Scanner(Storage& storage, const Chain& chain, const Manifest& manifest,
-          Lsn from, const Log::Visit& visit)
+          Lsn from, const FileLog::Visit& visit)
       : storage_(storage),
         chain_(chain),
         manifest_(manifest),
@@ -192,7 +192,7 @@ class Scanner {
   const Chain& chain_;
   const Manifest& manifest_;
   const Lsn from_;
-  const Log::Visit& visit_;
+  const FileLog::Visit& visit_;
   Scan scan_;
   std::uint64_t bad_at_ = 0;
 };
@@ -258,7 +258,7 @@ TailVerdict judge(Lsn first_bad, Lsn vouched, bool bytes_behind) {
 
 Result<Scan> scan_chain(Storage& storage, const Chain& chain,
                         const Manifest& manifest, Lsn from,
-                        const Log::Visit& visit) {
+                        const FileLog::Visit& visit) {
   return Scanner(storage, chain, manifest, from, visit).run();
 }
 

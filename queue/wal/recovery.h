@@ -64,6 +64,6 @@ struct Scan {
 // corrupt (P <= D), newer, io, or what visit said.
 Result<Scan> scan_chain(Storage& storage, const Chain& chain,
                         const Manifest& manifest, Lsn from,
-                        const Log::Visit& visit);
+                        const FileLog::Visit& visit);
 
 }  // namespace machina

@@ -203,7 +203,7 @@ bool World::start() {
     return {};
   };
   auto opened =
-      Log::open(*storage_, log_options_, history_, load, visit, &report_);
+      FileLog::open(*storage_, log_options_, history_, load, visit, &report_);
   if (!wrong.empty()) throw Wrong(wrong);
   if (!opened) {
     error_ = opened.error();

@@ -120,7 +120,7 @@ class World {
       use_keys_;
 
   std::unique_ptr<Core> core_;
-  std::unique_ptr<Log> log_;
+  std::unique_ptr<FileLog> log_;
   std::map<Place, int> needs_;
   std::deque<Pending> pending_;
   std::uint64_t waiters_ = 0;

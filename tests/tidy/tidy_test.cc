@@ -185,6 +185,18 @@ TEST(Tidy, TheArrowsForbidWhatTheyShould) {
   EXPECT_TRUE(allowed("queue/shard/shard.cc", "queue/wal/log.h"));
 }
 
+// The shard knows a log store, not the files of one.
+TEST(Tidy, TheShardSeesTheLogStoreAlone) {
+  std::set<std::string> seen;
+  for (const auto& source : product()) {
+    if (!starts(source.path, "queue/shard/")) continue;
+    for (const auto& include : source.includes) {
+      if (starts(include.name, "queue/wal/")) seen.insert(include.name);
+    }
+  }
+  EXPECT_EQ(seen, std::set<std::string>{"queue/wal/log_store.h"});
+}
+
 // The types that a file defines for everyone to see: at the left margin,
 // outside unnamed namespaces.
 std::vector<std::string> types_of(const Source& source) {

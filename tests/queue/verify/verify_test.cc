@@ -52,7 +52,7 @@ class Verify : public ::testing::Test {
     options.segment_bytes = 64 << 10;
     options.first_segment_bytes = 32 << 10;
     options.batch_bytes_max = 32 << 10;
-    auto log = Log::open(
+    auto log = FileLog::open(
         *storage_, options, 0,
         [&](Lsn, std::span<const std::byte> image) -> Result<void> {
           return image.empty() ? Result<void>() : core_->load(image);
@@ -197,7 +197,7 @@ class Verify : public ::testing::Test {
       auto storage = std::move(*open_posix_storage(dir_));
       LogOptions options;
       options.own_thread = options.spares = options.direct = false;
-      good = Log::open(
+      good = FileLog::open(
                  *storage, options, ~Lsn{0},
                  [](Lsn, std::span<const std::byte>) { return Result<void>(); },
                  [](const Record&) { return Result<void>(); }, nullptr)
@@ -250,7 +250,7 @@ class Verify : public ::testing::Test {
 
   std::string dir_;
   std::unique_ptr<Storage> storage_;
-  std::unique_ptr<Log> log_;
+  std::unique_ptr<FileLog> log_;
   std::unique_ptr<Core> core_;
   RecoveryReport report_;
   std::map<Place, int> needs_;

@@ -64,7 +64,7 @@ class Journal {
     image.clear();
     loaded = 0;
     report = {};
-    auto opened = Log::open(
+    auto opened = FileLog::open(
         disk, options, replay_from,
         [&](Lsn lsn, std::span<const std::byte> bytes) -> Result<void> {
           loaded = lsn;
@@ -202,7 +202,7 @@ class Journal {
 
   SimStorage disk;
   LogOptions options;
-  std::unique_ptr<Log> log;
+  std::unique_ptr<FileLog> log;
   RecoveryReport report;
   Error error{Code::io, ""};
   std::vector<Record> replayed;

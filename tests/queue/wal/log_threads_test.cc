@@ -38,7 +38,7 @@ class RealLog : public ::testing::Test {
 
   bool open() {
     replayed_.clear();
-    auto log = Log::open(
+    auto log = FileLog::open(
         *storage_, options_, 0,
         [&](Lsn lsn, std::span<const std::byte> bytes) -> Result<void> {
           loaded_ = lsn;
@@ -97,7 +97,7 @@ class RealLog : public ::testing::Test {
   std::string path_;
   std::unique_ptr<Storage> storage_;
   LogOptions options_;
-  std::unique_ptr<Log> log_;
+  std::unique_ptr<FileLog> log_;
   RecoveryReport report_;
   Error error_{Code::io, ""};
   std::vector<Record> replayed_;

@@ -76,7 +76,7 @@ class JobInTheLog : public testing::Test {
     std::vector<Record> records;
     RecoveryReport report;
     LogOptions options;
-    auto log = Log::open(
+    auto log = FileLog::open(
         **storage, options, 0,
         [](Lsn, std::span<const std::byte>) { return Result<void>{}; },
         [&](const Record& record) {
