@@ -84,6 +84,7 @@ class Draft {
     bool returned = false;
     std::uint16_t attempt = 0;  // made so far
     bool taken = false;         // or it cannot be, in this decision
+    std::uint32_t unmet = 0;    // in new_waiting_: dependencies left
     std::uint16_t limit = 0;    // 0: no concurrency key
     KeyHash key;
     std::uint32_t group = kNone;  // or its key has no job in its line yet
@@ -202,6 +203,10 @@ class Draft {
 
   std::map<std::uint32_t, int> met_;  // dependencies, of waiting jobs
   bool foresees_ = true;
+  bool more_ends_ = false;  // later items of this command may end jobs
+  // Children that wait for a job which such an item may end.
+  std::vector<NewReady> new_waiting_;
+  std::map<JobId, std::vector<std::size_t>> new_dependents_;  // of new_waiting_
   std::vector<NewReady> new_ready_;
   bool new_ready_sorted_ = true;
   std::size_t new_ready_left_ = 0;
@@ -439,8 +444,9 @@ void Draft::admitted(const EnqueueRecord& r) {
       added.insert(key.string());
     }
   }
-  if (r.state != State::ready || !may_feed()) return;
-  NewReady& ready = new_ready_.emplace_back();
+  const bool waits = more_ends_ && r.state == State::waiting;
+  if ((r.state != State::ready && !waits) || !may_feed()) return;
+  NewReady& ready = (waits ? new_waiting_ : new_ready_).emplace_back();
   ready.id = r.id;
   ready.line = known ? line->second : kNone;
   if (!known) {
@@ -455,6 +461,14 @@ void Draft::admitted(const EnqueueRecord& r) {
     ready.key = hash;
     ready.group = group;
     ready.line_key = key.string();
+  }
+  if (waits) {
+    ready.unmet = static_cast<std::uint32_t>(r.unmet.size());
+    ready.taken = job.run_at_ms > wall_;
+    for (const JobId& id : r.unmet) {
+      new_dependents_[id].push_back(new_waiting_.size() - 1);
+    }
+    return;
   }
   new_ready_sorted_ = false;
   ++new_ready_left_;
@@ -590,6 +604,7 @@ void Draft::decide(const CompleteCommand& c) {
     r.outcome = done.outcome;
     item.id = r.id;
     item.state = State::running;
+    more_ends_ = &done != &c.items.back();
     if (!done.children.empty()) {
       admit_children(done, c.facts, &r, &item);
       if (item.answer != Answer::ok) continue;
@@ -919,7 +934,8 @@ Draft::Key Draft::key_of(const NewReady& r, std::size_t i) const {
 }
 
 // What apply() will make ready when this job has ended, so that it is handed
-// out in the same decision, and in its turn. Once there is more than one record
+// out in the same decision, and in its turn: jobs of the state, and after them
+// children of this command's earlier items. Once there is more than one record
 // walks, apply() is behind and the rest is left to a Tick.
 void Draft::foresee(std::uint32_t slot, bool succeeded) {
   if (!foresees_ || !may_feed() || s_.ended.head != kNone) return;
@@ -936,8 +952,21 @@ void Draft::foresee(std::uint32_t slot, bool succeeded) {
       freed.push_back(dependent);
     }
   }
+  auto children = new_dependents_.find(s_.jobs[slot].id);
+  const bool has_children = children != new_dependents_.end();
+  if (has_children) walked += children->second.size();
+  foresees_ = walked <= kPumpMax;
+  if (!foresees_) return;
   for (std::uint32_t dependent : freed) {
     ready_again(dependent, s_.jobs[dependent].attempt);
+  }
+  if (!succeeded || !has_children) return;
+  for (std::size_t child : children->second) {
+    NewReady& waits = new_waiting_[child];
+    if (--waits.unmet > 0 || waits.taken) continue;
+    new_ready_.push_back(std::move(waits));
+    new_ready_sorted_ = false;
+    ++new_ready_left_;
   }
 }
 

@@ -1259,6 +1259,110 @@ TEST(CorePark, ADependentGoesBeforeAYoungerChild) {
   EXPECT_EQ(d.grants[0].id, dependent);
 }
 
+// A command that completes several jobs. A test gives the items children.
+struct Batch {
+  CoreHarness h;
+  std::vector<JobId> ids;
+  CompleteCommand c;
+
+  explicit Batch(std::size_t items) {
+    for (std::size_t i = 0; i < items; ++i) {
+      ids.push_back(h.add(CoreHarness::job()));
+    }
+    for (const GrantAnswer& g : h.lease("w", static_cast<int>(items))) {
+      c.items.push_back({g.fence, {}, {}});
+    }
+  }
+  // The ids of all children, in the order of the items, once the command ran.
+  std::vector<JobId> children() const {
+    std::vector<JobId> all;
+    for (const EndRecord& end : h.records<EndRecord>()) {
+      for (const EnqueueRecord& child : end.children) all.push_back(child.id);
+    }
+    return all;
+  }
+};
+
+TEST(CorePark, AChildThatALaterItemFreesIsHandedOutInTheSameDecision) {
+  Batch b(3);
+  b.c.items[0].outcome.code = EndCode::verdict;
+  b.c.items[0].children = {after({b.ids[1], b.ids[2]})};
+  b.c.lease = CoreHarness::lease_command();
+  Decision d = b.h.run(b.c);
+  ASSERT_EQ(d.grants.size(), 1u);
+  EXPECT_EQ(d.grants[0].id, b.children().at(0));
+
+  Batch fed(2);
+  fed.c.items[0].children = {after({fed.ids[1]})};
+  park(fed.h, parked(1));
+  d = fed.h.run(fed.c);
+  ASSERT_EQ(d.fed.size(), 1u);
+  EXPECT_EQ(d.fed[0].grants[0].id, fed.children().at(0));
+}
+
+TEST(CorePark, AChildThatALaterItemFreesKeepsItsTurn) {
+  Batch b(3);
+  JobId dependent = b.h.add(after({b.ids[1]}));
+  b.c.items[0].children = {after({b.ids[1]})};
+  b.c.items[1].children = {CoreHarness::job()};
+  b.c.items[2].children = {CoreHarness::job()};
+  b.c.lease = CoreHarness::lease_command("w", 4);
+  Decision d = b.h.run(b.c);
+  auto children = b.children();
+  ASSERT_EQ(d.grants.size(), 4u);
+  EXPECT_EQ(d.grants[0].id, children.at(1));
+  EXPECT_EQ(d.grants[1].id, dependent);
+  EXPECT_EQ(d.grants[2].id, children.at(0));
+  EXPECT_EQ(d.grants[3].id, children.at(2));
+}
+
+TEST(CorePark, AChildThatNoLaterItemFreesIsNotGranted) {
+  Batch b(4);
+  JobId other = b.h.add(CoreHarness::job("other"));
+  NewJob later = after({b.ids[1]});
+  later.delay_ms = 10;
+  b.c.items[0].children = {after({b.ids[1], b.ids[2]}),  // one does not succeed
+                           after({b.ids[1], other}), later};
+  b.c.items[2].outcome.code = EndCode::verdict;
+  b.c.items[3].children = {after({other})};
+  b.c.lease = CoreHarness::lease_command("w", 9);
+  b.c.lease->kinds = {"noop"};
+  EXPECT_TRUE(b.h.run(b.c).grants.empty());
+  b.h.pass(10);
+  b.h.settle();
+  GrantAnswer g = b.h.lease_one();
+  EXPECT_EQ(g.id, other);
+  b.h.settle();
+}
+
+TEST(CorePark, AFreedChildWithAConcurrencyKeyTakesItsSlot) {
+  Batch b(2);
+  NewJob keyed = after({b.ids[1]});
+  keyed.concurrency_key = "c";
+  keyed.concurrency_limit = 1;
+  b.c.items[0].children = {keyed, keyed};
+  b.c.lease = CoreHarness::lease_command("w", 9);
+  Decision d = b.h.run(b.c);
+  ASSERT_EQ(d.grants.size(), 1u);
+  EXPECT_EQ(d.grants[0].id, b.children().at(0));
+}
+
+// One record walks 256 edges: those of children count, too.
+TEST(CorePark, ChildrenBeyondOneRecordsWalkAreLeftToATick) {
+  for (std::size_t children : {256u, 257u}) {
+    Batch b(2);
+    b.h.checked = false;
+    b.c.items[0].children.assign(children, after({b.ids[1]}));
+    b.c.lease = CoreHarness::lease_command("w", 300);
+    const std::size_t granted = b.h.run(b.c).grants.size();
+    EXPECT_EQ(granted, children == 256 ? 256u : 0u);
+    b.h.settle();
+    // A call takes 256 at most.
+    EXPECT_EQ(b.h.lease("w", 300).size(), children == 256 ? 0u : 256u);
+    b.h.core.check_invariants();
+  }
+}
+
 TEST(CorePark, WhatEndsBeyondOneRecordsWalkFreesIsFedByATick) {
   CoreHarness h;
   h.checked = false;
