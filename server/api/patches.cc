@@ -19,9 +19,7 @@ namespace {
 using sqlite::Database;
 using sqlite::Statement;
 
-constexpr int kSchemaVersion = 3;
-// Of what a patch's row is made of: an earlier one's is filled in (fill_in()).
-constexpr int kRowVersion = 2;
+constexpr int kSchemaVersion = 2;
 
 // Texts that are not there are empty, not NULL, but for parent_patch_id and
 // rolled_back_by, which point elsewhere. A licence is one word in any case
@@ -108,15 +106,27 @@ CREATE TABLE metrics(
 UPDATE meta SET value=1 WHERE key='rebuild';
 )";
 
-// What there was before was the tenant "default"'s.
-constexpr char kSchema3[] = R"(
-ALTER TABLE patches ADD COLUMN tenant TEXT NOT NULL DEFAULT 'default';
-)";
-constexpr const char* kUpgrades[] = {kSchema2, kSchema3};
+constexpr const char* kUpgrades[] = {kSchema2};
 
 const char* newest_schema() {
-  static const std::string all = std::string(kSchema1) + kSchema2 + kSchema3;
+  static const std::string all = std::string(kSchema1) + kSchema2;
   return all.c_str();
+}
+
+// The column is not a schema of its own: a program of schema 2 names the
+// columns that it reads and writes, so it goes on with a file that has one
+// more. A new version number would make that program refuse the file. Rows of
+// that program are of "default", the only tenant that it has.
+Result<void> add_tenant(Database& db) {
+  Statement look;
+  int rc = look.prepare(
+      db.get(),
+      "SELECT 1 FROM pragma_table_info('patches') WHERE name='tenant'");
+  if (rc == sqlite::kOk) rc = look.step();
+  if (rc == sqlite::kRow) return {};
+  if (rc != sqlite::kDone) return db.error(rc, "read the columns of patches");
+  return db.execute(
+      "ALTER TABLE patches ADD COLUMN tenant TEXT NOT NULL DEFAULT 'default'");
 }
 
 // The columns of a summary, in the order in which read_summary() takes them.
@@ -296,12 +306,12 @@ int Patches::Writer::prepare() {
            "VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,"
            "?16,?17,?18,?19,?20,?21,?22,?23,?24,?25,?26,?27,?28,?29,?30,?31,"
            "?32,?33,?34,?35," +
-           std::to_string(kRowVersion) + ")"},
+           std::to_string(kSchemaVersion) + ")"},
       {&old_patch,
        "SELECT approval_digest FROM patches WHERE patch_id=?1 AND written<" +
-           std::to_string(kRowVersion)},
+           std::to_string(kSchemaVersion)},
       {&set_suite, "UPDATE patches SET suite=?2,written=" +
-                       std::to_string(kRowVersion) + " WHERE patch_id=?1"},
+                       std::to_string(kSchemaVersion) + " WHERE patch_id=?1"},
       {&put_contributor,
        "INSERT OR REPLACE INTO contributors VALUES(?1,?2,?3,?4)"},
       {&put_metrics,
@@ -449,6 +459,7 @@ Result<void> Patches::open_writer() {
   sqlite::Setup setup{"patches", newest_schema(), kSchemaVersion};
   setup.upgrades = kUpgrades;
   if (auto r = made->db.open(dir_ + "/patches.db", setup); !r) return r;
+  if (auto r = add_tenant(made->db); !r) return r;
   if (int rc = made->prepare(); rc != sqlite::kOk) {
     return made->db.error(rc, "prepare patches.db");
   }

@@ -35,6 +35,9 @@
 //       earlier version is brought up when it is opened, in one transaction;
 //       what its rows lack is filled in from the jobs that history still has.
 //   P6  No read scans: each goes by an index (tests look at the query plans).
+//   P7  Version 0.1.0 (schema 2, no tenants) and this program open, read and
+//       write each other's files. (PatchesTest.AFileOfVersion010Is...,
+//       Version010ReadsAndWritesWhatThisVersionWrote)
 //
 // Not for the loop thread: every call but the inline ones blocks. take() is
 // called by the history thread, the others by any.

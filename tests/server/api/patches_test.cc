@@ -847,6 +847,110 @@ TEST_F(PatchesTest, AnEarlierSchemaIsBroughtUpAndFilledIn) {
   EXPECT_EQ(find(fresh)->suite, R"({"select":["other.py"]})");
 }
 
+// --- P7: the tenant's column, beside a program that has none ---
+
+// What version 0.1.0 added to kVersion1, and its schema's number.
+constexpr char kVersion2[] = R"(
+ALTER TABLE patches ADD COLUMN suite TEXT NOT NULL DEFAULT '';
+ALTER TABLE patches ADD COLUMN written INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE rollbacks ADD COLUMN tests TEXT NOT NULL DEFAULT '';
+ALTER TABLE provenance ADD COLUMN license_fingerprint TEXT NOT NULL DEFAULT '';
+ALTER TABLE provenance ADD COLUMN session_id TEXT NOT NULL DEFAULT '';
+ALTER TABLE provenance ADD COLUMN retrieved_at TEXT NOT NULL DEFAULT '';
+ALTER TABLE provenance ADD COLUMN semantic_alerts TEXT NOT NULL DEFAULT '';
+CREATE INDEX patches_by_digest ON patches(diff_digest, patch_id);
+CREATE INDEX provenance_by_fingerprint
+  ON provenance(license_fingerprint, patch_id);
+CREATE INDEX provenance_by_session ON provenance(session_id, patch_id);
+CREATE TABLE contributors(
+  patch_id TEXT NOT NULL, vector_id TEXT NOT NULL, session_id TEXT NOT NULL,
+  influence REAL NOT NULL,
+  PRIMARY KEY(patch_id, vector_id, session_id)) WITHOUT ROWID;
+CREATE TABLE metrics(
+  patch_id TEXT NOT NULL PRIMARY KEY, tests_passed INTEGER,
+  tests_failed INTEGER, errors INTEGER, flaky INTEGER,
+  error_trace_count INTEGER NOT NULL, lines_changed INTEGER NOT NULL,
+  context_tokens INTEGER, patch_difficulty REAL, effort_estimate REAL,
+  roi_tag TEXT NOT NULL, enhancement_name TEXT NOT NULL,
+  enhancement_score REAL, start_time INTEGER NOT NULL,
+  time_to_completion INTEGER NOT NULL) WITHOUT ROWID;
+UPDATE meta SET value=1 WHERE key='rebuild';
+)";
+constexpr int kVersion2Number = 2;
+// How version 0.1.0 reads and writes a patch's row.
+constexpr char kVersion2Columns[] =
+    "patch_id,state,outcome,reason,repo,base_rev,base_commit,commit_id,branch,"
+    "pushed,description,author,parent_patch_id,diff_digest,approval,"
+    "approval_actor,approval_comment,approval_digest,approval_at,lines_added,"
+    "lines_removed,file_count,tests_before,tests_after,newly_failing,"
+    "newly_passing,newly_failing_count,newly_passing_count,reverse_diff_bytes,"
+    "rolled_back_by,created,finished";
+
+std::string version2_insert(const std::string& id) {
+  return std::string("INSERT OR REPLACE INTO patches(") + kVersion2Columns +
+         ",lsn,suite,written) VALUES('" + id +
+         "','succeeded','applied','','r','HEAD','','','review/x',1,'old','',"
+         "NULL,'','approved','ann','','',5,1,1,1,'','','[]','[]',0,0,0,NULL,1,"
+         "2,70,'',2)";
+}
+
+TEST_F(PatchesTest, AFileOfVersion010IsOpenedReadAndWritten) {
+  patches_.reset();
+  fs::remove_all(dir_);
+  fs::create_directory(dir_);
+  const std::string old = to_string(make_job_id(kNow, 1, 1));
+  {
+    sqlite::Database db;
+    const std::string schema = std::string(kVersion1) + kVersion2;
+    ASSERT_TRUE(db.open(dir_ + "/patches.db",
+                        {"test", schema.c_str(), kVersion2Number}));
+    ASSERT_TRUE(db.execute(version2_insert(old).c_str()));
+    ASSERT_TRUE(
+        db.execute("UPDATE meta SET value=1 WHERE key='patches';"
+                   "UPDATE meta SET value=0 WHERE key='rebuild'"));
+  }
+  for (int i = 0; i < 2; ++i) {  // the column is added once
+    open();
+    EXPECT_FALSE(patches_->rebuild_owed());
+    ASSERT_TRUE(find(old));
+    EXPECT_EQ(find(old)->tenant, "default");
+    EXPECT_EQ(find(old)->description, "old");
+  }
+  next_ = 100;
+  EXPECT_EQ(find(put(payload(), applied()))->tenant, "default");
+  EXPECT_EQ(ids({}).size(), 2u);
+}
+
+TEST_F(PatchesTest, Version010ReadsAndWritesWhatThisVersionWrote) {
+  HistoryChange change = ended(payload(), applied());
+  EnqueueRecord body = *change.body;
+  body.job.tenant = "ours";
+  change.body = std::make_shared<EnqueueRecord>(body);
+  take({change});
+  const std::string ours = to_string(change.id);
+  const std::string theirs = to_string(make_job_id(kNow, 1, 1));
+  patches_.reset();
+  {
+    sqlite::Database db;
+    // Code::newer where the schema's number is greater.
+    auto opened = db.open(dir_ + "/patches.db", {"test", "", kVersion2Number});
+    ASSERT_TRUE(opened) << opened.error().what;
+    sqlite::Statement row;
+    ASSERT_EQ(row.prepare(db.get(), std::string("SELECT ") + kVersion2Columns +
+                                        " FROM patches WHERE patch_id=?1"),
+              sqlite::kOk);
+    row.text(1, ours);
+    ASSERT_EQ(row.step(), sqlite::kRow);
+    EXPECT_EQ(row.text_at(4), "/srv/repo");
+    row.reset();
+    ASSERT_TRUE(db.execute(version2_insert(theirs).c_str()));
+  }
+  open();
+  EXPECT_EQ(find(ours)->tenant, "ours");
+  EXPECT_EQ(find(theirs)->tenant, "default");
+  EXPECT_EQ(find(theirs)->description, "old");
+}
+
 // --- BP9: what a patch was made from, and what is counted of it ---
 
 TEST_F(PatchesTest, LicencesSessionsAndDigestsAreFoundAndOnlyThose) {
@@ -972,7 +1076,7 @@ TEST_F(PatchesTest, ALaterSchemaIsRefusedAndUntouched) {
   patches_.reset();
   {
     sqlite::Database db;
-    ASSERT_TRUE(db.open(dir_ + "/patches.db", {"test", "", 3}));
+    ASSERT_TRUE(db.open(dir_ + "/patches.db", {"test", "", 2}));
     ASSERT_TRUE(db.execute("PRAGMA user_version=99"));
   }
   auto opened = Patches::open(dir_, store_.get(), limits_);
@@ -986,7 +1090,7 @@ TEST_F(PatchesTest, ALaterSchemaIsRefusedAndUntouched) {
 TEST_F(PatchesTest, AStoreThatCannotWriteGivesUpAndOwesARebuild) {
   ASSERT_TRUE(patches_->end_rebuild());
   sqlite::Database db;
-  ASSERT_TRUE(db.open(dir_ + "/patches.db", {"test", "", 3}));
+  ASSERT_TRUE(db.open(dir_ + "/patches.db", {"test", "", 2}));
   ASSERT_TRUE(db.execute(
       "CREATE TRIGGER no BEFORE INSERT ON patches BEGIN SELECT RAISE(ABORT, "
       "'told to'); END"));
