@@ -270,7 +270,10 @@ class JsonScanner {
   }
 
   bool too_deep(int depth) {
-    if (depth <= depth_max_) return false;
+    if (depth <= depth_max_) {
+      doc_.depth_ = std::max(doc_.depth_, depth);
+      return false;
+    }
     fail("nested more than " + std::to_string(depth_max_) + " deep");
     return true;
   }
@@ -377,6 +380,7 @@ std::optional<JsonError> JsonDoc::parse(std::string_view text, int depth_max) {
   text_ = text;
   keys_.clear();
   nodes_.clear();
+  depth_ = 0;
   if (nodes_.capacity() > 64 * 1024) std::vector<Node>().swap(nodes_);
   if (text.size() > UINT32_MAX) return JsonError{0, "longer than 4 GiB", {}};
   return JsonScanner(*this, text, depth_max).run();
@@ -443,6 +447,15 @@ JsonValue JsonValue::find(std::string_view key) const {
     if (v.key() == key) return v;
   }
   return {};
+}
+
+bool JsonValue::nests_deeper_than(int depth) const {
+  if (doc_->depth_ <= depth || (!is_array() && !is_object())) return false;
+  if (depth == 0) return true;
+  for (JsonValue v = first(); v; v = v.next()) {
+    if (v.nests_deeper_than(depth - 1)) return true;
+  }
+  return false;
 }
 
 // --- Canonical form --------------------------------------------------------

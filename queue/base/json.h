@@ -13,6 +13,8 @@
 //   JS2  A value's raw() is the bytes that were sent.
 //   JS3  What is written is JSON in UTF-8 for any bytes: each byte that is no
 //        UTF-8 becomes U+FFFD. (JsonTest.StringsAreEscaped)
+//   JS4  nests_deeper_than() looks at one value; it costs nothing where the
+//        whole text is flat enough. (JsonTest.AValueKnowsHowDeepItIs)
 
 #pragma once
 
@@ -72,6 +74,8 @@ class JsonValue {
   std::string_view key() const;  // of a member, unescaped
   std::size_t size() const;      // elements or members: O(n)
   JsonValue find(std::string_view key) const;
+  // Whether arrays and objects nest more than `depth` deep, this one included.
+  bool nests_deeper_than(int depth) const;
 
  private:
   friend class JsonDoc;
@@ -113,6 +117,7 @@ class JsonDoc {
   std::string_view text_;
   std::string keys_;  // unescaped keys that needed it
   std::vector<Node> nodes_;
+  int depth_ = 0;  // of the whole text
 };
 
 // XXH3-128 of the value's canonical form: members by key, no white space,

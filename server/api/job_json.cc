@@ -40,6 +40,15 @@ Problem too_long(std::string_view field, std::size_t bytes, std::size_t max) {
   return p;
 }
 
+// The body of a worker may nest deeper than a request, because it wraps values
+// that are kept. The values themselves may not: whoever reads one of them alone
+// takes kJsonDepthMax.
+MaybeProblem too_deep(const JsonValue& v, std::string_view field) {
+  if (!v.nests_deeper_than(kJsonDepthMax)) return std::nullopt;
+  return bad_field(
+      field, "nested more than " + std::to_string(kJsonDepthMax) + " deep");
+}
+
 MaybeProblem read_name(const JsonValue& v, std::string_view field,
                        std::size_t max, std::string* out) {
   if (auto p = read_string(v, field, max, out)) return p;
@@ -60,6 +69,7 @@ MaybeProblem read_object(const JsonValue& v, std::string_view field,
   }
   if (!v.is_object()) return wrong_type(field, v, "an object");
   if (v.raw().size() > max) return too_long(field, v.raw().size(), max);
+  if (auto p = too_deep(v, field)) return p;
   out->assign(v.raw());
   return std::nullopt;
 }
@@ -71,6 +81,7 @@ MaybeProblem read_any(const JsonValue& v, std::string_view field,
     return std::nullopt;
   }
   if (v.raw().size() > max) return too_long(field, v.raw().size(), max);
+  if (auto p = too_deep(v, field)) return p;
   out->assign(v.raw());
   return std::nullopt;
 }
@@ -361,7 +372,7 @@ MaybeProblem read_new_job(const JsonValue& json, const JobContext& context,
         problem->status = 413;
         problem->code = "too-large";
         problem->detail += kLargeDiff;
-      } else {
+      } else if (!(problem = too_deep(m, name))) {
         job->payload.assign(m.raw());
       }
     } else if (name == "queue") {
@@ -548,7 +559,7 @@ bool read_outcome_member(const JsonValue& m, Outcome* outcome,
                    : read_string(m, name, kMessageBytesMax, &outcome->message);
   } else if (name == "result") {
     *problem = read_any(m, name, kResultBytesMax, &outcome->result);
-    if (*problem) {
+    if (*problem && m.raw().size() > kResultBytesMax) {
       (*problem)->status = 413;
       (*problem)->code = "too-large";
     }

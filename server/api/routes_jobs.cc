@@ -134,10 +134,10 @@ int preferred_wait(std::string_view prefer) {
 // --- Bodies ----------------------------------------------------------------
 
 bool Service::parse_body(const Exchange& call, bool empty_is_object,
-                         JsonValue* json) {
+                         JsonValue* json, int depth_max) {
   std::string_view text = call.body;
   if (text.empty() && empty_is_object) text = "{}";
-  if (auto error = doc_.parse(text)) {
+  if (auto error = doc_.parse(text, depth_max)) {
     refuse(call.peer, call.sequence, malformed(*error));
     return false;
   }

@@ -32,6 +32,12 @@ Problem no_such_token() {
   return p;
 }
 
+// A worker's body wraps results and payloads: a batch has them three to six
+// levels down.
+bool parse_message(Service& s, const Exchange& call, JsonValue* json) {
+  return s.parse_body(call, true, json, kJsonMessageDepthMax);
+}
+
 // The second halves, defined below.
 Answerer leased, heartbeaten, completed, completed_many;
 
@@ -94,7 +100,7 @@ bool Service::served(const std::string& kind) {
 
 static void post_leases(Service& s, const Exchange& call) {
   JsonValue json;
-  if (!s.parse_body(call, true, &json)) return;
+  if (!parse_message(s, call, &json)) return;
   LeaseBody lease;
   MaybeProblem p = read_lease(json, &lease);
   if (!p) p = s.finish_lease(call.peer, &lease);
@@ -186,7 +192,7 @@ void leased(Service& s, Peer& peer, std::uint64_t sequence, Pending& pending,
 
 static void post_heartbeat(Service& s, const Exchange& call) {
   JsonValue json;
-  if (!s.parse_body(call, true, &json)) return;
+  if (!parse_message(s, call, &json)) return;
   HeartbeatBody heartbeat;
   if (auto p = read_heartbeat(json, &heartbeat)) {
     return s.refuse(call.peer, call.sequence, *p);
@@ -310,7 +316,7 @@ void Service::check_artifacts(
 static void post_complete(Service& s, const Exchange& call) {
   auto fence = s.lease_of(call);
   JsonValue json;
-  if (!fence || !s.parse_body(call, true, &json)) return;
+  if (!fence || !parse_message(s, call, &json)) return;
   auto item = std::make_shared<CompleteCommand::Item>();
   item->fence = *fence;
   if (auto p = read_completion(json, s.context_of(call), item.get(), nullptr)) {
@@ -361,7 +367,7 @@ void completed(Service& s, Peer& peer, std::uint64_t sequence, Pending&,
 
 static void post_complete_many(Service& s, const Exchange& call) {
   JsonValue json;
-  if (!s.parse_body(call, true, &json)) return;
+  if (!parse_message(s, call, &json)) return;
   auto fail = [&](const Problem& p) { s.refuse(call.peer, call.sequence, p); };
   JsonValue items;
   LeaseBody lease;
@@ -531,7 +537,7 @@ void Service::tool_ended(Fence fence, State state) {
 static void post_fail(Service& s, const Exchange& call) {
   auto fence = s.lease_of(call);
   JsonValue json;
-  if (!fence || !s.parse_body(call, true, &json)) return;
+  if (!fence || !parse_message(s, call, &json)) return;
   auto command = std::make_shared<FailCommand>();
   command->fence = *fence;
   if (auto p = read_failure(json, &command->outcome)) {
@@ -558,7 +564,7 @@ static void post_fail(Service& s, const Exchange& call) {
 static void post_block(Service& s, const Exchange& call) {
   auto fence = s.lease_of(call);
   JsonValue json;
-  if (!fence || !s.parse_body(call, true, &json)) return;
+  if (!fence || !parse_message(s, call, &json)) return;
   BlockCommand command;
   command.fence = *fence;
   if (auto p = read_block(json, &command)) {

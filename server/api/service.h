@@ -274,7 +274,8 @@ class Service {
   void took(const Pending& pending);
   JobContext context_of(const Exchange& call);
   // Parses a body that must be one JSON value; replies where it is not.
-  bool parse_body(const Exchange& call, bool empty_is_object, JsonValue* json);
+  bool parse_body(const Exchange& call, bool empty_is_object, JsonValue* json,
+                  int depth_max = kJsonDepthMax);
   bool no_members(const Exchange& call);
   std::optional<JobId> job_of(const Exchange& call);
 

@@ -111,6 +111,22 @@ TEST(JsonTest, DepthIsBounded) {
   EXPECT_FALSE(accepts(std::string(1'000'000, '[')));
 }
 
+TEST(JsonTest, AValueKnowsHowDeepItIs) {
+  JsonDoc doc;
+  ASSERT_FALSE(doc.parse(R"({"flat":[1,"[[["],"deep":[0,{"a":[[]]}]})"));
+  EXPECT_FALSE(doc.root().nests_deeper_than(5));
+  EXPECT_TRUE(doc.root().nests_deeper_than(4));
+  const JsonValue flat = doc.root().find("flat"),
+                  deep = doc.root().find("deep");
+  EXPECT_FALSE(flat.nests_deeper_than(1));
+  EXPECT_TRUE(flat.nests_deeper_than(0));
+  EXPECT_FALSE(flat.first().nests_deeper_than(0));
+  EXPECT_FALSE(deep.nests_deeper_than(4));
+  EXPECT_TRUE(deep.nests_deeper_than(3));
+  ASSERT_FALSE(doc.parse("[1]"));  // a document may be reused
+  EXPECT_FALSE(doc.root().nests_deeper_than(1));
+}
+
 TEST(JsonTest, RawTextIsWhatWasSent) {
   JsonDoc doc;
   std::string text = R"( { "p" : { "x" : [ 1 , 2.50 ] } , "s":"a\"b", "n":-7})";

@@ -785,6 +785,87 @@ TEST_F(WorkerRoutes, CompleteManyAndLeaseAgain) {
   EXPECT_EQ(r.json()["leases"].size(), 0u);
 }
 
+std::string nested(int depth) {
+  const auto n = static_cast<std::size_t>(depth);
+  return std::string(n, '[') + std::string(n, ']');
+}
+
+// A worker wraps what a request brought: the bound is the value's own.
+TEST_F(WorkerRoutes, AResultNestsAsDeepAsARequest) {
+  Client c = local();
+  const std::string most = nested(kJsonDepthMax),
+                    more = nested(kJsonDepthMax + 1);
+  std::string at = "/v1/leases/" + leased_token(c) + "/complete";
+  Reply r = c.post(at, R"({"result":)" + more + "}");
+  EXPECT_EQ(r.status, 400) << r.body;
+  EXPECT_EQ(r.field(), "result");
+  EXPECT_NE(r.body.find("nested more than 64 deep"), r.body.npos) << r.body;
+  r = c.post(at, R"({"result":)" + nested(kJsonMessageDepthMax) + "}");
+  EXPECT_EQ(r.code(), "malformed-json");
+  r = c.post(at, R"({"result":)" + most + "}");
+  EXPECT_EQ(r.status, 200) << r.body;
+  const Reply got = c.get("/v1/jobs/" + last_job_);
+  EXPECT_NE(got.body.find(R"("result":)" + most + ","), got.body.npos);
+
+  const std::string token = leased_token(c);
+  const auto batch = [&](const std::string& result) {
+    return c.post("/v1/leases/complete", R"({"items":[{"token":")" + token +
+                                             R"(","result":)" + result + "}]}");
+  };
+  r = batch(more);
+  EXPECT_EQ(r.status, 200) << r.body;
+  EXPECT_EQ(r.json()["items"][0]["problem"]["field"], "result");
+  EXPECT_EQ(r.json()["items"][0]["problem"]["status"], 400);
+  r = batch(most);
+  EXPECT_EQ(r.json()["items"][0]["state"], "succeeded") << r.body;
+}
+
+TEST_F(WorkerRoutes, WhatAWorkerSendsNestsAsDeepAsARequest) {
+  Client c = local();
+  const std::string below = nested(kJsonDepthMax - 1),
+                    most = nested(kJsonDepthMax),
+                    more = nested(kJsonDepthMax + 1);
+  // An object around it: one level more.
+  const auto object = [](const std::string& in) {
+    return R"({"a":)" + in + "}";
+  };
+  std::string at = "/v1/leases/" + leased_token(c);
+  for (const std::string name : {"isolation", "usage", "side_effects"}) {
+    const std::string head = R"({"code":"exit","retry":false,")" + name + "\":";
+    EXPECT_EQ(c.post(at + "/fail", head + object(most) + "}").field(), name);
+  }
+  Reply r = c.post(at + "/fail", R"({"code":"exit","usage":)" + object(below) +
+                                     R"(,"retry":false})");
+  EXPECT_EQ(r.status, 200) << r.body;
+
+  at = "/v1/leases/" + leased_token(c);
+  r = c.post(at + "/complete", R"({"enqueue":[{"kind":"ext.b","payload":)" +
+                                   object(most) + "}]}");
+  EXPECT_EQ(r.field(), "enqueue[0].payload") << r.body;
+  r = c.post(at + "/complete", R"({"enqueue":[{"kind":"ext.b","payload":)" +
+                                   object(below) + "}]}");
+  EXPECT_EQ(r.status, 200) << r.body;
+  r = c.post("/v1/leases", R"({"worker":"w","kinds":["ext.b"]})");
+  EXPECT_NE(r.body.find(object(below)), r.body.npos) << r.body;
+
+  at = "/v1/leases/" + leased_token(c);
+  EXPECT_EQ(c.post(at + "/block", R"({"reason":"asked","data":)" + more + "}")
+                .field(),
+            "data");
+  r = c.post(at + "/block", R"({"reason":"asked","data":)" + most + "}");
+  EXPECT_EQ(r.status, 200) << r.body;
+  const std::string secret = r.json()["blocked"]["token"];
+  // A client's: within the bound of a request.
+  const auto unblock = [&](const std::string& input) {
+    return c.post("/v1/jobs/" + last_job_ + "/unblock",
+                  R"({"token":")" + secret + R"(","input":)" + input + "}");
+  };
+  EXPECT_EQ(unblock(most).code(), "malformed-json");
+  EXPECT_EQ(unblock(below).status, 200);
+  r = c.post("/v1/leases", R"({"worker":"w","kinds":["ext.a"]})");
+  EXPECT_NE(r.body.find(R"("input":)" + below), r.body.npos) << r.body;
+}
+
 TEST_F(WorkerRoutes, FailRetriesOrEnds) {
   Client c = local();
   std::string token = leased_token(c);
