@@ -52,6 +52,7 @@ struct Fact {
   JobId id;
   bool known = false;  // false: never was, or past its retention
   State state = State::succeeded;
+  std::string tenant = "default";  // whose job it is, where it is known
 };
 
 struct EnqueueCommand {

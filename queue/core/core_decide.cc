@@ -111,6 +111,7 @@ class Draft {
 
   // enqueue
   Answer admit(NewJob&&, const std::vector<Fact>&, EnqueueRecord*, ItemAnswer*);
+  bool hidden(std::uint32_t slot, const NewJob&) const;
   Answer check_dependencies(const NewJob&, const std::vector<Fact>&,
                             EnqueueRecord*, ItemAnswer*) const;
   Answer check_dependencies(const RetryCommand&, EnqueueRecord*,
@@ -333,20 +334,32 @@ bool Draft::dedup_hit(const NewJob& job, ItemAnswer* item) {
   return true;
 }
 
+// The live job of another tenant does not exist for this one.
+bool Draft::hidden(std::uint32_t slot, const NewJob& job) const {
+  return slot != kNone && s_.tenants[s_.jobs[slot].tenant] != job.tenant;
+}
+
 Answer Draft::check_dependencies(const NewJob& job,
                                  const std::vector<Fact>& facts,
                                  EnqueueRecord* r, ItemAnswer* item) const {
   for (const JobId& id : job.depends_on) {
+    const std::uint32_t slot = s_.find(id);
+    if (hidden(slot, job)) {
+      item->detail = to_string(id);
+      return Answer::unknown_dependency;
+    }
     auto ended = ended_jobs_.find(id);
     State state = State::waiting;
     if (ended != ended_jobs_.end()) {
       state = ended->second;
-    } else if (s_.find(id) == kNone) {
+    } else if (slot == kNone) {
       auto fact = std::find_if(facts.begin(), facts.end(),
                                [&id](const Fact& f) { return f.id == id; });
       item->detail = to_string(id);
       if (fact == facts.end()) return Answer::need_facts;
-      if (!fact->known) return Answer::unknown_dependency;
+      if (!fact->known || fact->tenant != job.tenant) {
+        return Answer::unknown_dependency;
+      }
       item->detail.clear();
       state = fact->state;
     }
@@ -516,7 +529,9 @@ Answer Draft::check_dependencies(const RetryCommand& c, EnqueueRecord* r,
                                  ItemAnswer* item) const {
   const std::vector<JobId>& waited = c.body->unmet;
   for (const JobId& id : c.body->job.depends_on) {
-    if (s_.find(id) != kNone) {
+    const std::uint32_t slot = s_.find(id);
+    const bool theirs = hidden(slot, c.body->job);
+    if (slot != kNone && !theirs) {
       if (std::find(r->unmet.begin(), r->unmet.end(), id) == r->unmet.end()) {
         r->unmet.push_back(id);
       }
@@ -525,15 +540,17 @@ Answer Draft::check_dependencies(const RetryCommand& c, EnqueueRecord* r,
     auto fact = std::find_if(c.facts.begin(), c.facts.end(),
                              [&id](const Fact& f) { return f.id == id; });
     item->detail = to_string(id);
-    if (fact == c.facts.end()) return Answer::need_facts;
-    if (fact->known && fact->state != State::succeeded) {
+    if (!theirs && fact == c.facts.end()) return Answer::need_facts;
+    const bool known =
+        !theirs && fact->known && fact->tenant == c.body->job.tenant;
+    if (known && fact->state != State::succeeded) {
       item->detail += " ended " + std::string(name(fact->state));
       return Answer::dependency;
     }
     const bool passed =
         c.attempt > c.body->attempt ||
         std::find(waited.begin(), waited.end(), id) == waited.end();
-    if (!fact->known && !passed) {
+    if (!known && !passed) {
       item->detail +=
           " is past its retention, and had not succeeded when it was last seen";
       return Answer::dependency;

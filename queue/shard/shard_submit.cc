@@ -198,6 +198,21 @@ void ShardImpl::enqueue(const CallPtr& call, EnqueueCommand command,
   answer(call);
 }
 
+static Fact fact_of(const Need& need) {
+  Fact fact;
+  fact.id = need.id;
+  if (need.finished) {
+    fact.known = true;
+    fact.state = need.finished->end.state;
+    fact.tenant = need.finished->body.job.tenant;
+  } else if (need.body) {
+    fact.known = true;
+    fact.state = need.ended->state;
+    fact.tenant = need.body->job.tenant;
+  }
+  return fact;
+}
+
 // Adds what the shard knows at once about dependencies that are not live;
 // returns those that history must be asked about.
 std::vector<JobId> ShardImpl::gather_facts(std::span<const NewJob> jobs,
@@ -208,9 +223,16 @@ std::vector<JobId> ShardImpl::gather_facts(std::span<const NewJob> jobs,
       if (core_.live(id)) continue;
       auto fact = std::find_if(facts->begin(), facts->end(),
                                [&](const Fact& f) { return f.id == id; });
-      // Newer than any fact that history gave.
-      if (EndedPtr ended = find_ended(id)) {
+      EndedPtr ended = find_ended(id);
+      // Newer than any fact that history gave. Without its body it does not
+      // say whose job it was: a fact that knows the job does.
+      if (ended && !ended->body && fact != facts->end() && !fact->known) {
+        facts->erase(fact);
+        fact = facts->end();
+      }
+      if (ended && (ended->body || fact != facts->end())) {
         if (fact == facts->end()) fact = facts->insert(fact, Fact{id});
+        if (ended->body) fact->tenant = ended->body->job.tenant;
         fact->known = true;
         fact->state = ended->state;
       } else if (fact == facts->end() &&
@@ -223,7 +245,8 @@ std::vector<JobId> ShardImpl::gather_facts(std::span<const NewJob> jobs,
   return missing;
 }
 
-// Asks history on a store thread; then goes on with what it said.
+// Asks history, or the log for a job that history does not have yet, on a
+// store thread; then goes on with what they said.
 void ShardImpl::fetch_facts(
     const CallPtr& call, std::vector<JobId> missing, int round,
     std::function<void(const std::vector<Fact>&)> then) {
@@ -231,26 +254,38 @@ void ShardImpl::fetch_facts(
     return refuse(call, Response::Status::failed,
                   "the facts about depends_on kept changing");
   }
+  auto needs = std::make_shared<std::vector<Need>>();
+  for (const JobId& id : missing) {
+    Need& need = needs->emplace_back();
+    need.id = id;
+    need.what = Need::What::finished;
+    need.light = true;
+    need.with_payload = false;
+    need.ended = find_ended(id);
+    if (need.ended == nullptr) continue;
+    if (need.ended->lsn > log_->durable()) {
+      return refuse(call, Response::Status::lagging,
+                    "the job's end is not written yet");
+    }
+    need.what = Need::What::body;
+    need.place = need.ended->body_place;
+    need.bytes = need.ended->body_bytes;
+  }
+  for (const Need& need : *needs) pin(need, +1);
   // So that it hears of a client that hangs up meanwhile.
   if (!calls_full()) enlist(call);
   Millis at = now();
-  bool posted = store_->post([=, this, missing = std::move(missing)] {
-    auto facts = std::make_shared<std::vector<Fact>>();
-    std::string error;
-    for (const JobId& id : missing) {
-      auto found = history_->find(id, at);
-      if (!found) {
-        error = found.error().what;
-        break;
-      }
-      Fact fact;
-      fact.id = id;
-      fact.known = found->has_value();
-      if (fact.known) fact.state = (*found)->end.state;
-      facts->push_back(fact);
-    }
+  bool posted = store_->post([=, this] {
+    for (Need& need : *needs) fetch_need(*log_, *history_, at, &need);
     return [=, this] {
       unlist(call);
+      std::vector<Fact> facts;
+      std::string error;
+      for (const Need& need : *needs) {
+        pin(need, -1);
+        if (error.empty()) error = need.error;
+        facts.push_back(fact_of(need));
+      }
       if (!error.empty()) {
         return refuse(call, Response::Status::failed, error);
       }
@@ -260,10 +295,11 @@ void ShardImpl::fetch_facts(
       if (log_->stalled()) {
         return refuse(call, Response::Status::disk_low, full_words());
       }
-      then(*facts);
+      then(facts);
     };
   });
   if (posted) return;
+  for (const Need& need : *needs) pin(need, -1);
   unlist(call);
   refuse(call, Response::Status::failed, "too many file reads");
 }

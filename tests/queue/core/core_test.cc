@@ -861,6 +861,64 @@ TEST(CoreDepends, FactsDecideAboutFinishedOnes) {
   EXPECT_NE(h.end_of(a.id)->body_place, 0u);
 }
 
+// Nobody is told that another tenant's job exists.
+TEST(CoreDepends, AnotherTenantsJobIsUnknown) {
+  CoreHarness h;
+  NewJob ours = CoreHarness::job();
+  ours.tenant = "ours";
+  const JobId live = h.add(ours), gone = make_job_id(1, 2, 3);
+  NewJob theirs = after({live});
+  theirs.tenant = "theirs";
+  ItemAnswer a = h.add_item(theirs);
+  EXPECT_EQ(a.answer, Answer::unknown_dependency);
+  EXPECT_EQ(a.detail, to_string(live));
+  theirs.depends_on = {gone};
+  for (State state : {State::succeeded, State::dead}) {
+    a = h.add_item(theirs, {{gone, true, state, "ours"}});
+    EXPECT_EQ(a.answer, Answer::unknown_dependency);
+    EXPECT_EQ(a.detail, to_string(gone));
+  }
+  a = h.add_item(theirs, {{gone, true, State::succeeded, "theirs"}});
+  EXPECT_EQ(a.state, State::ready);
+  NewJob own = after({live});
+  own.tenant = "ours";
+  EXPECT_EQ(h.add_item(own).state, State::waiting);
+}
+
+TEST(CoreDepends, AChildWaitsForJobsOfItsParentsTenant) {
+  CoreHarness h;
+  NewJob theirs = CoreHarness::job("theirs");
+  theirs.tenant = "theirs";
+  h.add(theirs);
+  const Fence fence = h.lease_one().fence;
+  NewJob ours = CoreHarness::job();
+  ours.tenant = "ours";
+  const JobId live = h.add(ours);
+  NewJob child = after({live});
+  child.tenant = "ours";  // a worker may say what it likes
+  EXPECT_EQ(h.complete(fence, EndCode::none, {child}).answer,
+            Answer::unknown_dependency);
+}
+
+TEST(CoreRevive, ADependencyOfAnotherTenantIsUnknown) {
+  CoreHarness h;
+  const JobId root = h.add(CoreHarness::job("root"));
+  const JobId id = h.add(after({root}));
+  h.fail(h.lease_one().fence, EndCode::verdict);
+  h.settle();
+  RetryCommand c = retry_of(h, id);
+  c.body->job.tenant = "theirs";
+  c.facts = {{root, true, State::failed, "default"}};
+  const ItemAnswer ended = h.run(c).items[0];
+  EXPECT_EQ(ended.answer, Answer::dependency);
+  EXPECT_EQ(ended.detail.find("failed"), ended.detail.npos) << ended.detail;
+  EXPECT_EQ(h.run(retry_of(h, root)).items[0].answer, Answer::ok);
+  c.facts.clear();
+  const ItemAnswer live = h.run(c).items[0];
+  EXPECT_EQ(live.answer, Answer::dependency);
+  EXPECT_EQ(live.detail, ended.detail);
+}
+
 TEST(CoreDepends, AMissingFactDecidesNothingOfTheArray) {
   CoreHarness h;
   EnqueueCommand c;

@@ -653,6 +653,32 @@ TEST_F(ShardTest, DependencyOnAFinishedJobIsAFactFromHistory) {
   check();
 }
 
+TEST_F(ShardTest, ADependencyOfAnotherTenantIsUnknown) {
+  open();
+  NewJob job = noop();
+  job.tenant = "ours";
+  const JobId id = enqueued(job);
+  auto check = [&](State state) {
+    NewJob after = noop();
+    after.depends_on = {id};
+    after.tenant = "theirs";
+    EXPECT_EQ(enqueue(after).items.at(0).answer, Answer::unknown_dependency);
+    after.tenant = "ours";
+    const Response own = enqueue(after);
+    EXPECT_EQ(own.items.at(0).answer, Answer::ok);
+    EXPECT_EQ(own.items.at(0).state, state);
+  };
+  check(State::waiting);
+  complete(lease_one().fence);
+  check(State::ready);
+  // History does not have the end yet, and the shard does not have the body.
+  kill();
+  open();
+  check(State::ready);
+  wait_for_history();
+  check(State::ready);
+}
+
 TEST_F(ShardTest, CancelOfFinishedJobsTellsWhy) {
   open();
   JobId done = enqueued(noop());

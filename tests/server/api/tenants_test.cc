@@ -233,6 +233,29 @@ TEST_F(Tenants, AChildIsOfItsParentsTenant) {
   EXPECT_EQ(jobs.size(), 2u) << jobs.dump();
 }
 
+TEST_F(Tenants, DependenciesAreOfOnesOwnTenant) {
+  const std::string ended = our_patch(), live = our_job();
+  const auto after = [](const std::string& id) {
+    return R"({"kind":"ext.c","depends_on":[")" + id + R"("]})";
+  };
+  for (const std::string& id : {ended, live}) {
+    const std::string unknown = another(id);
+    const Reply none = they("POST", "/v1/jobs", after(unknown));
+    const Reply hidden = they("POST", "/v1/jobs", after(id));
+    EXPECT_EQ(none.status, 400) << none.body;
+    EXPECT_EQ(hidden.status, 400) << hidden.body;
+    EXPECT_EQ(with(hidden.body, id, "ID"), with(none.body, unknown, "ID"));
+    EXPECT_EQ(we("POST", "/v1/jobs", after(id)).status, 201);
+  }
+  // A child is of its parent's tenant, so are the jobs that it waits for.
+  EXPECT_EQ(they("POST", "/v1/jobs", R"({"kind":"ext.d"})").status, 201);
+  Reply r = host_->post("/v1/leases", R"({"worker":"w","kinds":["ext.d"]})");
+  const std::string token = r.json()["leases"][0]["token"];
+  r = host_->post("/v1/leases/" + token + "/complete",
+                  R"({"enqueue":[)" + after(live) + "]}");
+  EXPECT_EQ(r.code(), "unknown-dependency") << r.body;
+}
+
 TEST_F(Tenants, ARollbackOfAnotherTenantsPatchLeavesNoTrace) {
   const std::string patch = our_patch();
   const Json before = we("GET", "/v1/patches/" + patch).json();
