@@ -1,12 +1,12 @@
 #include "tools/settings.h"
 
 #include <algorithm>
-#include <charconv>
 #include <concepts>
 #include <type_traits>
 #include <utility>
 
 #include "queue/base/check.h"
+#include "queue/base/numbers.h"
 
 namespace machina {
 namespace {
@@ -456,11 +456,9 @@ const Setting* find_setting(std::string_view name, SettingTable table) {
 
 std::int64_t setting_number(std::string_view text) {
   if (text.starts_with('L')) text.remove_prefix(1);
-  std::int64_t value = 0;
-  const char* end = text.data() + text.size();
-  auto [stop, error] = std::from_chars(text.data(), end, value);
-  CHECK(error == std::errc{} && stop == end);
-  return value;
+  const auto value = parse_number(text);
+  CHECK(value.has_value());
+  return *value;
 }
 
 std::vector<std::string> setting_list(std::string_view text) {

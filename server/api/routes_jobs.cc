@@ -1,7 +1,6 @@
 // What clients ask about jobs: submit, look, list, cancel, retry, unblock.
 
 #include <algorithm>
-#include <charconv>
 #include <ctime>
 
 #include "queue/base/hex.h"
@@ -119,14 +118,11 @@ int preferred_wait(std::string_view prefer) {
     if (one.size() < 6 || !equals_ignoring_case(one.substr(0, 5), "wait=")) {
       continue;
     }
-    int seconds = 0;
-    auto [at, e] =
-        std::from_chars(one.data() + 5, one.data() + one.size(), seconds);
-    if (e == std::errc::result_out_of_range) return kWaitSecondsMax;
-    if (e != std::errc() || at != one.data() + one.size() || seconds < 0) {
-      continue;
-    }
-    return std::min(seconds, kWaitSecondsMax);
+    const std::string_view seconds = one.substr(5);
+    if (seconds.find_first_not_of("0123456789") != seconds.npos) continue;
+    // What is no int is too large for one.
+    return std::min(parse_number<int>(seconds).value_or(kWaitSecondsMax),
+                    kWaitSecondsMax);
   }
   return -1;
 }

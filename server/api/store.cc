@@ -8,13 +8,13 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <charconv>
 #include <cstring>
 #include <map>
 #include <utility>
 
 #include "queue/base/check.h"
 #include "queue/base/hex.h"
+#include "queue/base/numbers.h"
 
 namespace machina {
 namespace {
@@ -192,16 +192,13 @@ Result<OpenedFile> Store::open_log(const JobId& job, int attempt) {
   std::pair<int, Fence> best_key{-1, 0};
   for (const std::string& name : names_in(dir.get())) {
     std::size_t dash = name.find('-');
-    int number = 0;
-    if (dash == name.npos ||
-        std::from_chars(name.data(), name.data() + dash, number).ptr !=
-            name.data() + dash) {
-      continue;
-    }
-    if (attempt != 0 && number != attempt) continue;
+    const auto number =
+        parse_number<int>(std::string_view(name).substr(0, dash));
+    if (dash == name.npos || !number) continue;
+    if (attempt != 0 && *number != attempt) continue;
     auto fence = parse_fence_hex(std::string_view(name).substr(dash + 1, 16));
-    if (!fence || std::pair{number, *fence} <= best_key) continue;
-    best_key = {number, *fence};
+    if (!fence || std::pair{*number, *fence} <= best_key) continue;
+    best_key = {*number, *fence};
     best = name;
   }
   if (best.empty()) return Error{Code::not_found, "no log of that attempt"};

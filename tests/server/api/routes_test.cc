@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include "server/api/service.h"
 #include "server/api/store.h"
 #include "server/http/connection.h"
 #include "tests/server/api/server_fixture.h"
@@ -268,6 +269,19 @@ TEST_F(JobRoutes, WaitEndsWithTheJobOrTheTime) {
              "Prefer: wait=1\r\n");
   EXPECT_EQ(r.status, 202);
   EXPECT_EQ(r.headers["preference-applied"], "wait=1");
+}
+
+TEST(Preference, AWaitIsAWholeNumberOfSecondsWithinItsBound) {
+  EXPECT_EQ(preferred_wait("wait=5"), 5);
+  EXPECT_EQ(preferred_wait("respond-async, WAIT=7 "), 7);
+  EXPECT_EQ(preferred_wait("wait=0"), 0);
+  for (const char* huge : {"wait=100000", "wait=99999999999999999999"}) {
+    EXPECT_EQ(preferred_wait(huge), kWaitSecondsMax) << huge;
+  }
+  for (const char* none :
+       {"", "wait", "wait=", "wait=x", "wait=5s", "wait=-1", "wait=+1"}) {
+    EXPECT_EQ(preferred_wait(none), -1) << none;
+  }
 }
 
 TEST_F(JobRoutes, ListPagesByLink) {
