@@ -1,3 +1,5 @@
+#include "queue/wal/log.h"
+
 #include <iterator>
 
 #include "queue/base/check.h"
