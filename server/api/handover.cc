@@ -58,8 +58,8 @@ void Service::leave_at_once() {
   if (options_.events.end_pool) options_.events.end_pool(true);
   GoneCommand gone;
   gone.ended = true;
-  for (const auto& [_, pool] : pools_) {
-    for (const Pool::Worker& worker : pool.workers) {
+  for (const auto& [_, pool] : pools_.all()) {
+    for (const PoolReport::Worker& worker : pool.workers) {
       gone.workers.push_back(worker.name);
     }
   }

@@ -1,7 +1,7 @@
 // server/api/route.h
 //
 // A route: a row that names a method, a path and the function that answers it.
-// Each routes_*.cc and pools.cc has the rows of its own functions; a route is
+// Each routes_*.cc has the rows of its own functions; a route is
 // added there and nowhere else (docs/decisions/0084-a-route-is-one-row.md).
 //
 //   request -> row.handle(service, exchange) -> reply(), or
@@ -26,6 +26,11 @@ namespace machina {
 class Service;
 struct Peer;
 struct Principal;
+
+// Addresses one request; survives the peer.
+struct Where {
+  std::uint64_t peer = 0, sequence = 0;
+};
 
 // What a handler is given. The views die with the call.
 struct Exchange {
@@ -67,7 +72,7 @@ std::span<const Route> job_routes();     // routes_jobs.cc
 std::span<const Route> worker_routes();  // routes_workers.cc
 std::span<const Route> file_routes();    // routes_files.cc
 std::span<const Route> patch_routes();   // routes_patches.cc
-std::span<const Route> pool_routes();    // pools.cc
+std::span<const Route> pool_routes();    // routes_pools.cc
 std::span<const Route> ops_routes();     // routes_ops.cc
 
 // All of them; the first row that matches counts.

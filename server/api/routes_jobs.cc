@@ -637,7 +637,7 @@ void listed(Service& s, Peer& peer, std::uint64_t sequence, Pending& pending,
   for (const JobView& view : response.views) {
     if (!pending.principal->sees(view.tenant)) continue;
     append_job(json, view, Show::summary, s.served(view.kind),
-               s.waiting_reason(view));
+               s.pools_.waiting_reason(view));
   }
   json.end_array();
   json.key("cursor");

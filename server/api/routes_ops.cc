@@ -13,12 +13,13 @@ std::string Service::unready() const {
   if (draining_) return "draining";
   if (DiskState disk = shard_->disk(); disk.level == DiskLevel::full)
     return disk.says;
-  if (const PoolTrouble* why = target_ > 0 ? trouble() : nullptr) {
+  if (const PoolTrouble* why =
+          pools_.target() > 0 ? pools_.trouble() : nullptr) {
     return "no job can run here: " + why->reason +
            "; to mend it: " + why->remedy;
   }
-  if (options_.prod && target_ > 0 && options_.min_level > 0 &&
-      !level_passed_) {
+  if (options_.prod && pools_.target() > 0 && options_.min_level > 0 &&
+      !pools_.level_passed()) {
     return "no worker has proven isolation level " +
            level_name(options_.min_level) + " yet";
   }
@@ -72,7 +73,7 @@ static void get_root(Service& s, const Exchange& call) {
 static void get_stats(Service& s, const Exchange& call) {
   ShardStats stats = s.shard_->stats();
   s.metrics_.absorb(stats);
-  WorkerNumbers workers = s.worker_numbers();
+  WorkerNumbers workers = s.pools_.numbers();
   std::string body;
   JsonWriter json(body);
   json.begin_object();
@@ -183,7 +184,7 @@ static void get_metrics(Service& s, const Exchange& call) {
     ShardStats stats = s.shard_->stats();
     s.metrics_.absorb(stats);
     s.metrics_text_ = s.metrics_.text(
-        stats, s.worker_numbers(), {s.connections_, s.loop_->unsent_bytes()},
+        stats, s.pools_.numbers(), {s.connections_, s.loop_->unsent_bytes()},
         s.clock_.wall_ms(), s.clock_.mono_ms() - s.started_mono_,
         s.unready().empty(), s.options_.version);
   }

@@ -91,10 +91,7 @@ MaybeProblem Service::finish_lease(const Peer& peer, LeaseBody* lease) {
 
 bool Service::served(const std::string& kind) {
   return served_.serves(kind, loop_->now(), [this](const std::string& its) {
-    return target_ > 0 && options_.kinds.contains(its) &&
-           (!options_.pool_argv.empty() || pool_heard()) &&
-           clock_.mono_ms() - std::max(started_mono_, scaled_mono_) <
-               kPoolComesMs;
+    return pools_.comes(its);
   });
 }
 
@@ -111,7 +108,7 @@ static void post_leases(Service& s, const Exchange& call) {
   call.peer.serving = s.served_.asks(call.peer.id, lease.command, lease.wait_ms,
                                      s.loop_->now());
   if (!lease.command.holding || lease.command.holding->empty()) {
-    s.worker_asks(lease.command.worker);
+    s.pools_.worker_asks(lease.command.worker);
   }
   Request request = s.request_of(call);
   request.what.emplace<Command>(std::move(lease.command));
@@ -145,7 +142,7 @@ void Service::append_leases(Peer& peer, JsonWriter& json,
       over.push_back(lease.fence);
       continue;
     }
-    if (first) worker_got(lease);
+    if (first) pools_.worker_got(lease);
     json.begin_object();
     json.key("token").string(tokens_->make(lease.fence));
     json.key("fence").string(fence_hex(lease.fence));
@@ -515,7 +512,7 @@ void completed_many(Service& s, Peer& peer, std::uint64_t sequence,
     json.end_object();
   }
   json.end_array();
-  if (response.leases.empty()) s.worker_asks(batch.worker);
+  if (response.leases.empty()) s.pools_.worker_asks(batch.worker);
   s.append_leases(peer, json, response.leases, batch.session);
   json.end_object();
   s.reply(peer, sequence, 200, body);

@@ -65,7 +65,7 @@ Service::Service(const ServerOptions& options, const ServerHooks& hooks)
     : options_(options),
       hooks_(hooks),
       clock_(system_clock()),
-      target_(options.workers) {}
+      pools_(options, clock_) {}
 
 Service::~Service() = default;
 
@@ -113,6 +113,7 @@ int Service::open() {
     return kExitPoisoned;
   }
   loop_ = std::move(*loop);
+  own_pool_ = std::make_unique<OwnPool>(options_, clock_, *loop_, pools_);
   if (int code = recover(); code != 0) return code;
   return listen();
 }
@@ -358,6 +359,7 @@ void Service::begin_drain(bool handover) {
   if (handover) pass_sockets();
   pulse();
   shard_->drain();
+  pools_.drain(!handover);
   answer_parked(true);
   loop_->wake();
 }
@@ -381,9 +383,9 @@ void Service::advance_drain() {
   }
   bool waiting = false;
   if (!handover_) {
-    waiting = pool_stays(now);
+    waiting = own_pool_->stays(now, leave_until_);
     for (auto& p : peers_) {
-      if (p != nullptr && !p->told_pool.empty()) waiting = true;
+      if (p != nullptr && !p->told.pool.empty()) waiting = true;
     }
   }
   for (auto& p : peers_) {
@@ -400,7 +402,7 @@ void Service::advance_drain() {
   }
   leave_until_ = 0;
   resolver_->give_up(true);
-  if (!handover_) end_pool_left_behind();
+  if (!handover_) own_pool_->end_left_behind();
   stop(exit_code_);
 }
 
@@ -573,7 +575,9 @@ void Peer::on_hangup() {
   hung_up = true;
   if (service.poisoned_ || service.shard_ == nullptr) return;
   service.shard_->hurry(0, id);
-  service.answer_parked(*this);
+  for (const Where& where : service.pools_.take_parked(id)) {
+    service.answer_sync(*this, where.sequence);
+  }
 }
 
 void Peer::on_drained() {
@@ -841,7 +845,7 @@ void Service::reply_job(Peer& peer, std::uint64_t sequence, int status,
   append_job(json, view, show,
              show == Show::no_payload ? std::nullopt
                                       : std::optional(served(view.kind)),
-             waiting_reason(view));
+             pools_.waiting_reason(view));
   Extras extras;
   extras.headers = std::move(headers);
   reply(peer, sequence, status, scratch_, extras);
@@ -915,11 +919,11 @@ void Service::submit(Request request) {
   if (auto* command = std::get_if<Command>(&request.what)) {
     if (auto* complete = std::get_if<CompleteCommand>(command);
         complete != nullptr && complete->lease &&
-        gone_sessions_.contains(complete->lease->session)) {
+        pools_.has_ended(complete->lease->session)) {
       complete->lease.reset();
     }
     if (auto* lease = std::get_if<LeaseCommand>(command);
-        lease != nullptr && gone_sessions_.contains(lease->session)) {
+        lease != nullptr && pools_.has_ended(lease->session)) {
       Problem p;
       p.status = 409;
       p.code = "stale-lease";

@@ -31,7 +31,9 @@
 #include "server/api/job_json.h"
 #include "server/api/metrics.h"
 #include "server/api/new_jobs.h"
+#include "server/api/own_pool.h"
 #include "server/api/patches.h"
+#include "server/api/pools.h"
 #include "server/api/problem.h"
 #include "server/api/route.h"
 #include "server/api/server.h"
@@ -48,10 +50,6 @@ namespace machina {
 
 constexpr int kRunSyncWaitMs = 300'000;
 constexpr int kWaitSecondsMax = 300;  // of Prefer: wait
-constexpr std::size_t kPoolsMax = 64;
-constexpr std::size_t kFactsBytesMax = 16 * 1024;  // of one worker
-constexpr int kWorkersMax = 64;                    // of one pool
-constexpr std::size_t kListedMax = 4096;           // names, of one pool
 constexpr std::size_t kAttemptsKeptMax = 65'536;
 constexpr std::size_t kUploadHeldMax = 1u << 20;  // then reading stops
 constexpr std::size_t kDownloadPieceBytes = 256 * 1024;
@@ -73,23 +71,10 @@ constexpr std::uint64_t kItemWeight = 256;  // of one job's of a bulk request
 // What Request::view_bytes counts, of an answer that no room is kept for.
 constexpr std::uint64_t kSmallAnswerBytes = 2u << 10;
 constexpr std::uint64_t kTrimBytes = 8u << 20;  // memory worth giving back
-constexpr Millis kPoolGraceMs = 2'000;
-constexpr Millis kPoolSilentMs = 45'000;  // a pool not heard of is gone
-constexpr Millis kStuckMs = 10'000;       // a batch that long: a dead disk
-constexpr Millis kLastSyncMs = 1000;    // of a server that is told twice to end
-constexpr Millis kPoolLookMs = 500;     // whether a pool that left is gone
-constexpr Millis kPoolHearMs = 500;     // until a drain is told by signal, too
-constexpr Millis kPoolLeaveMs = 3'000;  // how long a drain waits for pools
-constexpr Millis kDrainLookMs = 20;     // between two looks at what is left
-
-constexpr std::size_t kGoneSessionsMax = 4096;  // remembered; then anew
-constexpr Millis kPoolComesMs = 30'000;    // until a pool's workers may ask
+constexpr Millis kStuckMs = 10'000;   // a batch that long: a dead disk
+constexpr Millis kLastSyncMs = 1000;  // of a server that is told twice to end
+constexpr Millis kDrainLookMs = 20;   // between two looks at what is left
 constexpr std::size_t kUnservedMax = 100;  // kinds, of /stats
-
-// Why a pool can run no job, and what to change (workers/pool/pool.h, P7).
-struct PoolTrouble {
-  std::string reason, remedy;
-};
 
 // A request whose answer there is no room for yet.
 struct Later {
@@ -109,11 +94,6 @@ struct Extras {
 
 // Which of Limits' buckets is which.
 enum Limit : std::uint8_t { kRequests = 0, kEnqueues = 1, kRunSyncs = 2 };
-
-// Addresses one request; survives the peer.
-struct Where {
-  std::uint64_t peer = 0, sequence = 0;
-};
 
 struct Peer final : SocketEvents, ConnectionSink {
   Peer(Service& owner, Socket& its_socket, bool is_local, Millis now);
@@ -159,9 +139,7 @@ struct Peer final : SocketEvents, ConnectionSink {
   Millis sent_at;                      // when that was
   std::uint64_t took = 0;              // the same of any byte
   Millis took_at;
-  std::string told_pool;  // the pool that syncs here
-  int told_target = -1;
-  bool told_drain = false;
+  PoolTold told;
 };
 
 class Service {
@@ -341,55 +319,14 @@ class Service {
   static void add_disk(const DiskState& disk, JsonWriter* json);
   std::optional<Problem> no_room_for_files() const;
 
-  // --- pools (pools.cc) ---
-  struct Pool {
-    std::string host;
-    struct Worker {
-      std::string name, facts;  // facts: raw members but `state` and `job`
-      std::string state, job;   // as the pool says
-      int level = -1;
-    };
-    std::vector<Worker> workers;
-    std::string session;           // of this sync
-    std::set<std::string> listed;  // its workers, also those that are no more
-    PoolTrouble trouble;
-    std::optional<PoolCounts> counts;
-    Millis seen_mono = 0, seen_wall = 0;
-    Where parked;  // its waiting sync
-    Millis answer_at = 0;
-  };
-  bool read_sync(const Exchange& call, const JsonValue& json, Pool* pool,
-                 std::vector<std::string>* gone,
-                 std::vector<std::string>* ended, Millis* wait_ms);
-  GoneCommand gone_of(const std::string& id, const Pool& said,
-                      std::vector<std::string> gone) const;
+  // --- pools (routes_pools.cc) ---
   void report_gone(GoneCommand command, std::function<void(Response)> then);
   void park_sync(Peer& peer, std::uint64_t sequence, const std::string& id,
                  Millis wait_ms);
   void answer_sync(Peer& peer, std::uint64_t sequence);
   void answer_parked(bool all);
-  void answer_parked(Peer& peer);  // its own
-  bool pool_stays(Millis now);
-  void end_pool_left_behind();
-  void supervise_pool();
   void check_levels();
-  // Of a pool that is there, or of ours that could not stay; nothing while any
-  // worker has proven a level.
-  const PoolTrouble* trouble() const;
-  // The reason for a job that waits, and is of a kind that pools run; or "".
-  std::string_view waiting_reason(const JobView& job) const;
-  void pool_unusable();
-  bool pool_heard() const;
-  bool pool_left();
-  WorkerNumbers worker_numbers() const;
-  // A pool is told of attempts that last, and tells it later; the lease calls
-  // know at once. A worker's call that asks for leases says that it has none
-  // (or names them); a grant, that it runs one.
-  void worker_asks(const std::string& worker);
-  void worker_got(const LeaseView& lease);
-  // The job it runs, or empty.
-  std::string job_of(const Pool::Worker& worker) const;
-  std::unordered_map<std::string, JobId> granted_;  // by worker; bounded
+  void supervise_pool();
 
   const ServerOptions& options_;
   const ServerHooks& hooks_;
@@ -455,23 +392,11 @@ class Service {
   bool rebuilding_ = false;
   Millis rebuild_at_ = 0;
 
-  std::map<std::string, Pool> pools_;
-  // Of workers that their pool has reported as ended. What such a worker had
-  // sent before must not lease: nobody would hear of it.
-  std::set<Session> gone_sessions_;
-  int target_ = 0;
-  Millis scaled_mono_ = 0;       // when workers were last asked for
-  PoolTrouble pool_trouble_;     // of the one that we start
-  int pool_unusable_times_ = 0;  // that it ended so, in a row
-  pid_t pool_pid_ = 0;           // of the child, while pool_running_
-  bool pool_running_ = false;
-  Millis pool_started_ = 0, pool_start_at_ = 0, pool_backoff_ = 0,
-         pool_looked_ = 0;
-  bool warned_level_ = false, level_passed_ = false;
+  Pools pools_;
+  std::unique_ptr<OwnPool> own_pool_;
 
   bool draining_ = false, handover_ = false, finishing_ = false,
-       pool_asked_ = false, released_ = false, poisoned_ = false,
-       passed_on_ = false;
+       released_ = false, poisoned_ = false, passed_on_ = false;
   Millis scraped_wall_ = 0;  // when /metrics was last asked for from outside
   Lsn stuck_at_ = 0;         // how far the log was durable at the last look
   Millis stuck_since_ = -1;
