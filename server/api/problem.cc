@@ -2,6 +2,7 @@
 
 #include "queue/base/json.h"
 #include "queue/base/utf8.h"
+#include "queue/shard/shard.h"
 
 namespace machina {
 
@@ -106,6 +107,50 @@ Problem no_such_job() {
   p.status = 404;
   p.code = "not-found";
   p.detail = "job: unknown, or past its retention";
+  return p;
+}
+
+std::optional<Problem> failure_of(const Response& response) {
+  using Status = Response::Status;
+  Problem p;
+  p.status = 503;
+  p.retry_after = 1;
+  p.detail = response.detail;
+  switch (response.status) {
+    case Status::done:
+      return std::nullopt;
+    case Status::poisoned:
+      p.code = "poisoned";
+      p.retry_after = 0;
+      p.detail = "the log failed; whether this was done is unknown";
+      break;
+    case Status::disk_low:
+      p.status = 507;
+      p.code = "disk-low";
+      p.retry_after = 10;
+      if (p.detail.empty()) p.detail = "the disk is nearly full";
+      break;
+    case Status::lagging:
+      p.code = "lagging";
+      if (p.detail.empty()) {
+        p.detail =
+            "the history of finished jobs is too far behind "
+            "(MACHINA_HISTORY_LAG_MAX_BYTES)";
+      }
+      break;
+    case Status::draining:
+      p.code = "draining";
+      if (p.detail.empty()) p.detail = "the server is stopping";
+      break;
+    case Status::bad_cursor:
+      p = bad_field("cursor", "it does not come from this server's last page");
+      break;
+    case Status::failed:
+      p.status = 500;
+      p.code = "internal";
+      p.retry_after = 0;
+      break;
+  }
   return p;
 }
 

@@ -5,10 +5,13 @@
 
 #pragma once
 
+#include <optional>
 #include <string>
 #include <string_view>
 
 namespace machina {
+
+struct Response;
 
 struct Problem {
   int status = 400;
@@ -32,5 +35,7 @@ Problem bad_field(std::string_view field, std::string_view detail);
 std::string shown(std::string_view value);
 
 Problem no_such_job();  // 404
+// Why the shard did not do what it was asked to; nothing: it did.
+std::optional<Problem> failure_of(const Response& response);
 
 }  // namespace machina

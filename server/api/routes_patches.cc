@@ -1,18 +1,12 @@
-// What is asked about patches, and how their store is filled anew. All of it
-// runs on store threads; the loop only carries bytes.
-
-#include <set>
+// What is asked about patches. The store is read on store threads; the loop
+// only carries bytes.
 
 #include "queue/base/hex.h"
 #include "queue/base/numbers.h"
-#include "queue/base/say.h"
 #include "server/api/service.h"
 
 namespace machina {
 namespace {
-
-constexpr Millis kRebuildRetryMs = 60'000;
-constexpr int kRebuildPage = 1000;
 
 Problem no_patch(std::string_view id) {
   Problem p;
@@ -135,22 +129,6 @@ MaybeProblem read_filter(const std::string& name, const std::string& value,
 
 // A body made on a store thread; nothing: there is no such patch.
 using MadeBody = Result<std::optional<std::string>>;
-
-EndedJob ended_job(const JobView& view) {
-  EndedJob job;
-  job.id = view.id;
-  job.kind = view.kind;
-  job.tenant = view.tenant;
-  job.payload = view.payload;
-  job.result = view.result;
-  job.state = view.state;
-  job.message = view.error_message;
-  job.fence = view.fence;
-  job.artifacts = view.artifacts;
-  job.created_ms = view.created_ms;
-  job.finished_ms = view.finished_ms;
-  return job;
-}
 
 }  // namespace
 
@@ -313,113 +291,6 @@ static void get_reverse_diff(Service& s, const Exchange& call) {
         return patches->reverse_diff(id, tenant);
       },
       std::move(extras));
-}
-
-// --- Filling the store anew ------------------------------------------------
-
-// Patches that history still has, one request at a time: first all patch.apply
-// jobs, then all patch.rollback jobs, which need the former's rows.
-struct Service::Rebuild {
-  bool rollbacks = false;
-  std::string cursor;
-  std::vector<JobId> ids;  // of the page, to be read
-  std::uint64_t kept = 0;
-};
-
-void Service::rebuild_patches(Millis now) {
-  if (rebuilding_ || draining_ || poisoned_ || now < rebuild_at_ ||
-      !patches_->rebuild_owed()) {
-    return;
-  }
-  rebuilding_ = true;
-  auto rebuild = std::make_shared<Rebuild>();
-  on_patches([](Patches& patches) { return patches.begin_rebuild(); },
-             [this, rebuild] { rebuild_page(rebuild); });
-}
-
-// Runs `work` on a store thread and goes on with `then`; where it failed the
-// rebuild is left and begun again later.
-void Service::on_patches(std::function<Result<void>(Patches&)> work,
-                         std::function<void()> then) {
-  Patches* patches = patches_.get();
-  bool taken = threads_->run(
-      [this, patches, work = std::move(work), then = std::move(then)] {
-        auto done = std::make_shared<Result<void>>(work(*patches));
-        loop_->post([this, done, then] {
-          if (draining_ || poisoned_) return;
-          if (*done) return then();
-          leave_rebuild(done->error().what);
-        });
-      });
-  if (!taken) leave_rebuild("too many file operations are waiting");
-}
-
-void Service::leave_rebuild(const std::string& why) {
-  Saying(Severity::warn, "patches_rebuild",
-         "tried again in " + std::to_string(kRebuildRetryMs / 1000) +
-             " s: " + why);
-  rebuilding_ = false;
-  rebuild_at_ = clock_.mono_ms() + kRebuildRetryMs;
-}
-
-void Service::rebuild_page(std::shared_ptr<Rebuild> rebuild) {
-  if (draining_ || poisoned_) return;
-  Request request;
-  ListQuery list;
-  list.kind = rebuild->rollbacks ? kRollbackKind : kPatchKind;
-  list.states = {State::succeeded, State::failed, State::cancelled,
-                 State::dead};
-  list.limit = kRebuildPage;
-  list.cursor = rebuild->cursor;
-  request.what = std::move(list);
-  request.with_payload = false;
-  ask(std::move(request), [this, rebuild](Response response) {
-    if (draining_ || poisoned_) return;
-    if (auto p = failure_of(response)) return leave_rebuild(p->detail);
-    for (const JobView& view : response.views) rebuild->ids.push_back(view.id);
-    rebuild->cursor = response.cursor;
-    rebuild_next(rebuild);
-  });
-}
-
-void Service::rebuild_next(std::shared_ptr<Rebuild> rebuild) {
-  if (draining_ || poisoned_) return;
-  if (rebuild->ids.empty()) {
-    if (rebuild->cursor.empty()) {
-      if (rebuild->rollbacks) return end_rebuild(rebuild);
-      rebuild->rollbacks = true;
-    }
-    return rebuild_page(rebuild);
-  }
-  Request request;
-  GetQuery get;
-  get.id = rebuild->ids.back();
-  rebuild->ids.pop_back();
-  request.what = get;
-  ask(std::move(request), [this, rebuild](Response response) {
-    if (draining_ || poisoned_) return;
-    if (auto p = failure_of(response)) return leave_rebuild(p->detail);
-    // It may have expired, or live again.
-    if (response.views.empty() || response.views.front().id.is_nil() ||
-        !is_final(response.views.front().state)) {
-      return rebuild_next(rebuild);
-    }
-    ++rebuild->kept;
-    auto job = std::make_shared<EndedJob>(ended_job(response.views.front()));
-    on_patches([job](Patches& patches) { return patches.add(*job); },
-               [this, rebuild] { rebuild_next(rebuild); });
-  });
-}
-
-void Service::end_rebuild(std::shared_ptr<Rebuild> rebuild) {
-  on_patches([](Patches& patches) { return patches.end_rebuild(); },
-             [this, rebuild] {
-               rebuilding_ = false;
-               if (rebuild->kept == 0) return;
-               Saying(Severity::info, "patches_rebuilt",
-                      "rebuilt from " + std::to_string(rebuild->kept) +
-                          " jobs of the history");
-             });
 }
 
 std::span<const Route> patch_routes() {

@@ -68,7 +68,7 @@ static void post_sync(Service& s, const Exchange& call) {
   const Where where{call.peer.id, call.sequence};
   for (GoneCommand& report : heard.ends) {
     s.report_gone(std::move(report), [=, &s](const Response& response) {
-      if (auto p = s.failure_of(response)) reported->refused = std::move(p);
+      if (auto p = failure_of(response)) reported->refused = std::move(p);
       if (--reported->open > 0) return;
       if (reported->refused) return s.refuse(where, *reported->refused);
       if (Peer* p = s.peer(where.peer)) {

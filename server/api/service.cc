@@ -164,6 +164,11 @@ int Service::recover() {
   resolver_ = std::make_unique<Resolver>(
       options_.kinds, clock_, options_.resolve_ms,
       [this](std::function<void()> run) { loop_->post(std::move(run)); });
+  patch_rebuild_ = std::make_unique<PatchRebuild>(
+      *patches_, *threads_, *loop_, clock_,
+      [this](Request request, std::function<void(Response)> then) {
+        ask(std::move(request), std::move(then));
+      });
   shard_->on_send([this](Response r) { on_response(std::move(r)); });
   Loop* loop = loop_.get();
   shard_->on_wake([loop] { loop->wake(); });
@@ -286,7 +291,7 @@ void Service::housekeeping() {
     last_sweep_ = now;
     sweep();
   }
-  rebuild_patches(now);
+  patch_rebuild_->look();
   answer_parked(false);
   supervise_pool();
   store_->set_floor(shard_->disk().soft_bytes);
@@ -321,6 +326,7 @@ void Service::check_peer(Peer& peer, Millis now) {
 void Service::check_poison() {
   if (!shard_->poisoned() || poisoned_) return;
   poisoned_ = true;
+  patch_rebuild_->stop();
   ShardStats stats = shard_->stats();
   Saying(Severity::error, "poisoned",
          "the log is poisoned, stopping: " + stats.poison_cause);
@@ -360,6 +366,7 @@ void Service::begin_drain(bool handover) {
   pulse();
   shard_->drain();
   pools_.drain(!handover);
+  patch_rebuild_->stop();
   answer_parked(true);
   loop_->wake();
 }
@@ -938,50 +945,6 @@ void Service::ask(Request request, std::function<void(Response)> then) {
   request.from = Address{0, 0, ++next_ask_};
   asked_[next_ask_] = std::move(then);
   submit(std::move(request));
-}
-
-std::optional<Problem> Service::failure_of(const Response& response) const {
-  using Status = Response::Status;
-  Problem p;
-  p.status = 503;
-  p.retry_after = 1;
-  p.detail = response.detail;
-  switch (response.status) {
-    case Status::done:
-      return std::nullopt;
-    case Status::poisoned:
-      p.code = "poisoned";
-      p.retry_after = 0;
-      p.detail = "the log failed; whether this was done is unknown";
-      break;
-    case Status::disk_low:
-      p.status = 507;
-      p.code = "disk-low";
-      p.retry_after = 10;
-      if (p.detail.empty()) p.detail = "the disk is nearly full";
-      break;
-    case Status::lagging:
-      p.code = "lagging";
-      if (p.detail.empty()) {
-        p.detail =
-            "the history of finished jobs is too far behind "
-            "(MACHINA_HISTORY_LAG_MAX_BYTES)";
-      }
-      break;
-    case Status::draining:
-      p.code = "draining";
-      if (p.detail.empty()) p.detail = "the server is stopping";
-      break;
-    case Status::bad_cursor:
-      p = bad_field("cursor", "it does not come from this server's last page");
-      break;
-    case Status::failed:
-      p.status = 500;
-      p.code = "internal";
-      p.retry_after = 0;
-      break;
-  }
-  return p;
 }
 
 std::optional<Problem> Service::problem_of(const ItemAnswer& answer,

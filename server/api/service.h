@@ -32,6 +32,7 @@
 #include "server/api/metrics.h"
 #include "server/api/new_jobs.h"
 #include "server/api/own_pool.h"
+#include "server/api/patch_rebuild.h"
 #include "server/api/patches.h"
 #include "server/api/pools.h"
 #include "server/api/problem.h"
@@ -238,7 +239,6 @@ class Service {
   // Asks on the server's own behalf.
   void ask(Request request, std::function<void(Response)> then);
   void on_response(Response response);
-  std::optional<Problem> failure_of(const Response& response) const;
   std::optional<Problem> problem_of(const ItemAnswer& answer,
                                     std::string_view what) const;
   // Answers with the job `id` as it is now.
@@ -305,14 +305,6 @@ class Service {
       std::function<Result<std::optional<std::string>>(const std::string&)>
           make,
       Extras extras = {});
-  struct Rebuild;
-  void rebuild_patches(Millis now);
-  void rebuild_page(std::shared_ptr<Rebuild> rebuild);
-  void rebuild_next(std::shared_ptr<Rebuild> rebuild);
-  void end_rebuild(std::shared_ptr<Rebuild> rebuild);
-  void leave_rebuild(const std::string& why);
-  void on_patches(std::function<Result<void>(Patches&)> work,
-                  std::function<void()> then);
 
   // --- operations (routes_ops.cc) ---
   std::string unready() const;  // why; empty: ready
@@ -348,6 +340,7 @@ class Service {
   std::string path_;                 // decoded
   std::unique_ptr<FileThreads> threads_;
   std::unique_ptr<Resolver> resolver_;
+  std::unique_ptr<PatchRebuild> patch_rebuild_;
   Metrics metrics_;
   struct AccessLines {
     AccessLines();
@@ -389,8 +382,6 @@ class Service {
   Millis last_look_ = 0, last_sweep_ = 0;
   int next_bucket_ = 0;
   bool sweeping_ = false;
-  bool rebuilding_ = false;
-  Millis rebuild_at_ = 0;
 
   Pools pools_;
   std::unique_ptr<OwnPool> own_pool_;
