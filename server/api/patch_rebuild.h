@@ -10,8 +10,9 @@
 //   PR1  A store that was lost has every patch again that history still has
 //        (PatchRoutes.AMissingStoreIsFilledFromTheHistory).
 //   PR2  One request and one piece of work at a time: clients wait for at most
-//        one of them.
-//   PR3  After stop() nothing is asked and nothing is written any more.
+//        one of them (PatchRebuildTest.PatchesComeFirstAndOneRequestAtATime).
+//   PR3  After stop() nothing is asked and nothing is written any more
+//        (PatchRebuildTest.NothingIsAskedAfterStop).
 
 #pragma once
 
