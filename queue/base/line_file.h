@@ -11,7 +11,7 @@
 //   F3  One process writes it. Where somebody else moved it away (logrotate),
 //       reopen() begins a new one; without that the moved one is written on.
 //
-// tests/queue/base/say_test.cc
+// tests/queue/base/logger_test.cc
 
 #pragma once
 

@@ -10,7 +10,7 @@
 #include <mutex>
 #include <utility>
 
-#include "queue/base/say.h"
+#include "queue/base/logger.h"
 #include "queue/base/storage.h"
 #include "queue/history/sqlite.h"
 #include "queue/record/view.h"
@@ -301,9 +301,9 @@ Result<void> SqliteHistory::adopt_days() {
 }
 
 Result<void> SqliteHistory::put_aside(const std::string& path) {
-  Saying(Severity::error, "history_damaged",
-         "history: " + path +
-             " is damaged; put aside, rebuilt from what the log still holds");
+  LogLine(Severity::error, "history_damaged",
+          "history: " + path +
+              " is damaged; put aside, rebuilt from what the log still holds");
   std::error_code error;
   for (const char* suffix : {"", "-wal", "-shm"}) {
     std::string from = path + suffix;

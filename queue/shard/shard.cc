@@ -4,7 +4,7 @@
 #include <chrono>
 #include <cstdio>
 
-#include "queue/base/say.h"
+#include "queue/base/logger.h"
 #include "queue/shard/shard_impl.h"
 
 namespace machina {
@@ -204,12 +204,12 @@ void ShardImpl::look_at_clock(bool starting) {
   if (step < kClockSaidMs && step > -kClockSaidMs) return;
   ++clock_steps_;
   last_step_ms_ = step;
-  Saying(Severity::warn, "clock_stepped",
-         std::string("the wall clock was set ") +
-             (step < 0 ? "back" : "forward") + " by " +
-             std::to_string(step < 0 ? -step : step) + " ms" +
-             (starting ? " while no server ran" : "") +
-             ": run_at follows it; delays, retries and deadlines do not")
+  LogLine(Severity::warn, "clock_stepped",
+          std::string("the wall clock was set ") +
+              (step < 0 ? "back" : "forward") + " by " +
+              std::to_string(step < 0 ? -step : step) + " ms" +
+              (starting ? " while no server ran" : "") +
+              ": run_at follows it; delays, retries and deadlines do not")
       .with("step_ms", step);
 }
 

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "queue/base/say.h"
+#include "queue/base/logger.h"
 #include "queue/shard/shard_impl.h"
 
 namespace machina {
@@ -154,8 +154,8 @@ Result<void> apply_batch(const LogStore& log, History& history, EndSink* sink,
     } else if (change.error().code != Code::corrupt) {
       return change.error();
     } else {
-      Saying(Severity::error, "history_left_out",
-             "history: a job is left out: " + change.error().what)
+      LogLine(Severity::error, "history_left_out",
+              "history: a job is left out: " + change.error().what)
           .with("job", to_string(ended->id))
           .with("lsn", static_cast<std::int64_t>(ended->lsn));
     }
@@ -194,7 +194,7 @@ void ShardImpl::fed(const std::vector<EndedPtr>& batch, Lsn through,
     // The same rows again, later; meanwhile the lag grows and enqueue says so.
     if (feed_error_ != result.error().what) {
       feed_error_ = result.error().what;
-      Saying(Severity::warn, "history_failed", feed_error_ + "; trying again");
+      LogLine(Severity::warn, "history_failed", feed_error_ + "; trying again");
     }
     feed_.insert(feed_.begin(), batch.begin(), batch.end());
     feed_retry_mono_ = mono() + kFeedRetryMs;
@@ -476,10 +476,10 @@ void ShardImpl::say_disk() {
   disk_said_ = state.level;
   disk_said_mono_ = mono();
   if (state.level == DiskLevel::ok) {
-    Saying(Severity::info, "disk_ok", "the disk has room again");
+    LogLine(Severity::info, "disk_ok", "the disk has room again");
   } else {
-    Saying(Severity::warn, "disk_low",
-           "disk level " + std::string(name(state.level)) + ": " + state.says);
+    LogLine(Severity::warn, "disk_low",
+            "disk level " + std::string(name(state.level)) + ": " + state.says);
   }
 }
 

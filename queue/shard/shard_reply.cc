@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "queue/base/check.h"
-#include "queue/base/say.h"
+#include "queue/base/logger.h"
 #include "queue/shard/shard_impl.h"
 
 namespace machina {
@@ -273,7 +273,7 @@ void ShardImpl::fetched(const CallPtr& call, std::vector<Need>* needs) {
 
 void ShardImpl::settle(Call* call, Need* need, std::vector<Fence>* unreadable) {
   if (!need->error.empty()) {
-    Saying(Severity::error, "read_failed", need->error);
+    LogLine(Severity::error, "read_failed", need->error);
     if (need->of_lease) {
       unreadable->push_back(need->fence);
     } else {
@@ -388,8 +388,8 @@ void ShardImpl::send(const CallPtr& call) {
 void ShardImpl::fail_all_poisoned() {
   if (!told_poison_) {
     told_poison_ = true;
-    Saying(Severity::error, "log_poisoned",
-           "the log is poisoned: " + log_->poison_cause());
+    LogLine(Severity::error, "log_poisoned",
+            "the log is poisoned: " + log_->poison_cause());
   }
   std::deque<CallPtr> held;
   held.swap(held_);

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "queue/base/say.h"
+#include "queue/base/logger.h"
 #include "server/api/service.h"
 
 namespace machina {
@@ -64,7 +64,7 @@ void Service::say_reply(Peer& peer, const Pending& pending, int status) {
                           ? Severity::debug
                           : Severity::info;
   if (!trouble && options_.access == Access::off) return;
-  if (!said(severity)) return;
+  if (!logs_at(severity)) return;
   Allowance& allowed = trouble ? access_.trouble : access_.requests;
   if ((trouble || options_.access == Access::sampled) &&
       !allowed.take(loop_->now())) {
@@ -72,7 +72,7 @@ void Service::say_reply(Peer& peer, const Pending& pending, int status) {
   }
   std::uint64_t took_us =
       pending.begun_us == 0 ? 0 : mono_us() - pending.begun_us;
-  Saying line(severity, "request", reason_phrase(status));
+  LogLine line(severity, "request", reason_phrase(status));
   line.with("request_id",
             std::string_view(pending.request_id, pending.request_id_bytes));
   line.with("method", pending.method);

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "queue/base/say.h"
+#include "queue/base/logger.h"
 #include "server/api/service.h"
 
 namespace machina {
@@ -75,7 +75,7 @@ MaybeProblem Doorkeeper::unauthorized(Visitor& visitor, Gate::Cause cause,
     wrong_.take({visitor.socket.address().counted(), 0}, 1u << 0, now);
   }
   if (now - cause_said_ms_ >= kCauseEveryMs) {
-    Saying(Severity::warn, "unauthorized", Gate::text(cause))
+    LogLine(Severity::warn, "unauthorized", Gate::text(cause))
         .with("remote", visitor.socket.address().text())
         .with("more", static_cast<std::int64_t>(causes_unsaid_));
     cause_said_ms_ = now;

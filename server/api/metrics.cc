@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "queue/base/say.h"
+#include "queue/base/logger.h"
 
 namespace machina {
 namespace {
@@ -337,7 +337,7 @@ std::string Metrics::text(const ShardStats& stats, const WorkerNumbers& workers,
   lines.head("machina_log_dropped_total", "counter",
              "Lines that could not be written to the log.");
   lines.value("machina_log_dropped_total", "component=\"server\"",
-              said_dropped());
+              log_lines_dropped());
   lines.value("machina_log_dropped_total", "component=\"pool\"",
               pools_dropped_);
   lines.gauge("machina_ready", "1 while /ready answers 200.",

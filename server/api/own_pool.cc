@@ -8,7 +8,7 @@
 #include <csignal>
 #include <fstream>
 
-#include "queue/base/say.h"
+#include "queue/base/logger.h"
 
 namespace machina {
 namespace {
@@ -48,7 +48,7 @@ bool OwnPool::has_left() {
   if (now - looked_ < kPoolLookMs) return false;
   looked_ = now;
   if (!lock_is_free()) return false;
-  Saying(Severity::info, "pool_left", "the pool has left");
+  LogLine(Severity::info, "pool_left", "the pool has left");
   pools_.forget();
   return true;
 }
@@ -72,9 +72,9 @@ bool OwnPool::stays(Millis now, Millis leave_until) {
 void OwnPool::end_left_behind() {
   if (running_) ::kill(pid_, SIGKILL);  // ours, and not reaped
   if (!options_.events.end_pool || lock_is_free()) return;
-  Saying(Severity::warn, "pool_killed",
-         "the pool did not leave within " + std::to_string(kPoolLeaveMs) +
-             " ms and is killed");
+  LogLine(Severity::warn, "pool_killed",
+          "the pool did not leave within " + std::to_string(kPoolLeaveMs) +
+              " ms and is killed");
   options_.events.end_pool(true);
 }
 
@@ -106,7 +106,7 @@ void OwnPool::supervise() {
   auto started = loop_.start(child, [this](int code) { ended(code); });
   if (!started) {
     back_off(now);
-    Saying(Severity::error, "pool_not_started", started.error().what);
+    LogLine(Severity::error, "pool_not_started", started.error().what);
     return;
   }
   pid_ = *started;
@@ -130,10 +130,10 @@ void OwnPool::ended(int code) {
   } else {
     unusable_times_ = 0;
   }
-  Saying(Severity::error, "pool_ended",
-         "the pool ended with code " + std::to_string(code) + "; see " +
-             options_.root + "/pool.log; starting another in " +
-             std::to_string(backoff_) + " ms")
+  LogLine(Severity::error, "pool_ended",
+          "the pool ended with code " + std::to_string(code) + "; see " +
+              options_.root + "/pool.log; starting another in " +
+              std::to_string(backoff_) + " ms")
       .with("code", code);
 }
 
@@ -150,10 +150,10 @@ void OwnPool::unusable() {
   if (++unusable_times_ < kUnusableTries) return;
   start_at_ = clock_.mono_ms() + kUnusableRetryMs;
   if (unusable_times_ > kUnusableTries) return;
-  Saying(Severity::error, "pool_unusable",
-         "no job can run here, and the pool is not started again but once a "
-         "minute: " +
-             reason)
+  LogLine(Severity::error, "pool_unusable",
+          "no job can run here, and the pool is not started again but once a "
+          "minute: " +
+              reason)
       .with("remedy", remedy);
 }
 

@@ -1,6 +1,6 @@
 #include "server/api/patch_rebuild.h"
 
-#include "queue/base/say.h"
+#include "queue/base/logger.h"
 #include "server/api/problem.h"
 
 namespace machina {
@@ -73,9 +73,9 @@ void PatchRebuild::on_patches(std::function<Result<void>(Patches&)> work,
 }
 
 void PatchRebuild::leave(const std::string& why) {
-  Saying(Severity::warn, "patches_rebuild",
-         "tried again in " + std::to_string(kRebuildRetryMs / 1000) +
-             " s: " + why);
+  LogLine(Severity::warn, "patches_rebuild",
+          "tried again in " + std::to_string(kRebuildRetryMs / 1000) +
+              " s: " + why);
   running_ = false;
   next_at_ = clock_.mono_ms() + kRebuildRetryMs;
 }
@@ -134,9 +134,9 @@ void PatchRebuild::end(std::shared_ptr<Pass> pass) {
              [this, pass] {
                running_ = false;
                if (pass->kept == 0) return;
-               Saying(Severity::info, "patches_rebuilt",
-                      "rebuilt from " + std::to_string(pass->kept) +
-                          " jobs of the history");
+               LogLine(Severity::info, "patches_rebuilt",
+                       "rebuilt from " + std::to_string(pass->kept) +
+                           " jobs of the history");
              });
 }
 

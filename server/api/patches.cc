@@ -10,7 +10,7 @@
 #include <set>
 #include <utility>
 
-#include "queue/base/say.h"
+#include "queue/base/logger.h"
 #include "queue/history/sqlite.h"
 
 namespace machina {
@@ -490,9 +490,9 @@ Result<void> Patches::open_writer() {
 // The writer's lock is held.
 Result<void> Patches::put_aside() {
   const std::string path = dir_ + "/patches.db";
-  Saying(Severity::error, "patches_damaged",
-         path + " is damaged; put aside as " + path +
-             ".damaged, rebuilt from the jobs that history still has");
+  LogLine(Severity::error, "patches_damaged",
+          path + " is damaged; put aside as " + path +
+              ".damaged, rebuilt from the jobs that history still has");
   writer_.reset();
   std::lock_guard lock(read_mutex_);
   reader_.reset();
@@ -578,7 +578,7 @@ Result<void> Patches::take(const std::vector<HistoryChange>& changes) {
   const std::string marker = dir_ + "/rebuild";
   if (done) {
     if (gave_up_) {
-      Saying(Severity::info, "patches_again", "patches are written again");
+      LogLine(Severity::info, "patches_again", "patches are written again");
       rebuild_owed_ = true;
     }
     failures_ = 0;
@@ -587,10 +587,10 @@ Result<void> Patches::take(const std::vector<HistoryChange>& changes) {
   }
   if (!gave_up_ && ++failures_ < kTakeFailuresMax) return done;
   if (!gave_up_) {
-    Saying(Severity::error, "patches_given_up",
-           done.error().what +
-               "; given up: patches that end now are missing there until it "
-               "can be written again and was rebuilt");
+    LogLine(Severity::error, "patches_given_up",
+            done.error().what +
+                "; given up: patches that end now are missing there until it "
+                "can be written again and was rebuilt");
     int fd = ::open(marker.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
     if (fd >= 0) close(fd);
   }

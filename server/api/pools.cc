@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "queue/base/say.h"
+#include "queue/base/logger.h"
 
 namespace machina {
 
@@ -191,8 +191,8 @@ GoneCommand Pools::gone_of(const std::string& id, const PoolReport& said,
     if (!said.session.empty()) {
       session = tokens.session(name, said.session, true);
     } else if (!said.listed.contains(name) && !called_after(name, id)) {
-      Saying(Severity::warn, "gone_ignored",
-             "a pool says that a worker is gone which is not its own")
+      LogLine(Severity::warn, "gone_ignored",
+              "a pool says that a worker is gone which is not its own")
           .with("pool", id)
           .with("worker", name);
       continue;
@@ -309,10 +309,10 @@ bool Pools::too_weak() {
   if (best >= options_.min_level) level_passed_ = true;
   if (!options_.prod) {
     if (best < 2 && !warned_level_) {
-      Saying(Severity::warn, "isolation_low",
-             "the sandbox reaches only " +
-                 level_name(static_cast<Level>(best)) +
-                 " here; run `machina doctor` to see why");
+      LogLine(Severity::warn, "isolation_low",
+              "the sandbox reaches only " +
+                  level_name(static_cast<Level>(best)) +
+                  " here; run `machina doctor` to see why");
     }
     warned_level_ = true;
     return false;
@@ -320,10 +320,11 @@ bool Pools::too_weak() {
   if (level_passed_ || draining_ || target_ == 0 || reported < target_) {
     return false;
   }
-  Saying(Severity::error, "isolation_low",
-         "no worker reaches isolation level " + level_name(options_.min_level) +
-             " (the best is " + level_name(static_cast<Level>(best)) +
-             "); run `machina doctor`, or set MACHINA_SANDBOX_MIN_LEVEL");
+  LogLine(Severity::error, "isolation_low",
+          "no worker reaches isolation level " +
+              level_name(options_.min_level) + " (the best is " +
+              level_name(static_cast<Level>(best)) +
+              "); run `machina doctor`, or set MACHINA_SANDBOX_MIN_LEVEL");
   return true;
 }
 

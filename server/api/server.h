@@ -102,7 +102,7 @@ struct ServerOptions {
 
 // Runs until drained or handed over. Returns the exit code of api.md: 0 after a
 // drain, 2 configuration, 65 damage, 74 poisoned, 75 locked; says why, and
-// that it is ready, as it goes (queue/base/say.h).
+// that it is ready, as it goes (queue/base/logger.h).
 int run_server(const ServerOptions& options);
 
 // The same with its shard given: what tests use, and what opens <root>/queue

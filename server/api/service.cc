@@ -87,21 +87,21 @@ int Service::run() {
 int Service::open() {
   if (options_.api_token.empty() && options_.hmac_secret.empty() &&
       !is_loopback(options_.host)) {
-    Saying(Severity::error, "start_failed",
-           "host: " + options_.host +
-               " is not a loopback address; without MACHINA_API_TOKEN or "
-               "MACHINA_API_HMAC_SECRET only loopback is served");
+    LogLine(Severity::error, "start_failed",
+            "host: " + options_.host +
+                " is not a loopback address; without MACHINA_API_TOKEN or "
+                "MACHINA_API_HMAC_SECRET only loopback is served");
     return kExitConfiguration;
   }
   auto descriptors =
       take_descriptors(options_.connections_max, options_.workers);
   if (!descriptors) {
-    Saying(Severity::error, "start_failed", descriptors.error().what);
+    LogLine(Severity::error, "start_failed", descriptors.error().what);
     return kExitConfiguration;
   }
   descriptors_ = *descriptors;
   if (descriptors_.fewer) {
-    Saying(
+    LogLine(
         Severity::warn, "descriptors_few",
         "MACHINA_API_CONNECTIONS: " + std::to_string(options_.connections_max) +
             " is cut to " + std::to_string(descriptors_.connections) +
@@ -109,7 +109,7 @@ int Service::open() {
   }
   auto loop = Loop::make(options_.io_uring);
   if (!loop) {
-    Saying(Severity::error, "start_failed", loop.error().what);
+    LogLine(Severity::error, "start_failed", loop.error().what);
     return kExitPoisoned;
   }
   loop_ = std::move(*loop);
@@ -122,17 +122,17 @@ int Service::recover() {
   RecoveryReport report;
   auto shard = hooks_.open_shard(&report);
   if (!shard) {
-    Saying(Severity::error, "start_failed", shard.error().what);
+    LogLine(Severity::error, "start_failed", shard.error().what);
     return exit_code_of(shard.error());
   }
   shard_ = std::move(*shard);
   recovery_ = report.text;
   if (!recovery_.empty())
-    Saying(Severity::info, "recovery", "recovery: " + recovery_);
+    LogLine(Severity::info, "recovery", "recovery: " + recovery_);
 
   auto store = Store::open(options_.root);
   if (!store) {
-    Saying(Severity::error, "start_failed", store.error().what);
+    LogLine(Severity::error, "start_failed", store.error().what);
     return exit_code_of(store.error());
   }
   store_ = std::move(*store);
@@ -142,20 +142,20 @@ int Service::recover() {
   });
   auto tokens = Tokens::open(options_.root + "/queue/token.key");
   if (!tokens) {
-    Saying(Severity::error, "start_failed", tokens.error().what);
+    LogLine(Severity::error, "start_failed", tokens.error().what);
     return exit_code_of(tokens.error());
   }
   tokens_ = std::move(*tokens);
   auto door =
       Doorkeeper::open(options_, hooks_.credentials, clock_, *loop_, metrics_);
   if (!door) {
-    Saying(Severity::error, "start_failed", door.error().what);
+    LogLine(Severity::error, "start_failed", door.error().what);
     return exit_code_of(door.error());
   }
   door_ = std::move(*door);
   auto patches = opened_patches.get();
   if (!patches) {
-    Saying(Severity::error, "start_failed", patches.error().what);
+    LogLine(Severity::error, "start_failed", patches.error().what);
     return exit_code_of(patches.error());
   }
   patches_ = std::move(*patches);
@@ -182,14 +182,14 @@ int Service::listen() {
   if (!options_.socket_path.empty()) {
     auto ok = loop_->listen_unix(options_.socket_path, options_.inherited);
     if (!ok) {
-      Saying(Severity::error, "start_failed", ok.error().what);
+      LogLine(Severity::error, "start_failed", ok.error().what);
       return kExitConfiguration;
     }
   }
   auto port =
       loop_->listen_tcp(options_.host, options_.port, options_.inherited);
   if (!port) {
-    Saying(Severity::error, "start_failed", port.error().what);
+    LogLine(Severity::error, "start_failed", port.error().what);
     return kExitConfiguration;
   }
   port_ = *port;
@@ -205,7 +205,7 @@ int Service::listen() {
     // A terminal that closes asks us to stop, unless nohup said otherwise; with
     // a log file it is logrotate's.
     if (options_.reopen_on_hangup) {
-      loop_->on_signal(SIGHUP, [] { say_reopen(); });
+      loop_->on_signal(SIGHUP, [] { reopen_logger(); });
     } else if (!hangup_ignored()) {
       loop_->on_signal(SIGHUP, drain);
     }
@@ -214,20 +214,20 @@ int Service::listen() {
                [this] { housekeeping(); });
   if (!options_.port_file.empty() &&
       !write_file(options_.port_file, std::to_string(port_) + "\n")) {
-    Saying(Severity::error, "start_failed",
-           "port file: cannot write " + options_.port_file + ": " +
-               std::strerror(errno));
+    LogLine(Severity::error, "start_failed",
+            "port file: cannot write " + options_.port_file + ": " +
+                std::strerror(errno));
     return kExitConfiguration;
   }
-  Saying(Severity::info, "listening",
-         "listening on http://" + options_.host + ":" + std::to_string(port_) +
-             ", profile " + (options_.prod ? "prod" : "dev") + ", durability " +
-             (options_.shard.log.fsync ? "fsync" : "os") + ", io_uring " +
-             (loop_->together() ? "on" : "off") + ", root " + options_.root +
-             ", " + descriptors_.text());
+  LogLine(Severity::info, "listening",
+          "listening on http://" + options_.host + ":" + std::to_string(port_) +
+              ", profile " + (options_.prod ? "prod" : "dev") +
+              ", durability " + (options_.shard.log.fsync ? "fsync" : "os") +
+              ", io_uring " + (loop_->together() ? "on" : "off") + ", root " +
+              options_.root + ", " + descriptors_.text());
   if (!options_.not_promised.empty()) {
-    Saying(Severity::warn, "not_promised",
-           "not promised: " + options_.not_promised);
+    LogLine(Severity::warn, "not_promised",
+            "not promised: " + options_.not_promised);
   }
   supervise_pool();
   arm_timer();
@@ -277,10 +277,10 @@ void Service::housekeeping() {
     check_levels();
     served_.look_again();
     if (std::string why = door_->gate().trouble(); !why.empty()) {
-      Saying(Severity::error, "nonces_not_kept",
-             "nonces are not kept on disk any more; the next start refuses "
-             "what was signed before it: " +
-                 why);
+      LogLine(Severity::error, "nonces_not_kept",
+              "nonces are not kept on disk any more; the next start refuses "
+              "what was signed before it: " +
+                  why);
     }
   }
   give_memory_back();
@@ -328,8 +328,8 @@ void Service::check_poison() {
   poisoned_ = true;
   patch_rebuild_->stop();
   ShardStats stats = shard_->stats();
-  Saying(Severity::error, "poisoned",
-         "the log is poisoned, stopping: " + stats.poison_cause);
+  LogLine(Severity::error, "poisoned",
+          "the log is poisoned, stopping: " + stats.poison_cause);
   // Nobody knows what the disk kept: whoever waits hears "unknown".
   Problem p;
   p.status = 503;
@@ -358,9 +358,9 @@ void Service::begin_drain(bool handover) {
   if (draining_ || poisoned_) return;
   draining_ = true;
   handover_ = handover;
-  Saying(Severity::info, "draining",
-         handover ? "handing over: no new leases, the pool runs on"
-                  : "draining: no new leases, running jobs may finish");
+  LogLine(Severity::info, "draining",
+          handover ? "handing over: no new leases, the pool runs on"
+                   : "draining: no new leases, running jobs may finish");
   drain_until_ = clock_.mono_ms() + (handover ? 0 : options_.drain_ms);
   if (handover) pass_sockets();
   pulse();
@@ -378,10 +378,10 @@ void Service::advance_drain() {
   if (!released_) {
     if (!handover_ && shard_->running() > 0) {
       if (now < drain_until_) return;
-      Saying(Severity::warn, "released",
-             "releasing " + std::to_string(shard_->running()) +
-                 " jobs that did not finish within " +
-                 std::to_string(options_.drain_ms) + " ms");
+      LogLine(Severity::warn, "released",
+              "releasing " + std::to_string(shard_->running()) +
+                  " jobs that did not finish within " +
+                  std::to_string(options_.drain_ms) + " ms");
       shard_->release_all();
     }
     released_ = true;
@@ -419,25 +419,25 @@ int Service::finish() {
   threads_.reset();  // before the loop that they post to
   resolver_.reset();
   if (auto kept = door_->gate().close(); !kept) {
-    Saying(Severity::error, "nonces_not_kept",
-           "the next start refuses what was signed before it: " +
-               kept.error().what);
+    LogLine(Severity::error, "nonces_not_kept",
+            "the next start refuses what was signed before it: " +
+                kept.error().what);
   }
   if (!poisoned_) {
     auto closed = shard_->close();
     if (!closed) {
-      Saying(Severity::error, "close_failed",
-             "closing the log failed: " + closed.error().what);
+      LogLine(Severity::error, "close_failed",
+              "closing the log failed: " + closed.error().what);
       code = kExitPoisoned;
     }
   }
   shard_.reset();
   loop_.reset();
   if (code == 0) {
-    Saying(Severity::info, "stopped", handover_ ? "handed over" : "drained");
+    LogLine(Severity::info, "stopped", handover_ ? "handed over" : "drained");
   } else {
-    Saying(Severity::error, "stopped",
-           "stopped with exit code " + std::to_string(code))
+    LogLine(Severity::error, "stopped",
+            "stopped with exit code " + std::to_string(code))
         .with("code", code);
   }
   return code;
@@ -811,8 +811,8 @@ void Service::refuse_error(const Where& where, const Error& error) {
     default:
       p.status = 500;
       p.code = "io";
-      Saying(Severity::error, "request_failed",
-             "request failed: " + error.what);
+      LogLine(Severity::error, "request_failed",
+              "request failed: " + error.what);
   }
   refuse(where, p);
 }

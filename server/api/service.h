@@ -25,7 +25,7 @@
 #include <vector>
 
 #include "queue/base/json.h"
-#include "queue/base/say.h"
+#include "queue/base/logger.h"
 #include "queue/shard/shard.h"
 #include "server/api/doorkeeper.h"
 #include "server/api/job_json.h"

@@ -112,7 +112,7 @@ TEST(Settings, V2_AProcessIsGivenWhatItReads) {
   const std::string shared_file = read(cli / "pool_settings.cc");
   const std::set<std::string> shared = fields_read(
       function(shared_file, "std::vector<std::string> repo_roots(") +
-      function(shared_file, "SayOptions say_options("));
+      function(shared_file, "LoggerOptions logger_options("));
   for (auto [file, reader] : {std::pair("pool.cc", Setting::kPool),
                               {"worker.cc", Setting::kWorker}}) {
     std::set<std::string> wanted = fields_read(read(cli / file));

@@ -44,7 +44,7 @@ int pool(const Settings& settings, const std::string& server) {
   options.worker_env = child_environment(*config, Setting::kWorker);
   options.log_max_bytes = set.log_max_bytes;
   options.log_total_bytes = set.log_total_bytes;
-  say_as(say_options(*config, "pool"));
+  set_logger(logger_options(*config, "pool"));
   options.version = MACHINA_VERSION;
   options.manager = std::move(manager);
   return run_pool(options);

@@ -23,9 +23,10 @@ KindSettings kind_settings(const Config& config, const std::string& root) {
   return settings;
 }
 
-SayOptions say_options(const Config& config, const std::string& component) {
+LoggerOptions logger_options(const Config& config,
+                             const std::string& component) {
   const ProcessSettings& set = config.typed();
-  SayOptions say;
+  LoggerOptions say;
   say.json = set.log_format == "json";
   say.least = parse_severity(set.log_level);
   say.component = component;

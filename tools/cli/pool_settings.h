@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "queue/base/say.h"
+#include "queue/base/logger.h"
 #include "tools/config.h"
 #include "workers/kinds/kinds.h"
 
@@ -21,7 +21,8 @@ KindSettings kind_settings(const Config& config, const std::string& root);
 std::vector<std::string> repo_roots(const Config& config,
                                     const std::string& root);
 // How lines look, and where the server's go (null: to standard error).
-SayOptions say_options(const Config& config, const std::string& component);
+LoggerOptions logger_options(const Config& config,
+                             const std::string& component);
 // Whether nobody else could lead the lines elsewhere (tools/trust.h).
 Result<void> check_log_file(const std::string& path);
 Result<std::unique_ptr<LineFile>> log_file(const Config& config);

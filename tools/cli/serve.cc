@@ -205,8 +205,8 @@ int serve(const ServeOptions& options) {
   if (!lines) {
     return fail(kUsage, log_file_fault(lines.error().what));
   }
-  say_as(say_options(*config, "server"));
-  say_in_background(std::move(*lines));
+  set_logger(logger_options(*config, "server"));
+  start_logger(std::move(*lines));
   ServerOptions server = server_options(*config, *root);
   server.port_file = options.port_file;
   if (options.no_pool) server.pool_argv.clear();
@@ -215,7 +215,7 @@ int serve(const ServeOptions& options) {
   }
   server.events = serve_events(*config, std::move(start));
   int code = run_server(server);
-  say_no_more(kLastWordsMs);
+  stop_logger(kLastWordsMs);
   return code;
 }
 

@@ -75,9 +75,9 @@ int worker(const Given& given) {
   options.shell_timeout_ms = set.shell_timeout_ms;
   options.shell_stdout_max = set.shell_stdout_max;
   options.shell_stderr_max = set.shell_stderr_max;
-  SayOptions say = say_options(*config, "worker");
+  LoggerOptions say = logger_options(*config, "worker");
   say.who = options.name;
-  say_as(say);
+  set_logger(say);
   return run_worker(options);
 }
 

@@ -25,8 +25,8 @@
 
 #include "queue/base/hex.h"
 #include "queue/base/json.h"
+#include "queue/base/logger.h"
 #include "queue/base/rfc3339.h"
-#include "queue/base/say.h"
 #include "queue/base/utf8.h"
 #include "tools/ops.h"
 #include "tools/process.h"
@@ -85,8 +85,8 @@ struct Root {
 int take_root(const PoolOptions& options, Root& root) {
   root.dir = open(options.root.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (root.dir < 0) {
-    Saying(Severity::error, "start_failed",
-           "root " + options.root + ": " + strerror(errno));
+    LogLine(Severity::error, "start_failed",
+            "root " + options.root + ": " + strerror(errno));
     return 2;
   }
   root.lock = openat(root.dir, "pool.lock",
@@ -100,12 +100,12 @@ int take_root(const PoolOptions& options, Root& root) {
   }
   if (locked != 0) {
     if (root.lock >= 0 && errno == EWOULDBLOCK) {
-      Saying(Severity::error, "start_failed",
-             "another pool has " + options.root + "/pool.lock");
+      LogLine(Severity::error, "start_failed",
+              "another pool has " + options.root + "/pool.lock");
       return kExitLocked;
     }
-    Saying(Severity::error, "start_failed",
-           options.root + "/pool.lock: " + strerror(errno));
+    LogLine(Severity::error, "start_failed",
+            options.root + "/pool.lock: " + strerror(errno));
     return 2;
   }
   return 0;
@@ -210,7 +210,7 @@ int write_own_pid(const PoolOptions& options) {
   file.version = options.version;
   file.started_at = rfc3339_now();
   if (auto ok = write_pid_file(options.root, file); !ok) {
-    Saying(Severity::warn, "no_pid_file", ok.error().what);
+    LogLine(Severity::warn, "no_pid_file", ok.error().what);
     return -1;
   }
   return open((ops_dir(options.root) + "/pool.pid").c_str(),
@@ -237,8 +237,8 @@ class PoolLines {
                         : LineFile::open(dir, "pool.log", options.log_max_bytes,
                                          options.log_total_bytes);
     if (!file) {
-      Saying(Severity::warn, "no_log_file",
-             "logs/pool/pool.log: " + file.error().what);
+      LogLine(Severity::warn, "no_log_file",
+              "logs/pool/pool.log: " + file.error().what);
       return;
     }
     if (geteuid() == 0) (void)!fchown((*file)->fd(), uid, uid);
@@ -259,13 +259,13 @@ class PoolLines {
 
   // After the spawner was forked and privilege dropped.
   void begin() {
-    say_in_background(std::move(file_), pipe_);
+    start_logger(std::move(file_), pipe_);
     begun_ = true;
   }
   ~PoolLines() {
     // Before begin(): what was said is in the pipe, and has no other reader.
     if (!begun_) begin();
-    say_no_more(kLastWordsMs);
+    stop_logger(kLastWordsMs);
   }
 
  private:
@@ -415,7 +415,7 @@ int Pool::run() {
   signal(SIGPIPE, SIG_IGN);
   signal_fd_ = signalfd(-1, &mine, SFD_CLOEXEC | SFD_NONBLOCK);
   news_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-  Saying(Severity::info, "started", "serving")
+  LogLine(Severity::info, "started", "serving")
       .with("pid", getpid())
       .with("uid", getuid())
       .with("spawner_pid", spawner_.pid())
@@ -440,7 +440,7 @@ int Pool::run() {
   for (auto& [slot, facts] : facts_) close(facts.fd);
   close(signal_fd_);
   close(news_fd_);
-  Saying(Severity::info, "stopped", "left").with("code", exit_code_);
+  LogLine(Severity::info, "stopped", "left").with("code", exit_code_);
   return exit_code_;
 }
 
@@ -461,7 +461,7 @@ void Pool::sync_loop() {
     const bool parked = mode_ == Mode::serving;
     const Millis wait_ms = parked ? kSyncWaitMs : 200;
     SandboxCounts counts = counts_;
-    counts.log_dropped += said_dropped();
+    counts.log_dropped += log_lines_dropped();
     const std::string body = slots_.sync_body(
         host_, session_, counts.json(), trouble_json(), pids_max(), wait_ms);
     dirty_ = false;
@@ -477,7 +477,7 @@ void Pool::sync_loop() {
     const bool full = reply && reply->status == 507;
     if (full || (reply && reply->status == 200)) {
       if (away_since_ms_ != 0) {
-        Saying(Severity::info, "server_back", "the server is back")
+        LogLine(Severity::info, "server_back", "the server is back")
             .with("away_ms", now_ms() - away_since_ms_);
       }
       away_since_ms_ = 0;
@@ -489,14 +489,14 @@ void Pool::sync_loop() {
       take_answer(reply->body);
       wake_main();
     } else if (reply) {
-      Saying(Severity::warn, "sync_refused", utf8_head(reply->body, 200))
+      LogLine(Severity::warn, "sync_refused", utf8_head(reply->body, 200))
           .with("status", reply->status);
     }
     const bool ours = !reply && reply.error().code == Code::conflict;
     if (quit_ || ours) continue;
     if ((!reply || reply->status != 200) && !full && away_since_ms_ == 0) {
       away_since_ms_ = now_ms();
-      Saying(Severity::warn, "server_away", "the server is away");
+      LogLine(Severity::warn, "server_away", "the server is away");
     }
     // Not faster than kSyncEveryMs, whatever the server does; a death that is
     // not reported yet goes at once. One that is away is looked for often.
@@ -518,7 +518,7 @@ void Pool::take_answer(const std::string& body) {
       const auto target = json::integer(value);
       if (!target || *target < 0 || *target > kSlotsMax) return false;
       if (*target != target_) {
-        Saying(Severity::info, "scaled", "another number of workers")
+        LogLine(Severity::info, "scaled", "another number of workers")
             .with("from", target_)
             .with("to", *target);
         unusable_tries_ = 0;  // whoever scales asks for another try
@@ -531,7 +531,7 @@ void Pool::take_answer(const std::string& body) {
     return true;
   });
   if (!good) {
-    Saying(Severity::error, "sync_malformed", utf8_head(body, 200));
+    LogLine(Severity::error, "sync_malformed", utf8_head(body, 200));
   }
 }
 
@@ -573,7 +573,7 @@ void Pool::wait_for_news() {
           begin_kill("asked twice");
         }
       } else if (info.ssi_signo == SIGHUP) {
-        say_reopen();
+        reopen_logger();
       }
     }
   }
@@ -620,13 +620,14 @@ void Pool::say_ended(const PoolSlots::Slot& slot, int status) const {
   if (clean ||
       (asked && (signal == 0 || signal == SIGTERM || signal == SIGKILL))) {
     if (asked) {
-      Saying(Severity::info, "worker_left", "a worker left, as it was asked to")
+      LogLine(Severity::info, "worker_left",
+              "a worker left, as it was asked to")
           .with("worker", slot.name)
           .with("pid", slot.pid);
     }
     return;
   }
-  Saying(Severity::error, "worker_died", "a worker died")
+  LogLine(Severity::error, "worker_died", "a worker died")
       .with("worker", slot.name)
       .with("pid", slot.pid)
       .with("job", slot.job)
@@ -722,7 +723,7 @@ void Pool::take_fact(int slot, const std::string& line) {
       if (key == "level") level = json::string(value).value_or("");
       return true;
     });
-    Saying(Severity::info, "worker_ready", "a worker has proven its level")
+    LogLine(Severity::info, "worker_ready", "a worker has proven its level")
         .with("worker", s.name)
         .with("isolation_level", level);
   }
@@ -736,10 +737,10 @@ void Pool::take_trouble(const PoolSlots::Slot& slot, sandbox::Trouble trouble) {
   if (!unusable()) return;
   unusable_look_ms_ = now_ms() + kUnusableLookMs;
   if (unusable_tries_ == kUnusableTries || news) {
-    Saying(Severity::error, "no_sandbox",
-           "no job can run here, and no more workers are started but one a "
-           "minute: " +
-               trouble_.reason)
+    LogLine(Severity::error, "no_sandbox",
+            "no job can run here, and no more workers are started but one a "
+            "minute: " +
+                trouble_.reason)
         .with("worker", slot.name)
         .with("remedy", trouble_.remedy);
   }
@@ -783,7 +784,7 @@ void Pool::adjust() {
 
 void Pool::start_worker(int slot) {
   const auto failed = [&](const std::string& why) {
-    Saying(Severity::error, "worker_not_started", why).with("slot", slot);
+    LogLine(Severity::error, "worker_not_started", why).with("slot", slot);
     std::lock_guard lock(mutex_);
     slots_.not_started(slot, now_ms());
   };
@@ -836,7 +837,7 @@ void Pool::signal_all(int signal) {
 // Workers finish what they have; near the end of the grace they give it back.
 void Pool::begin_drain(const char* why, Millis grace_ms) {
   if (mode_ != Mode::serving) return;
-  Saying(Severity::info, "draining", std::string(why) + ": no new jobs")
+  LogLine(Severity::info, "draining", std::string(why) + ": no new jobs")
       .with("grace_ms", grace_ms)
       .with("workers", slots_.alive());
   mode_ = Mode::draining;
@@ -863,7 +864,7 @@ void Pool::begin_kill(const char* why, bool charged) {
     slots_.killed();
     remember();
   }
-  Saying(Severity::warn, "killing", std::string(why) + ": killing workers")
+  LogLine(Severity::warn, "killing", std::string(why) + ": killing workers")
       .with("workers", slots_.alive());
   mode_ = Mode::killing;
   signal_all(SIGKILL);
@@ -927,7 +928,7 @@ namespace {
 
 // P7. For the server, which has nobody else to ask.
 int cannot_serve(const Root& root, const sandbox::Trouble& trouble) {
-  Saying(Severity::error, "start_failed", trouble.reason)
+  LogLine(Severity::error, "start_failed", trouble.reason)
       .with("remedy", trouble.remedy);
   const int fd =
       openat(root.dir, "pool.trouble",
@@ -949,7 +950,7 @@ int run_pool(const PoolOptions& options) {
   PoolLines lines(root, options);
   auto program = Program::open(options.self_exe);
   if (!program) {
-    Saying(Severity::error, "start_failed", program.error().what);
+    LogLine(Severity::error, "start_failed", program.error().what);
     return 2;
   }
   const int own_pid = write_own_pid(options);

@@ -33,7 +33,8 @@
 //       (pool.lock has it). One that died by itself is `gone` even then.
 //   P9  <root>/pool.log holds what pool, spawner and workers say; the pool
 //   alone
-//       writes it, within its bounds; nobody waits for it (queue/base/say.h).
+//       writes it, within its bounds; nobody waits for it
+//       (queue/base/logger.h).
 
 #pragma once
 

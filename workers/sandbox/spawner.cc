@@ -19,7 +19,7 @@
 #include <sstream>
 
 #include "queue/base/check.h"
-#include "queue/base/say.h"
+#include "queue/base/logger.h"
 #include "workers/sandbox/landlock.h"
 #include "workers/sandbox/launch.h"
 
@@ -50,8 +50,8 @@ class SpawnerProcess {
 
   [[noreturn]] void run() {
     host_ = find_host(options_);
-    say_as("spawner");
-    Saying(Severity::debug, "started", "sandboxes can be made")
+    set_logger("spawner");
+    LogLine(Severity::debug, "started", "sandboxes can be made")
         .with("pid", getpid())
         .with("uid", geteuid());
     set_slots(options_.slots);
@@ -117,7 +117,7 @@ class SpawnerProcess {
       status.error = start_keeper(request.slot, channel[0]);
     }
     if (status.error != 0) {
-      Saying(Severity::warn, "slot_failed", std::strerror(status.error))
+      LogLine(Severity::warn, "slot_failed", std::strerror(status.error))
           .with("slot", request.slot);
     }
     if (count) close(channel[0]);
@@ -132,14 +132,15 @@ class SpawnerProcess {
     }
     const std::uint64_t part = pids_part(host_.pids, slots_);
     if (slots_ == before || part >= options_.pids_max) return;
-    Saying(Severity::warn, "pids_bounded",
-           std::to_string(slots_) + " workers of up to " +
-               std::to_string(options_.pids_max) +
-               " processes a job (MACHINA_SANDBOX_MAX_PIDS) are more than this "
-               "host has (" +
-               host_.pids.what +
-               ", an eighth of which stays the host's): a job gets at most " +
-               std::to_string(part))
+    LogLine(
+        Severity::warn, "pids_bounded",
+        std::to_string(slots_) + " workers of up to " +
+            std::to_string(options_.pids_max) +
+            " processes a job (MACHINA_SANDBOX_MAX_PIDS) are more than this "
+            "host has (" +
+            host_.pids.what +
+            ", an eighth of which stays the host's): a job gets at most " +
+            std::to_string(part))
         .with("workers", slots_)
         .with("pids", static_cast<std::int64_t>(part));
   }
@@ -147,9 +148,9 @@ class SpawnerProcess {
   int start_keeper(int slot, int channel) {
     std::string where;
     if (const int error = host_.cgroups.make_slot(slot, &where)) {
-      Saying(Severity::error, "control_group_failed",
-             "cannot make the control group " + where + ": " +
-                 std::strerror(error));
+      LogLine(Severity::error, "control_group_failed",
+              "cannot make the control group " + where + ": " +
+                  std::strerror(error));
       return error;
     }
     int ends[2];

@@ -9,7 +9,7 @@
 #include <thread>
 
 #include "queue/base/json.h"
-#include "queue/base/say.h"
+#include "queue/base/logger.h"
 #include "workers/worker/worker.h"
 
 namespace machina {
@@ -31,19 +31,19 @@ int run_worker(const WorkerOptions& options) {
   }
   auto slot = sandbox::Slot::attach(options.channel_fd);
   if (!slot) {
-    Saying(Severity::error, "start_failed", "no slot: " + slot.error().what);
+    LogLine(Severity::error, "start_failed", "no slot: " + slot.error().what);
     return 1;
   }
   auto report = sandbox::run_canary(**slot);
   if (!report) {
-    Saying(Severity::error, "start_failed",
-           "the canary could not run: " + report.error().what);
+    LogLine(Severity::error, "start_failed",
+            "the canary could not run: " + report.error().what);
     return 1;
   }
   if (report->level == 0) {
     // No kind of ours can run: nothing is leased, and the pool is told why.
     const sandbox::Trouble& trouble = report->trouble;
-    Saying(Severity::error, "no_sandbox", trouble.reason)
+    LogLine(Severity::error, "no_sandbox", trouble.reason)
         .with("remedy", trouble.remedy);
     const std::string fact =
         "{\"state\":\"unusable\",\"reason\":" + json::quoted(trouble.reason) +

@@ -9,7 +9,7 @@
 #include <thread>
 
 #include "queue/base/json.h"
-#include "queue/base/say.h"
+#include "queue/base/logger.h"
 #include "queue/base/utf8.h"
 #include "workers/kinds/run.h"
 #include "workers/worker/heartbeat.h"
@@ -254,7 +254,7 @@ class Worker::Impl : public kinds::Host {
   }
 
   // About one attempt; the rest of the line is its caller's.
-  static Saying& about(Saying& line, const Lease& lease) {
+  static LogLine& about(LogLine& line, const Lease& lease) {
     return line.with("request_id", lease.request_id)
         .with("job", lease.job_id)
         .with("attempt", lease.attempt)
@@ -262,7 +262,7 @@ class Worker::Impl : public kinds::Host {
   }
 
   void say_begun(const Lease& lease) const {
-    Saying line(Severity::info, "attempt_started", "an attempt starts");
+    LogLine line(Severity::info, "attempt_started", "an attempt starts");
     about(line, lease);
   }
 
@@ -271,14 +271,14 @@ class Worker::Impl : public kinds::Host {
     const bool broken = end.code == EndCode::sandbox ||
                         end.code == EndCode::isolation_unavailable;
     const Severity severity = broken ? Severity::warn : Severity::info;
-    if (!said(severity)) return;
+    if (!logs_at(severity)) return;
     if (rate != nullptr && !broken) {
       const auto now = std::chrono::duration_cast<milliseconds>(
           Steady::now().time_since_epoch());
       if (!rate->take(now.count())) return;
     }
     // What a job printed is its own: the message only where we made it.
-    Saying line(severity, "attempt_ended", broken ? end.message : "it ended");
+    LogLine line(severity, "attempt_ended", broken ? end.message : "it ended");
     about(line, lease)
         .with("code", end.code == EndCode::none ? "ok" : name(end.code))
         .with("duration_ms", end.usage.wall_ms);
@@ -300,7 +300,7 @@ class Worker::Impl : public kinds::Host {
   void tell_counts() {
     if (options_.facts_fd < 0) return;
     SandboxCounts counts = slot_.take();
-    const std::uint64_t dropped = said_dropped();
+    const std::uint64_t dropped = log_lines_dropped();
     counts.log_dropped = dropped - dropped_told_;
     if (counts.empty()) return;
     if (tell("{\"counts\":" + counts.json() + "}")) {
@@ -358,7 +358,7 @@ class Worker::Impl : public kinds::Host {
     if (reply->status != 200 && reply->status != 204) {
       // One line for as long as it says the same, a drain for instance.
       if (reply->status != refusal_) {
-        Saying(Severity::warn, "lease_refused", utf8_head(reply->body, 300))
+        LogLine(Severity::warn, "lease_refused", utf8_head(reply->body, 300))
             .with("status", reply->status);
       }
       refusal_ = reply->status;
@@ -377,8 +377,8 @@ class Worker::Impl : public kinds::Host {
     const auto now = Steady::now();
     if (cut_off_since_ == Steady::time_point()) cut_off_since_ = now;
     if (now - cut_off_since_ < milliseconds(kCutOffMs) || stopping_) return;
-    Saying(Severity::error, "cut_off",
-           "no answer from the server for too long");
+    LogLine(Severity::error, "cut_off",
+            "no answer from the server for too long");
     stopping_ = true;
   }
 
@@ -386,7 +386,7 @@ class Worker::Impl : public kinds::Host {
     if (reply.status != 200) return {};
     auto leases = parse_leases(reply.body);
     if (leases) return std::move(*leases);
-    Saying(Severity::error, "lease_malformed", leases.error().what);
+    LogLine(Severity::error, "lease_malformed", leases.error().what);
     strays_ = true;
     return {};
   }
@@ -500,8 +500,8 @@ class Worker::Impl : public kinds::Host {
         return more ? take_leases(*reply) : std::vector<Lease>();
       }
       if (reply && refused(reply->status)) {
-        Saying(Severity::error, "completion_refused",
-               utf8_head(reply->body, 300))
+        LogLine(Severity::error, "completion_refused",
+                utf8_head(reply->body, 300))
             .with("status", reply->status);
         return {};
       }
@@ -518,7 +518,7 @@ class Worker::Impl : public kinds::Host {
     if (!answers) return;
     for (const ItemReply& answer : *answers) {
       if (answer.problem.empty()) continue;
-      Saying(Severity::warn, "completion_refused", answer.problem)
+      LogLine(Severity::warn, "completion_refused", answer.problem)
           .with("fence", answer.token.substr(0, 16))
           .with("status", answer.status);
       if (answer.status / 100 != 4 || answer.status == 409 ||
@@ -539,8 +539,8 @@ class Worker::Impl : public kinds::Host {
       const auto reply = client_.post("/v1/leases/" + token + "/fail", body);
       if (reply && (reply->status == 200 || refused(reply->status))) {
         if (reply->status != 200) {
-          Saying(Severity::warn, "failure_refused",
-                 "the server did not take an attempt's end")
+          LogLine(Severity::warn, "failure_refused",
+                  "the server did not take an attempt's end")
               .with("fence", token.substr(0, 16))
               .with("status", reply->status);
         }
@@ -556,8 +556,8 @@ class Worker::Impl : public kinds::Host {
       const auto reply = client_.post("/v1/leases/" + token + "/block", body);
       if (reply && (reply->status == 200 || refused(reply->status))) {
         if (reply->status != 200) {
-          Saying(Severity::warn, "block_refused",
-                 "the server did not let an attempt wait")
+          LogLine(Severity::warn, "block_refused",
+                  "the server did not let an attempt wait")
               .with("fence", token.substr(0, 16))
               .with("status", reply->status);
         }
@@ -579,7 +579,7 @@ class Worker::Impl : public kinds::Host {
     const Stop stop = heartbeat_.stop_of(lease.token);
     if (stop == Stop::lost) {
       heartbeat_.drop_all();
-      Saying line(Severity::warn, "lease_lost", "the lease was lost");
+      LogLine line(Severity::warn, "lease_lost", "the lease was lost");
       about(line, lease).with("fence", lease.token.substr(0, 16));
       return {};
     }

@@ -1,7 +1,7 @@
-// queue/base/say.h and queue/base/line_file.h. Each test that changes what this
-// process says of itself does so in a process of its own.
+// queue/base/logger.h and queue/base/line_file.h. Each test that changes what
+// this process says of itself does so in a process of its own.
 
-#include "queue/base/say.h"
+#include "queue/base/logger.h"
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
@@ -28,7 +28,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-class SayTest : public testing::Test {
+class LoggerTest : public testing::Test {
  protected:
   void SetUp() override {
     char name[] = "/tmp/say_test_XXXXXX";
@@ -68,17 +68,17 @@ class SayTest : public testing::Test {
   std::string dir_;
 };
 
-TEST_F(SayTest, ALineHasItsPartsInText) {
+TEST_F(LoggerTest, ALineHasItsPartsInText) {
   child([] {
-    SayOptions o;
+    LoggerOptions o;
     o.component = "server";
-    say_as(o);
-    Saying(Severity::warn, "request", "Not Found")
+    set_logger(o);
+    LogLine(Severity::warn, "request", "Not Found")
         .with("path", "/a b")
         .with("status", 404)
         .with("request_id", "r-1")
         .with("job", "");
-    Saying(Severity::debug, "request", "not kept");
+    LogLine(Severity::debug, "request", "not kept");
     return 0;
   });
   auto all = lines(read(path("err")));
@@ -90,15 +90,15 @@ TEST_F(SayTest, ALineHasItsPartsInText) {
   EXPECT_EQ(all[0][23], 'Z');
 }
 
-TEST_F(SayTest, WhatAClientSentCannotLookLikeALine) {
+TEST_F(LoggerTest, WhatAClientSentCannotLookLikeALine) {
   for (bool json : {false, true}) {
     fs::remove(path("err"));
     child([&] {
-      SayOptions o;
+      LoggerOptions o;
       o.json = json;
       o.component = "server";
-      say_as(o);
-      Saying(Severity::info, "request", "x\n2026-01-01T00:00:00.000Z error")
+      set_logger(o);
+      LogLine(Severity::info, "request", "x\n2026-01-01T00:00:00.000Z error")
           .with("path",
                 "/\r\n\x1b[2J\x7f\xc2\x9b\xff\"\\ {\"level\":\"error\"}")
           .with("big", std::string(100'000, '\n'))
@@ -108,7 +108,7 @@ TEST_F(SayTest, WhatAClientSentCannotLookLikeALine) {
     });
     std::string text = read(path("err"));
     ASSERT_EQ(lines(text).size(), 1u) << text;
-    EXPECT_LE(text.size(), kSaidLineBytesMax);
+    EXPECT_LE(text.size(), kLogLineBytesMax);
     EXPECT_NE(text.find("/\\u000d\\n\\u001b[2J\\u007f\\u009b\\ufffd\\\"\\\\ "
                         "{\\\"level\\\":\\\"error\\\"}"),
               text.npos)
@@ -125,29 +125,29 @@ TEST_F(SayTest, WhatAClientSentCannotLookLikeALine) {
   }
 }
 
-TEST_F(SayTest, ManyFieldsNeverMakeALineTooLong) {
+TEST_F(LoggerTest, ManyFieldsNeverMakeALineTooLong) {
   child([] {
-    Saying line(Severity::info, "many", std::string(10'000, 'm'));
+    LogLine line(Severity::info, "many", std::string(10'000, 'm'));
     for (int i = 0; i < 100; ++i) line.with("name", std::string(900, 'v'));
     return 0;
   });
   std::string text = read(path("err"));
   EXPECT_EQ(lines(text).size(), 1u);
-  EXPECT_LE(text.size(), kSaidLineBytesMax);
+  EXPECT_LE(text.size(), kLogLineBytesMax);
   EXPECT_GT(text.size(), 2000u);
 }
 
-TEST_F(SayTest, AStillReaderHoldsNobodyUpAndTheLossIsCounted) {
+TEST_F(LoggerTest, AStillReaderHoldsNobodyUpAndTheLossIsCounted) {
   int ends[2];
   ASSERT_EQ(pipe(ends), 0);
   int code = child([&] {
     dup2(ends[1], 2);
-    say_in_background(nullptr);
+    start_logger(nullptr);
     // Far more than pipe and queue hold; nobody reads.
     std::string text(1000, 'x');
-    for (int i = 0; i < 20'000; ++i) Saying(Severity::info, "flood", text);
-    bool dropped = said_dropped() > 1000;
-    say_no_more(500);  // ends although nobody reads
+    for (int i = 0; i < 20'000; ++i) LogLine(Severity::info, "flood", text);
+    bool dropped = log_lines_dropped() > 1000;
+    stop_logger(500);  // ends although nobody reads
     return dropped ? 0 : 1;
   });
   EXPECT_EQ(code, 0);
@@ -155,17 +155,17 @@ TEST_F(SayTest, AStillReaderHoldsNobodyUpAndTheLossIsCounted) {
   close(ends[1]);
 }
 
-TEST_F(SayTest, AReaderThatWentAwayKillsNobody) {
+TEST_F(LoggerTest, AReaderThatWentAwayKillsNobody) {
   int ends[2];
   ASSERT_EQ(pipe(ends), 0);
   close(ends[0]);
   int code = child([&] {
     signal(SIGPIPE, SIG_DFL);
     dup2(ends[1], 2);
-    say_in_background(nullptr);
-    Saying(Severity::info, "gone", "nobody hears");
-    say_no_more(5000);
-    return said_dropped() == 1 ? 0 : 1;
+    start_logger(nullptr);
+    LogLine(Severity::info, "gone", "nobody hears");
+    stop_logger(5000);
+    return log_lines_dropped() == 1 ? 0 : 1;
   });
   close(ends[1]);
   EXPECT_EQ(code, 0);
@@ -173,7 +173,7 @@ TEST_F(SayTest, AReaderThatWentAwayKillsNobody) {
 
 // Each of the lines is in the file, or in the count that follows the first line
 // that finds room again; the notice itself is in neither.
-TEST_F(SayTest, AFullDiskCostsLinesAndIsToldOfLater) {
+TEST_F(LoggerTest, AFullDiskCostsLinesAndIsToldOfLater) {
   constexpr std::size_t kLines = 100;
   const auto kept = [&] {
     std::string text = read(path("log"));
@@ -185,17 +185,17 @@ TEST_F(SayTest, AFullDiskCostsLinesAndIsToldOfLater) {
     if (!file) return 1;
     rlimit small{1000, RLIM_INFINITY}, none{RLIM_INFINITY, RLIM_INFINITY};
     setrlimit(RLIMIT_FSIZE, &small);  // from here on writes fail
-    say_in_background(std::move(*file));
+    start_logger(std::move(*file));
     for (std::size_t i = 0; i < kLines; ++i) {
-      Saying(Severity::info, "before", std::string(100, 'b'));
+      LogLine(Severity::info, "before", std::string(100, 'b'));
     }
-    for (int i = 0; i < 3000 && kept() + said_dropped() < kLines; ++i) {
+    for (int i = 0; i < 3000 && kept() + log_lines_dropped() < kLines; ++i) {
       usleep(10'000);
     }
-    if (kept() + said_dropped() != kLines) return 2;
+    if (kept() + log_lines_dropped() != kLines) return 2;
     setrlimit(RLIMIT_FSIZE, &none);
-    Saying(Severity::info, "after", "room again");
-    say_no_more(5000);
+    LogLine(Severity::info, "after", "room again");
+    stop_logger(5000);
     return 0;
   });
   ASSERT_EQ(code, 0);
@@ -214,7 +214,7 @@ TEST_F(SayTest, AFullDiskCostsLinesAndIsToldOfLater) {
 }
 
 // The same on standard error, and before there is a thread that writes.
-TEST_F(SayTest, AFullDiskUnderStandardErrorIsToldOfToo) {
+TEST_F(LoggerTest, AFullDiskUnderStandardErrorIsToldOfToo) {
   for (bool background : {false, true}) {
     SCOPED_TRACE(background);
     fs::remove(path("err"));
@@ -222,14 +222,14 @@ TEST_F(SayTest, AFullDiskUnderStandardErrorIsToldOfToo) {
       signal(SIGXFSZ, SIG_IGN);
       rlimit small{40, RLIM_INFINITY}, none{RLIM_INFINITY, RLIM_INFINITY};
       setrlimit(RLIMIT_FSIZE, &small);
-      if (background) say_in_background(nullptr);
-      Saying(Severity::info, "before", std::string(100, 'b'));
-      Saying(Severity::info, "before", std::string(100, 'b'));
-      for (int i = 0; i < 3000 && said_dropped() < 2; ++i) usleep(10'000);
-      if (said_dropped() != 2) return 2;
+      if (background) start_logger(nullptr);
+      LogLine(Severity::info, "before", std::string(100, 'b'));
+      LogLine(Severity::info, "before", std::string(100, 'b'));
+      for (int i = 0; i < 3000 && log_lines_dropped() < 2; ++i) usleep(10'000);
+      if (log_lines_dropped() != 2) return 2;
       setrlimit(RLIMIT_FSIZE, &none);
-      Saying(Severity::info, "after", "room again");
-      say_no_more(5000);
+      LogLine(Severity::info, "after", "room again");
+      stop_logger(5000);
       return 0;
     });
     ASSERT_EQ(code, 0);
@@ -241,12 +241,12 @@ TEST_F(SayTest, AFullDiskUnderStandardErrorIsToldOfToo) {
   }
 }
 
-TEST_F(SayTest, LinesOfOthersComeThroughThePipe) {
+TEST_F(LoggerTest, LinesOfOthersComeThroughThePipe) {
   int ends[2];
   ASSERT_EQ(pipe(ends), 0);
   int code = child([&] {
     auto file = LineFile::open(path("log"), 1 << 20, 1 << 22);
-    say_in_background(std::move(*file), ends[0]);
+    start_logger(std::move(*file), ends[0]);
     std::vector<pid_t> writers;
     for (int w = 0; w < 4; ++w) {
       writers.push_back(fork());
@@ -261,8 +261,8 @@ TEST_F(SayTest, LinesOfOthersComeThroughThePipe) {
       }
     }
     for (pid_t pid : writers) waitpid(pid, nullptr, 0);
-    Saying(Severity::info, "last", "mine");
-    say_no_more(5000);
+    LogLine(Severity::info, "last", "mine");
+    stop_logger(5000);
     return 0;
   });
   ASSERT_EQ(code, 0);
@@ -283,7 +283,7 @@ TEST_F(SayTest, LinesOfOthersComeThroughThePipe) {
 }
 
 // F1, F2: nothing is lost but what is oldest, and the sum stays in its bound.
-TEST_F(SayTest, AFileIsRenamedAsideAndTheOldestGo) {
+TEST_F(LoggerTest, AFileIsRenamedAsideAndTheOldestGo) {
   auto file = LineFile::open(path("log"), 1000, 3500);
   ASSERT_TRUE(file);
   for (int i = 0; i < 500; ++i) {
@@ -312,7 +312,7 @@ TEST_F(SayTest, AFileIsRenamedAsideAndTheOldestGo) {
 }
 
 // What is there from before, or was put there meanwhile, counts too.
-TEST_F(SayTest, TheBoundHoldsFromTheFirstMomentOn) {
+TEST_F(LoggerTest, TheBoundHoldsFromTheFirstMomentOn) {
   const auto litter = [&] {
     for (int n = 1; n <= 9; ++n) {
       std::ofstream(path("log." + std::to_string(n)))
@@ -337,7 +337,7 @@ TEST_F(SayTest, TheBoundHoldsFromTheFirstMomentOn) {
 
 // One file never takes all that there may be: turning over leaves what was said
 // last.
-TEST_F(SayTest, AFileIsAtMostHalfOfAll) {
+TEST_F(LoggerTest, AFileIsAtMostHalfOfAll) {
   auto file = LineFile::open(path("log"), 1 << 20, 4000);
   ASSERT_TRUE(file);
   const std::string line = std::string(99, 'x') + "\n";
@@ -355,7 +355,7 @@ TEST_F(SayTest, AFileIsAtMostHalfOfAll) {
 }
 
 // Another's file of our name is not turned over by us.
-TEST_F(SayTest, OnlyOurOwnFileIsRenamedAside) {
+TEST_F(LoggerTest, OnlyOurOwnFileIsRenamedAside) {
   auto file = LineFile::open(path("log"), 1000, 10'000);
   ASSERT_TRUE(file);
   (*file)->append(std::string(999, 'a') + "\n");
@@ -366,7 +366,7 @@ TEST_F(SayTest, OnlyOurOwnFileIsRenamedAside) {
   EXPECT_EQ(read(path("log")), "theirs\nb\n");
 }
 
-TEST_F(SayTest, AFileThatWasMovedAwayIsBegunAnewOnReopen) {
+TEST_F(LoggerTest, AFileThatWasMovedAwayIsBegunAnewOnReopen) {
   auto file = LineFile::open(path("log"), 1 << 20, 1 << 22);
   ASSERT_TRUE(file);
   (*file)->append("one\n");
@@ -378,7 +378,7 @@ TEST_F(SayTest, AFileThatWasMovedAwayIsBegunAnewOnReopen) {
   EXPECT_EQ(read(path("log")), "three\n");
 }
 
-TEST_F(SayTest, OnlyARegularFileOfItsOwnIsWritten) {
+TEST_F(LoggerTest, OnlyARegularFileOfItsOwnIsWritten) {
   fs::create_symlink("/etc/passwd", path("link"));
   EXPECT_FALSE(LineFile::open(path("link"), 1000, 4000));
   ASSERT_EQ(mkfifo(path("fifo").c_str(), 0600), 0);
@@ -389,7 +389,7 @@ TEST_F(SayTest, OnlyARegularFileOfItsOwnIsWritten) {
   EXPECT_FALSE(LineFile::open(path("no/such"), 1000, 4000));
 }
 
-TEST_F(SayTest, AnAllowanceCountsWhatItRefuses) {
+TEST_F(LoggerTest, AnAllowanceCountsWhatItRefuses) {
   Allowance two(2);
   EXPECT_TRUE(two.take(5000));
   EXPECT_TRUE(two.take(5001));

@@ -1,4 +1,4 @@
-#include "queue/base/say.h"
+#include "queue/base/logger.h"
 
 #include <fcntl.h>
 #include <poll.h>
@@ -91,7 +91,7 @@ class Loss {
  public:
   Loss() : told_(g_told), now_(g_dropped) {
     if (now_ == told_) return;
-    line_ = Saying(Severity::warn, "log_dropped", "lines were dropped")
+    line_ = LogLine(Severity::warn, "log_dropped", "lines were dropped")
                 .with("count", static_cast<std::int64_t>(now_ - told_))
                 .with("total", static_cast<std::int64_t>(now_))
                 .take();
@@ -124,7 +124,7 @@ class Writer {
   bool put(const std::string& line) {
     {
       std::lock_guard lock(mutex_);
-      if (waiting_.size() + line.size() > kSaidWaitingBytesMax) return false;
+      if (waiting_.size() + line.size() > kLogWaitingBytesMax) return false;
       bool was_empty = waiting_.empty();
       waiting_ += line;
       if (!was_empty) return true;
@@ -195,7 +195,7 @@ class Writer {
       pipe_.append(buffer, static_cast<std::size_t>(n));
     }
     std::size_t end = pipe_.rfind('\n');
-    if (end == pipe_.npos && pipe_.size() > kSaidLineBytesMax) {
+    if (end == pipe_.npos && pipe_.size() > kLogLineBytesMax) {
       pipe_ += '\n';
       end = pipe_.size() - 1;
     }
@@ -238,7 +238,7 @@ class Writer {
       }
       // So much at a time goes into a pipe without blocking.
       ssize_t n =
-          ::write(2, rest.data(), std::min(rest.size(), kSaidLineBytesMax));
+          ::write(2, rest.data(), std::min(rest.size(), kLogLineBytesMax));
       if (n < 0 && errno == EAGAIN) continue;
       if (n <= 0) break;
       rest.remove_prefix(static_cast<std::size_t>(n));
@@ -267,7 +267,7 @@ class Writer {
 
 struct Global {
   std::mutex mutex;  // of `options` while it changes; lines only read it
-  SayOptions options;
+  LoggerOptions options;
   std::atomic<Severity> least{Severity::info};
   std::atomic<Writer*> writer{nullptr};  // never freed: somebody may be in it
 };
@@ -327,44 +327,45 @@ Severity parse_severity(std::string_view text) {
   return Severity::info;
 }
 
-void say_as(const SayOptions& options) {
+void set_logger(const LoggerOptions& options) {
   Global& g = global();
   std::lock_guard lock(g.mutex);
   g.options = options;
   g.least = options.least;
 }
 
-void say_as(std::string component) {
+void set_logger(std::string component) {
   Global& g = global();
   std::lock_guard lock(g.mutex);
   g.options.component = std::move(component);
   g.options.who.clear();
 }
 
-bool said(Severity severity) { return severity >= global().least.load(); }
+bool logs_at(Severity severity) { return severity >= global().least.load(); }
 
-void say_in_background(std::unique_ptr<LineFile> file, int collect) {
+void start_logger(std::unique_ptr<LineFile> file, int collect) {
   global().writer = new Writer(std::move(file), collect);
 }
 
-void say_reopen() {
+void reopen_logger() {
   if (Writer* writer = global().writer.load()) writer->reopen();
 }
 
-void say_no_more(Millis patience) {
+void stop_logger(Millis patience) {
   if (Writer* writer = global().writer.exchange(nullptr)) {
     writer->stop(patience);
   }
 }
 
-std::uint64_t said_dropped() { return g_dropped; }
+std::uint64_t log_lines_dropped() { return g_dropped; }
 
-Saying::Saying(Severity severity, std::string_view event, std::string_view msg)
-    : on_(said(severity)) {
+LogLine::LogLine(Severity severity, std::string_view event,
+                 std::string_view msg)
+    : on_(logs_at(severity)) {
   if (!on_) return;
   Global& g = global();
   std::lock_guard lock(g.mutex);
-  const SayOptions& o = g.options;
+  const LoggerOptions& o = g.options;
   std::string_view component = o.component.empty()
                                    ? std::string_view("machina")
                                    : std::string_view(o.component);
@@ -386,12 +387,12 @@ Saying::Saying(Severity severity, std::string_view event, std::string_view msg)
   if (!o.who.empty()) with(o.component, o.who);
 }
 
-Saying& Saying::with(std::string_view name, std::string_view text) {
+LogLine& LogLine::with(std::string_view name, std::string_view text) {
   if (!on_ || text.empty()) return *this;
-  if (line_.size() > kSaidLineBytesMax - 64) return *this;
-  std::size_t room = kSaidLineBytesMax - 48 - line_.size();
+  if (line_.size() > kLogLineBytesMax - 64) return *this;
+  std::size_t room = kLogLineBytesMax - 48 - line_.size();
   std::string value;
-  append_escaped(&value, text, kSaidFieldBytesMax);
+  append_escaped(&value, text, kLogFieldBytesMax);
   if (value.size() + name.size() > room) value = "...";
   if (global().options.json) {
     line_.append(",\"").append(name).append("\":\"").append(value).append("\"");
@@ -403,8 +404,8 @@ Saying& Saying::with(std::string_view name, std::string_view text) {
   return *this;
 }
 
-Saying& Saying::with(std::string_view name, std::int64_t number) {
-  if (!on_ || line_.size() > kSaidLineBytesMax - 64) return *this;
+LogLine& LogLine::with(std::string_view name, std::int64_t number) {
+  if (!on_ || line_.size() > kLogLineBytesMax - 64) return *this;
   if (global().options.json) {
     line_.append(",\"").append(name).append("\":");
   } else {
@@ -414,7 +415,7 @@ Saying& Saying::with(std::string_view name, std::int64_t number) {
   return *this;
 }
 
-std::string Saying::take() {
+std::string LogLine::take() {
   if (!on_) return "";
   on_ = false;
   if (global().options.json) line_ += '}';
@@ -422,7 +423,7 @@ std::string Saying::take() {
   return std::move(line_);
 }
 
-Saying::~Saying() {
+LogLine::~LogLine() {
   if (on_) hand_over(take());
 }
 

@@ -1,4 +1,4 @@
-// queue/base/say.h
+// queue/base/logger.h
 //
 // What a process says of itself: one line per event, as JSON or as text, for
 // the people who operate it. (The log, queue/wal/log.h, is something else.)
@@ -8,8 +8,8 @@
 //          "event":"listening","msg":"on http://...","k":"v"}
 //
 //   Y1  A line is one line: control characters, quotes and bytes that are not
-//       UTF-8 are escaped, a field is cut at kSaidFieldBytesMax, a line at
-//       kSaidLineBytesMax. What a client sent cannot look like a line.
+//       UTF-8 are escaped, a field is cut at kLogFieldBytesMax, a line at
+//       kLogLineBytesMax. What a client sent cannot look like a line.
 //   Y2  Nobody waits: a line that finds no room is dropped and counted, and the
 //       next one that finds room is followed by the count. Where that could not
 //       be written either it is said again, until it was.
@@ -17,7 +17,7 @@
 //   Y4  Nothing below this call knows a secret: callers hand over no token,
 //       header, query, payload or result.
 //
-// tests/queue/base/say_test.cc has a test for each but Y4, which
+// tests/queue/base/logger_test.cc has a test for each but Y4, which
 // tests/e2e/watch_test.cc greps for.
 
 #pragma once
@@ -34,48 +34,48 @@ namespace machina {
 
 enum class Severity : std::uint8_t { debug, info, warn, error };
 
-constexpr std::size_t kSaidFieldBytesMax = 1024;
+constexpr std::size_t kLogFieldBytesMax = 1024;
 // A pipe takes this much from several writers without mixing (PIPE_BUF).
-constexpr std::size_t kSaidLineBytesMax = 4096;
-constexpr std::size_t kSaidWaitingBytesMax = 4u << 20;
+constexpr std::size_t kLogLineBytesMax = 4096;
+constexpr std::size_t kLogWaitingBytesMax = 4u << 20;
 
-struct SayOptions {
+struct LoggerOptions {
   bool json = false;
   Severity least = Severity::info;
   std::string component;  // server, pool, worker, spawner
   std::string who;        // which pool or worker: a field, or empty
 };
-// Of this process, from here on. Until say_in_background() each line is one
+// Of this process, from here on. Until start_logger() each line is one
 // write to standard error, which is dropped where it would block.
-void say_as(const SayOptions& options);
-void say_as(std::string component);  // the rest as before: after a fork
-bool said(Severity severity);        // whether such a line would be kept
+void set_logger(const LoggerOptions& options);
+void set_logger(std::string component);  // the rest as before: after a fork
+bool logs_at(Severity severity);         // whether such a line would be kept
 
 // Starts the thread that writes: to `file`, or to standard error where that is
 // null. Lines that other processes write to the pipe `collect` are written
 // too (-1: none). After every fork that goes on without exec.
-void say_in_background(std::unique_ptr<LineFile> file, int collect = -1);
+void start_logger(std::unique_ptr<LineFile> file, int collect = -1);
 // Opens the file anew, by name: somebody has moved it. Any thread.
-void say_reopen();
+void reopen_logger();
 // Writes what waits, for at most `patience`, and ends the thread. What is said
 // after it goes to standard error.
-void say_no_more(Millis patience);
+void stop_logger(Millis patience);
 // Lines lost so far: no room, or the file could not take them.
-std::uint64_t said_dropped();
+std::uint64_t log_lines_dropped();
 
 // One line: said when it is destroyed.
-//   Saying(Severity::warn, "pool_exit", "the pool ended").with("code", 1);
-class Saying {
+//   LogLine(Severity::warn, "pool_exit", "the pool ended").with("code", 1);
+class LogLine {
  public:
   // `event`: lower case, a word or two joined by '_'; a literal.
-  Saying(Severity severity, std::string_view event, std::string_view msg);
-  ~Saying();
-  Saying(const Saying&) = delete;
-  Saying& operator=(const Saying&) = delete;
+  LogLine(Severity severity, std::string_view event, std::string_view msg);
+  ~LogLine();
+  LogLine(const LogLine&) = delete;
+  LogLine& operator=(const LogLine&) = delete;
 
   // `name` is a literal. An empty text is left out.
-  Saying& with(std::string_view name, std::string_view text);
-  Saying& with(std::string_view name, std::int64_t number);
+  LogLine& with(std::string_view name, std::string_view text);
+  LogLine& with(std::string_view name, std::int64_t number);
   // The whole line, for whoever says it himself; empty where it is not kept.
   std::string take();
 
