@@ -1,7 +1,7 @@
 // queue/base/logger.h
 //
-// What a process says of itself: one line per event, as JSON or as text, for
-// the people who operate it. (The log, queue/wal/log.h, is something else.)
+// The logger of a process: one line for each event, as text or as JSON, for the
+// people who operate the product. The write-ahead log is in queue/wal/.
 //
 //   text  2026-11-21T15:27:12.123Z info server listening: on http://... k=v
 //   json  {"ts":"2026-...Z","level":"info","component":"server",
@@ -10,12 +10,14 @@
 //   Y1  A line is one line: control characters, quotes and bytes that are not
 //       UTF-8 are escaped, a field is cut at kLogFieldBytesMax, a line at
 //       kLogLineBytesMax. What a client sent cannot look like a line.
-//   Y2  Nobody waits: a line that finds no room is dropped and counted, and the
-//       next one that finds room is followed by the count. Where that could not
-//       be written either it is said again, until it was.
-//   Y3  A file that cannot be written (full disk) costs its lines, no more.
-//   Y4  Nothing below this call knows a secret: callers hand over no token,
-//       header, query, payload or result.
+//   Y2  Logging never blocks. A line that finds no room is dropped and counted.
+//       The next line that finds room is followed by a line with the count;
+//       that line is repeated until it was written.
+//   Y3  When the file cannot be written (a full disk), lines are lost and
+//   nothing
+//       else happens.
+//   Y4  Callers pass no token, header, query, payload or result: a log has no
+//       secret.
 //
 // tests/queue/base/logger_test.cc has a test for each but Y4, which
 // tests/e2e/watch_test.cc greps for.
@@ -45,25 +47,27 @@ struct LoggerOptions {
   std::string component;  // server, pool, worker, spawner
   std::string who;        // which pool or worker: a field, or empty
 };
-// Of this process, from here on. Until start_logger() each line is one
-// write to standard error, which is dropped where it would block.
+// Sets the options of this process. Until start_logger(), each line is one
+// write to standard error; a line is dropped when that write would block.
 void set_logger(const LoggerOptions& options);
-void set_logger(std::string component);  // the rest as before: after a fork
-bool logs_at(Severity severity);         // whether such a line would be kept
+void set_logger(
+    std::string component);       // after a fork; keeps the other options
+bool logs_at(Severity severity);  // whether a line of it is written
 
-// Starts the thread that writes: to `file`, or to standard error where that is
-// null. Lines that other processes write to the pipe `collect` are written
-// too (-1: none). After every fork that goes on without exec.
+// Starts the thread that writes to `file`, or to standard error when `file` is
+// null. The thread also writes the lines that other processes send through the
+// pipe `collect` (-1: no pipe). A process that forks without exec calls this
+// again in the child.
 void start_logger(std::unique_ptr<LineFile> file, int collect = -1);
-// Opens the file anew, by name: somebody has moved it. Any thread.
+// Opens the file again by its name, after somebody moved the file. Any thread.
 void reopen_logger();
-// Writes what waits, for at most `patience`, and ends the thread. What is said
-// after it goes to standard error.
+// Writes the waiting lines for at most `patience` milliseconds and ends the
+// thread. Later lines go to standard error.
 void stop_logger(Millis patience);
-// Lines lost so far: no room, or the file could not take them.
+// Lines that were lost so far: no room, or a failed write.
 std::uint64_t log_lines_dropped();
 
-// One line: said when it is destroyed.
+// One line, written when the object is destroyed.
 //   LogLine(Severity::warn, "pool_exit", "the pool ended").with("code", 1);
 class LogLine {
  public:
@@ -76,7 +80,8 @@ class LogLine {
   // `name` is a literal. An empty text is left out.
   LogLine& with(std::string_view name, std::string_view text);
   LogLine& with(std::string_view name, std::int64_t number);
-  // The whole line, for whoever says it himself; empty where it is not kept.
+  // The whole line for a caller that writes it; empty when it is below the
+  // level.
   std::string take();
 
  private:
@@ -84,7 +89,7 @@ class LogLine {
   std::string line_;
 };
 
-// How often something may be said: `per_second`, the rest counted.
+// A limit of lines a second; the others are counted.
 class Allowance {
  public:
   explicit Allowance(int per_second) : per_second_(per_second) {}

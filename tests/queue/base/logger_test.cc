@@ -31,7 +31,7 @@ namespace fs = std::filesystem;
 class LoggerTest : public testing::Test {
  protected:
   void SetUp() override {
-    char name[] = "/tmp/say_test_XXXXXX";
+    char name[] = "/tmp/logger_test_XXXXXX";
     ASSERT_NE(mkdtemp(name), nullptr);
     dir_ = name;
   }
