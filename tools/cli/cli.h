@@ -90,7 +90,7 @@ int show_refusal(const Settings& settings, const Client::Answer& answer);
 // `now` and `then` as people read them.
 std::string readable_time(const std::string& rfc3339);   // local, with an age
 std::string readable_clock(const std::string& rfc3339);  // local, short
-std::int64_t parse_time_ms(const std::string& text);       // -1: no such time
+std::int64_t parse_time_ms(const std::string& text);     // -1: no such time
 std::string readable_ms(std::int64_t ms);
 
 // Text that somebody else wrote, made harmless for a terminal: control

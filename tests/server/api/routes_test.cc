@@ -1063,21 +1063,26 @@ TEST_F(WorkerRoutes, F10_AReportThatTheLogDidNotTakeIsNotConfirmed) {
 // A worker's last call may be read after its pool has reported its end.
 TEST_F(WorkerRoutes, F10_WhoIsReportedGoneLeasesNothing) {
   Client pool = local(), worker = local();
-  const std::string lease = R"("worker":"p-w1","session":"first-session-000","kinds":["*"])";
+  const std::string lease =
+      R"("worker":"p-w1","session":"first-session-000","kinds":["*"])";
   EXPECT_NE(worker.post("/v1/leases", "{" + lease + "}").status, 409);
-  EXPECT_EQ(pool.post("/v1/pools/p/sync",
-                      R"({"session":"first-session-000","workers":[],"gone":["p-w1"]})")
-                .status,
-            200);
+  EXPECT_EQ(
+      pool.post(
+              "/v1/pools/p/sync",
+              R"({"session":"first-session-000","workers":[],"gone":["p-w1"]})")
+          .status,
+      200);
   Reply r = worker.post("/v1/leases", "{" + lease + "}");
   EXPECT_EQ(r.status, 409) << r.body;
   EXPECT_EQ(r.json()["code"], "stale-lease");
   // Another session of that name is somebody else.
-  EXPECT_NE(worker
-                .post("/v1/leases",
-                      R"({"worker":"p-w1","session":"second-session-00","kinds":["*"]})")
-                .status,
-            409);
+  EXPECT_NE(
+      worker
+          .post(
+              "/v1/leases",
+              R"({"worker":"p-w1","session":"second-session-00","kinds":["*"]})")
+          .status,
+      409);
 }
 
 TEST_F(WorkerRoutes, PoolsReportAndAreScaled) {
