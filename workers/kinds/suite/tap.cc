@@ -4,6 +4,7 @@
 #include <charconv>
 #include <cmath>
 #include <cstdlib>
+#include <memory>
 #include <optional>
 #include <unordered_map>
 
@@ -207,7 +208,7 @@ class TapReader {
     next.first_case = cases_.size();
     if (opens_) {
       // What the point itself said counts when its block ends.
-      next.opened = std::move(opens_);
+      next.opened = std::move(*opens_);
       if (has_case_) cases_.pop_back();
       --levels_.back().points;
       next.first_case = cases_.size();
@@ -248,7 +249,7 @@ class TapReader {
     point_indent_ = indent;
     after_point_ = true;
     opens_.reset();
-    if (point.opens) opens_ = point;
+    if (point.opens) opens_ = std::make_unique<Point>(point);
   }
 
   // A point of the current level.
@@ -382,7 +383,8 @@ class TapReader {
   // the last case is its, and whether it may open a block.
   bool after_point_ = false, has_case_ = false, in_yaml_ = false;
   std::size_t point_indent_ = 0;
-  std::optional<Point> opens_;
+  // A pointer, because g++ 12 at -O2 takes an empty optional for one in use.
+  std::unique_ptr<Point> opens_;
 };
 
 }  // namespace
