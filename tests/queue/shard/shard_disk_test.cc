@@ -191,17 +191,22 @@ TEST_P(ShardOnAFullDisk, F05_AnEmptyQueueGivesItsSegmentsBackToALowDisk) {
     look();
     ASSERT_EQ(shard_->disk().level, DiskLevel::soft) << killed;
     ASSERT_EQ(enqueue().status, Status::disk_low);
-    for (int i = 0; i < 6; ++i) look();
+    // History, on a thread of its own, must have the ends first.
+    for (int i = 0; i < 500 && shard_->disk().level != DiskLevel::ok; ++i)
+      look();
     EXPECT_EQ(shard_->disk().level, DiskLevel::ok)
         << killed << ", " << shard_->disk().says << "; used " << used
         << ", now " << disk_.bytes_used();
-    // Low again, with nothing to give back: no checkpoint is written for that.
+    // Low again: soon there is nothing to give back, and no checkpoint is
+    // written for that.
     disk_.set_quota(disk_.bytes_used() + (1 << 20));
-    for (int i = 0; i < 6; ++i) look();
-    EXPECT_EQ(shard_->disk().level, DiskLevel::soft);
-    const Lsn applied = shard_->stats().applied;
-    for (int i = 0; i < 6; ++i) look();
-    EXPECT_EQ(shard_->stats().applied, applied);
+    bool settled = false;
+    for (int i = 0; i < 100 && !settled; ++i) {
+      const Lsn applied = shard_->stats().applied;
+      for (int n = 0; n < 6; ++n) look();
+      settled = shard_->stats().applied == applied;
+    }
+    EXPECT_TRUE(settled) << "checkpoints without end";
     disk_.set_quota(0);
   }
   for (const JobId& id : told_) state_of(id);
