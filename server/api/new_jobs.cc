@@ -99,12 +99,18 @@ Resolver::~Resolver() {
 }
 
 bool Resolver::run(std::vector<Look> looks, Then then) {
-  if (waiting_.size() >= kResolvesMax) return false;
+  std::size_t bytes = 0;
+  for (const Look& look : looks) bytes += look.payload.size();
+  if (waiting_.size() >= kResolvesMax ||
+      (!waiting_.empty() && bytes_ + bytes > kResolveBytesMax)) {
+    return false;
+  }
+  bytes_ += bytes;
   auto task = std::make_shared<Task>();
   task->number = ++next_;
   task->looks = std::move(looks);
-  waiting_[task->number] = {task, std::move(then),
-                            clock_.mono_ms() + limit_ms_};
+  waiting_[task->number] = {task, std::move(then), clock_.mono_ms() + limit_ms_,
+                            bytes};
   {
     std::lock_guard lock(shared_->mutex);
     shared_->tasks.push_back(std::move(task));
@@ -117,6 +123,7 @@ void Resolver::answer(std::uint64_t number, Found found) {
   auto known = waiting_.find(number);
   if (known == waiting_.end()) return;  // given up
   const Then then = std::move(known->second.then);
+  bytes_ -= known->second.bytes;
   waiting_.erase(known);
   then(std::move(found));
 }
@@ -191,15 +198,19 @@ bool leave_out(Request& request, const std::vector<MaybeProblem>& problems) {
   return !complete.items.empty() || complete.lease;
 }
 
-Problem resolve_timeout(Millis limit_ms) {
+Problem resolve_timeout(Millis limit_ms, bool ending) {
   Problem p;
   p.status = 503;
   p.code = "resolve-timeout";
   p.field = "payload";
   p.retry_after = 1;
-  p.detail =
-      "payload: this host did not answer within " + std::to_string(limit_ms) +
-      " ms where the job's repository or program lies; a file system may hang";
+  p.detail = ending
+                 ? "payload: the server ends, and this host did not answer yet "
+                   "where the job's repository or program lies; send it again"
+                 : "payload: this host did not answer within " +
+                       std::to_string(limit_ms) +
+                       " ms where the job's repository or program lies; a file "
+                       "system may hang";
   return p;
 }
 
@@ -226,10 +237,14 @@ void Service::submit_new(Request request, NoteProblems note) {
         looks.push_back({job->kind, job->payload});
     }
   }
+  if (released_) {  // J4: what is found later, nobody hears of
+    Resolver::Found nothing(looks.size());
+    return resolved(where, std::move(*held), note, std::move(nothing));
+  }
   const bool taken = resolver_->run(
       std::move(looks), [this, where, held, note](Resolver::Found found) {
         if (Peer* p = peer(where.peer)) {
-          p->resolving = false;
+          --p->resolving;
           resume_later(*p);
         }
         resolved(where, std::move(*held), note, std::move(found));
@@ -239,11 +254,12 @@ void Service::submit_new(Request request, NoteProblems note) {
     p.status = 503;
     p.code = "busy";
     p.retry_after = 1;
-    p.detail = std::to_string(kResolvesMax) +
-               " requests wait for a look at this host, the most that may";
+    p.detail = "requests wait for a look at this host, the most that may: " +
+               std::to_string(kResolvesMax) + ", or " +
+               std::to_string(kResolveBytesMax >> 20) + " MiB of payloads";
     return refuse(where, p);
   }
-  if (Peer* p = peer(where.peer)) p->resolving = true;
+  if (Peer* p = peer(where.peer)) ++p->resolving;
 }
 
 // `found`: for each of the request's jobs that needed the host, in order.
@@ -261,7 +277,7 @@ void Service::resolved(const Where& where, Request request, NoteProblems note,
       auto& one = found[next++];
       if (problem) continue;
       problem = one ? take_kept(options_, std::move(*one), jobs[i])
-                    : resolve_timeout(options_.resolve_ms);
+                    : resolve_timeout(options_.resolve_ms, released_);
       if (problem && children) problem = of_child(std::move(*problem), i);
     }
     any = any || problem;

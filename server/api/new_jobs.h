@@ -16,8 +16,9 @@
 //       alone, for resolve_ms: then 503 `resolve-timeout`. The loop and the
 //       file threads never wait for it.
 //       (NewJobsTest.AResolveThatHangsIsGivenUpAndStopsNobody)
-//   J2  At most kResolveThreads threads, and kResolvesMax requests that wait;
-//       then 503 `busy`. (ResolverTest.TooManyThatWaitAreRefused)
+//   J2  At most kResolveThreads threads, and kResolvesMax requests that wait
+//       with kResolveBytesMax of payloads; then 503 `busy`.
+//       (ResolverTest.TooManyThatWaitAreRefused, TooMuchThatWaitsIsRefused)
 //   J3  A request that was read whole is carried out, also where its client has
 //       hung up meanwhile. (NewJobsTest.AClientThatHangsUpHasItsJob)
 //   J4  The server's end waits for no `resolve`; who waits for one is answered.
@@ -38,6 +39,7 @@ namespace machina {
 
 constexpr int kResolveThreads = 4;
 constexpr std::size_t kResolvesMax = 1024;
+constexpr std::size_t kResolveBytesMax = 64u << 20;  // of payloads
 
 // Threads that run kinds' `resolve`. One that hangs is given up with its thread
 // and touches nothing of the server any more.
@@ -55,7 +57,8 @@ class Resolver {
            Millis limit_ms, std::function<void(std::function<void()>)> post);
   ~Resolver();  // J4: tells nobody any more
 
-  // On the loop; `then` is called there, once. False: kResolvesMax wait.
+  // On the loop; `then` is called there, once. False: too many or too much
+  // waits (J2).
   bool run(std::vector<Look> looks, Then then);
   // Gives up those whose time is over, or all. On the loop, now and then.
   void give_up(bool all);
@@ -69,12 +72,14 @@ class Resolver {
     std::shared_ptr<Task> task;
     Then then;
     Millis until = 0;
+    std::size_t bytes = 0;
   };
   Clock& clock_;
   const Millis limit_ms_;
   std::shared_ptr<Shared> shared_;
   std::map<std::uint64_t, Waiting> waiting_;  // by number; in order of `until`
   std::uint64_t next_ = 0;
+  std::size_t bytes_ = 0;  // of all that wait
 };
 
 // `problems`: of the entries that have none yet, in order.

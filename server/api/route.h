@@ -8,7 +8,7 @@
 //              pending.then = <second half>, and submit()
 //   the shard's response -> pending.then(...) -> reply()
 //
-//   RT1  Every row that takes an id or lists has a row in the table of
+//   RT1  Every row of clients that takes an id or lists has a row in the table of
 //        tests/server/api/tenants_test.cc: without one that test is red.
 
 #pragma once

@@ -385,6 +385,7 @@ void Service::advance_drain() {
       shard_->release_all();
     }
     released_ = true;
+    resolver_->give_up(true);  // J4
     leave_until_ = now + (handover_ ? 500 : kPoolLeaveMs);
     shard_->turn();
   }
@@ -598,7 +599,7 @@ void Peer::on_drained() {
 // Before an answer is made: is what was made for it taken?
 bool Peer::may_take() {
   return socket.unsent() <= kUnsentMax && connection.large_open() == 0 &&
-         later == nullptr && !resolving;
+         later == nullptr && resolving == 0;
 }
 
 std::optional<HttpError> Peer::on_held(std::size_t bytes) {

@@ -129,7 +129,7 @@ struct Peer final : SocketEvents, ConnectionSink {
   std::uint64_t weight = 0;          // what is kept for its answers
   bool hung_up = false;              // it will send no more
   std::unique_ptr<Later> later;      // waits for room, by way of crowd_
-  bool resolving = false;            // new_jobs.h: its last request
+  int resolving = 0;                 // new_jobs.h: so many of its requests
   bool in_crowd = false;
   std::uint64_t kept = 0;  // Connection::kept(), as it is in weights_
   // An artifact that is coming in.

@@ -42,6 +42,9 @@ Result<std::unique_ptr<Gate>> Gate::open(const Options& options, Millis wall_ms,
   if (!options.token.empty()) {
     gate->tokens_.push_back({options.token, {"default", "token"}});
   }
+  for (const Credential& row : gate->tokens_) {
+    gate->one_tenant_ &= row.principal.tenant == gate->local_.tenant;
+  }
   if (!options.secret.empty()) {
     gate->local_.name = "secret";
     gate->signer_ = std::make_unique<Signer>(options.secret);

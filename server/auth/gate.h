@@ -86,6 +86,8 @@ class Gate {
   std::string trouble() {
     return nonces_ == nullptr ? std::string() : nonces_->trouble();
   }
+  // Whether no credential is of another tenant than the rest.
+  bool one_tenant() const { return one_tenant_; }
   std::size_t nonces() const {
     return nonces_ == nullptr ? 0 : nonces_->size();
   }
@@ -96,6 +98,7 @@ class Gate {
   std::vector<Credential> tokens_;  // one row each
   Principal host_{"default", "host", Principal::all, true};
   Principal local_;
+  bool one_tenant_ = true;
   std::unique_ptr<Signer> signer_;
   std::unique_ptr<Nonces> nonces_;
 };

@@ -72,7 +72,7 @@ struct Pending {
   Answerer* then = nullptr;   // what answers it, when the shard has
   bool head_sent = false;     // its reply has begun: only `close` can end it
   bool plain_errors = false;  // /enqueue's error form
-  const Principal* principal = nullptr;  // who asks; null: nobody was let in
+  const Principal* principal = nullptr;  // who asks, where it was let in
   Millis begun_ms = 0;
   std::uint64_t begun_us = 0;
   std::uint8_t request_id_bytes = 0;

@@ -221,6 +221,37 @@ TEST_F(NewJobsTest, ADrainAnswersAndWaitsForNoResolve) {
   EXPECT_EQ(join(), 0);
 }
 
+// The good ones of a bulk request are carried out: that must be answered too.
+TEST_F(NewJobsTest, ADrainAnswersABulkRequestWhosePartHangs) {
+  options_.resolve_ms = 60'000;
+  start();
+  Client c = tcp();
+  c.start("POST", "/v1/jobs",
+          "[" + std::string(kHangs) + R"(,{"kind":"ext.a"}])");
+  ASSERT_TRUE(mount_->wait_for(1));
+  local().post("/shutdown", "{}");
+  const Reply r = c.reply();
+  ASSERT_EQ(r.status / 100, 2) << r.body;
+  EXPECT_EQ(r.json()["accepted"], 1) << r.body;
+  EXPECT_NE(r.body.find("the server ends"), std::string::npos) << r.body;
+  EXPECT_EQ(join(), 0);
+}
+
+TEST(ResolverTest, TooMuchThatWaitsIsRefused) {
+  auto mount = std::make_shared<Mount>();
+  Resolver resolver({{"looks", looking(mount)}}, system_clock(), 60'000,
+                    [](const std::function<void()>&) {});
+  const auto then = [](const Resolver::Found&) {};
+  const std::string large(kResolveBytesMax / 2 + 1, 'x');
+  ASSERT_TRUE(resolver.run({{"looks", "hang"}}, then));
+  ASSERT_TRUE(resolver.run({{"looks", large}}, then));
+  EXPECT_FALSE(resolver.run({{"looks", large}}, then));
+  EXPECT_TRUE(resolver.run({{"looks", "{}"}}, then));
+  resolver.give_up(true);
+  EXPECT_TRUE(resolver.run({{"looks", large}}, then)) << "its room came back";
+  mount->open();
+}
+
 TEST(ResolverTest, TooManyThatWaitAreRefused) {
   auto mount = std::make_shared<Mount>();
   std::mutex mutex;

@@ -532,6 +532,19 @@ TEST_F(JobRoutes, PipelinedRequestsAreAnsweredInOrder) {
   }
 }
 
+TEST_F(JobRoutes, ACancelIsDecidedBeforeWhatItsConnectionSendsNext) {
+  Client c = tcp();
+  const std::string job =
+      "/v1/jobs/" +
+      c.post("/v1/jobs", R"({"kind":"a"})").json()["id"].get<std::string>();
+  c.send(
+      "POST " + job +
+      "/cancel HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\nGET " +
+      job + " HTTP/1.1\r\nHost: localhost\r\n\r\n");
+  EXPECT_EQ(c.reply().json()["state"], "cancelled");
+  EXPECT_EQ(c.reply().json()["state"], "cancelled");
+}
+
 TEST_F(JobRoutes, NothingIsAnsweredBeforeTheShardSaysSo) {
   control_.hold = true;
   Client c = tcp();
