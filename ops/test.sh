@@ -4,7 +4,8 @@
 #   asan     address and undefined-behaviour sanitizers: what parses outside
 #            bytes and what keeps them (queue, sim, server, tools)
 #   tsan     the thread sanitizer: the queue's log and store threads (the core's
-#            tests, seeded stories and wal verify use one thread and are not built)
+#            tests, seeded stories and wal verify use one thread, but for one test
+#            of frozen state, and are not built)
 #   release  everything, with the real binary; its summary comes last
 #
 # The sandbox's own tests run in release only: a sanitizer's runtime needs

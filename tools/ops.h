@@ -91,8 +91,6 @@ class OpsLock {
   int fd_;
 };
 
-// Now, RFC 3339 in UTC with milliseconds.
-
 // A process of a root.
 struct OurProcess {
   Process process;

@@ -31,6 +31,12 @@ void answer(std::span<const Handler> handlers, const HandlerCall& call,
   } else {
     made.outcome = HandlerOutcome::unknown_kind;
   }
+  if (made.result.size() > kHandlerResultBytesMax) {
+    made.outcome = HandlerOutcome::failed;
+    made.message = "the result has more than " +
+                   std::to_string(kHandlerResultBytesMax) + " bytes";
+    made.result.clear();
+  }
   if (made.message.size() > kMessageBytesMax) {
     made.message.resize(kMessageBytesMax);
   }

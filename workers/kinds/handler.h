@@ -13,7 +13,8 @@
 //
 //   G1  A kind that the process does not know fails its attempt; the process
 //       goes on. (ProbeTest.AKindThatTheGroupDoesNotKnowFails)
-//   G2  A payload is read by the process alone, which is confined.
+//   G2  Beyond a kind's `check` and `quick`, which see text only, a payload is
+//       read by the process alone, which is confined.
 
 #pragma once
 

@@ -31,6 +31,8 @@ constexpr Millis kParkMs = 10'000;  // a lease call that finds nothing
 constexpr Millis kRefusedMinMs = 20, kRefusedMaxMs = 1000;
 constexpr Millis kWarmedRunMs = 50;  // then other kinds get a look-in
 constexpr Millis kLogPatienceMs = 5000;
+constexpr std::size_t kCompletionBytesMax = 1u
+                                            << 20;  // of several ends' results
 constexpr Millis kCutOffMs = 300'000;
 constexpr int kWarmedLinesPerSecond = 20;
 
@@ -462,6 +464,12 @@ class Worker::Impl : public kinds::Host {
       }
       const std::string& isolation = isolation_of(lease);
       if (ends[i]->code == EndCode::none || ends[i]->code == EndCode::verdict) {
+        // A body beyond the server's bound would lose all of its ends.
+        if (!items.empty() &&
+            items.size() + ends[i]->result.size() > kCompletionBytesMax) {
+          complete(items, false, {}, 0);
+          items.clear();
+        }
         if (!items.empty()) items += ',';
         append_completion(items, lease.token, *ends[i], isolation);
       } else {

@@ -148,6 +148,17 @@ TEST_F(KindsTest, NobodyLearnsWhatIsOutsideOfTheRoots) {
   EXPECT_EQ(said("d1"), said("d2"));
 }
 
+// As the server reads it: one such result would cost its whole batch.
+TEST_F(KindsTest, AResultThatTheServerRefusesIsNotWholeJson) {
+  EXPECT_TRUE(kinds::whole_json(R"({"a":[1,{"a":2}]})"));
+  for (const std::string& text :
+       {std::string("}{"), std::string(R"({"a":1,"a":1})"),
+        std::string("\xef\xbb\xbf{}"), std::string("{}\0x", 4),
+        std::string(70, '[') + std::string(70, ']')}) {
+    EXPECT_FALSE(kinds::whole_json(text)) << text;
+  }
+}
+
 TEST_F(KindsTest, DefaultsAreThoseOfTheTable) {
   const auto kinds = all();
   ASSERT_EQ(kinds.size(), 5);

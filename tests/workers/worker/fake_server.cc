@@ -125,6 +125,7 @@ void FakeServer::serve(int fd) {
     }
     if (!good) break;
     const std::string body = in.substr(head + 4, length);
+    body_max_seen = std::max(body_max_seen.load(), body.size());
     in.erase(0, head + 4 + length);
     const auto space = header.find(' ');
     const std::string method = header.substr(0, space);

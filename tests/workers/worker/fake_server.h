@@ -71,6 +71,7 @@ class FakeServer {
   int syncs();
 
   std::atomic<int> leases_max_seen{0};
+  std::atomic<std::size_t> body_max_seen{0};  // bytes
   std::atomic<int> heartbeats{0}, lease_calls{0};
   std::atomic<long> lease_ms{30'000};
   std::atomic<int> answer_500{0};           // the next so many calls

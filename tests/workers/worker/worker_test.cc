@@ -92,6 +92,19 @@ TEST_F(WorkerTest, ManyNoopsShareOneHandlerAndFewTrips) {
   EXPECT_LT(server_->lease_calls, 40);
 }
 
+// One body over the server's bound would lose all of its ends.
+TEST_F(WorkerTest, LargeResultsOfABatchGoInSeveralBodies) {
+  const std::string large =
+      R"({"echo":")" + std::string(600'000, 'x') + R"("})";
+  for (int i = 0; i < 6; ++i)
+    server_->add("n" + std::to_string(i), "noop", large);
+  start();
+  for (int i = 0; i < 6; ++i)
+    EXPECT_TRUE(server_->wait_state("n" + std::to_string(i), "succeeded"));
+  EXPECT_GT(server_->leases_max_seen, 4);
+  EXPECT_LT(server_->body_max_seen, 2u << 20);
+}
+
 TEST_F(WorkerTest, FailAttemptsIsRetriedAndThenSucceeds) {
   server_->add("a", "noop", R"({"fail_attempts":2})");
   start();
