@@ -779,7 +779,9 @@ class Demo:
             self.expect("an outside worker leases", f"{status} {first}")
             return
         late = first["leases"][0]["token"]
-        self.api.call("POST", "/v1/leases", {**lease, "wait_ms": 0, "holding": [],
+        # In the session that the lease began: a name alone gives nothing up.
+        self.api.call("POST", "/v1/leases", {**lease, "session": first["session"],
+                                             "wait_ms": 0, "holding": [],
                                              "kinds": ["ext.none"]})
         status, second = self.api.call("POST", "/v1/leases", {**lease, "worker": "demo-second"})
         if status != 200:
