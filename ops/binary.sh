@@ -1,23 +1,19 @@
 # shellcheck shell=bash
-# ops/binary.sh: which machina the operating scripts run: the one that was built
-# last in this tree, else the installed one. Source it.
+# ops/binary.sh: which machina the operating scripts run: the one built in this
+# tree, else the installed one. Source it.
 
 set -euo pipefail
 
 machina_binary() {
-  local here candidate newest=''
+  local here candidate
   here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-  for candidate in "$here/build/release/machina" "$here/build/demo/machina" \
-    "$here/build/debug/machina" \
+  for candidate in "$here/build/release/machina" "$here/build/debug/machina" \
     "$here/bin/machina"; do
-    [ -x "$candidate" ] || continue
-    [ -z "$newest" ] || [ "$candidate" -nt "$newest" ] || continue
-    newest=$candidate
+    if [ -x "$candidate" ]; then
+      printf '%s\n' "$candidate"
+      return
+    fi
   done
-  if [ -n "$newest" ]; then
-    printf '%s\n' "$newest"
-    return
-  fi
   command -v machina || {
     printf '%s: there is no machina: build one (ops/demo.sh) or install one (ops/install.sh)\n' \
       "$(basename "$0")" >&2

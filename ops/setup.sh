@@ -1,14 +1,8 @@
 #!/usr/bin/env bash
 # ops/setup.sh: installs the Debian 12 packages that building, running and
-# testing need. Does nothing, and needs no network, when all are there.
-#
-# ops/setup.sh --no-tests leaves out what only tests need.
+# testing need. Does nothing, and needs no network, when all are there. It has
+# no options but --help.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-with_tests=yes
-if [ "${1-}" = --no-tests ]; then
-  with_tests=no
-  shift
-fi
 no_options "$@"
 
 build=(g++ cmake ninja-build pkg-config ccache
@@ -18,7 +12,6 @@ build=(g++ cmake ninja-build pkg-config ccache
 # systemd: for systemd-analyze, which checks ops/systemd/; prometheus: for
 # promtool, which tests ops/prometheus/; curl: for docs/operating.md
 tests=(libgtest-dev libgmock-dev systemd prometheus curl)
-[ "$with_tests" = yes ] || tests=()
 run=(git python3 python3-pytest python3-networkx python3-toolz ca-certificates uidmap)
 
 installed() {
